@@ -1,0 +1,139 @@
+"""The words that travel between floors: frozen dataclasses, each field with its shape, dtype and unit.
+
+Dimension letters used all over the package:
+B sequences, T positions of one sequence, N loss positions of a batch (flattened), H hidden size, V vocabulary,
+K top-k support, S stages, J skills.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, Any]
+"""One chat turn as people already write it: ``{"role": ..., "content": ..., "tool_calls": ...}``; passed on unflattened."""
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. ``str(error)`` says where, what is wrong and what to do. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a skill: a prompt and, for rows that teach, a demonstration."""
+
+    id: str
+    """Unique within its file."""
+    messages: tuple[Message, ...]
+    """The student's prompt: every turn before the demonstration, system prompt included; ends in a user or tool turn."""
+    demonstration: Message | None
+    """The assistant turn to learn. None for an anchor row: teacher and student then see the same prompt."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the tools on offer, as the chat template takes them."""
+    document: str | None = None
+    """What the teacher may read beside the demonstration."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Anything a grader needs, such as allowed alternatives."""
+    origin: str = ""
+    """``file:line``, for error messages."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt, ready for the model. Made only by contexts.py."""
+
+    example: Example
+    token_ids: tuple[int, ...]
+    """Ends with the generation prompt of the assistant's turn."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Tokens of one assistant turn, the closing token included when the model wrote it."""
+
+    token_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...]
+    """log p of each token under the distribution it was sampled from (after temperature and truncation). Empty
+    where nothing was sampled: a demonstration's own tokens."""
+    finished: bool
+    """False: stopped by the length limit."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One training row: the same completion under the student's and under the teacher's prompt."""
+
+    student_prompt: Prompt
+    teacher_prompt: Prompt
+    completion: Completion
+    weight: float = 1.0
+    """Multiplies the loss of each of its tokens."""
+
+    @property
+    def has_demonstration(self) -> bool:
+        return self.student_prompt.example.demonstration is not None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded tensors of one micro-batch under ONE role's prompts."""
+
+    input_ids_BT: torch.Tensor
+    """int64 [B, T]; padding after each row's end."""
+    attention_mask_BT: torch.Tensor
+    """int64 [B, T]; 1 at real tokens."""
+    loss_rows_N: torch.Tensor
+    """int64 [N]; row of each loss position."""
+    loss_positions_N: torch.Tensor
+    """int64 [N]; position whose hidden state predicts the target token (one before it)."""
+    targets_N: torch.Tensor
+    """int64 [N]; the completion's token ids at the loss positions. Equal for both roles, in the same order."""
+    weights_N: torch.Tensor
+    """float32 [N]; the row's weight at each loss position."""
+    demonstrated_N: torch.Tensor
+    """bool [N]; True where the row has a demonstration (teacher temperature applies there only)."""
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """One evaluated row, as saved in ``evaluation/<skill>.jsonl``."""
+
+    id: str
+    prompt: str
+    """The last user turn, for reading."""
+    expected: str
+    completion: str
+    score: float
+    """0..1; an item counts as right when it is 1."""
+    tokens: int
+    """Generated tokens."""
+
+
+@dataclass(frozen=True)
+class SkillScore:
+    """Accuracy of one version on one skill."""
+
+    skill: str
+    accuracy: float
+    """Share of items with score 1, 0..1."""
+    mean_score: float
+    low: float
+    """Lower end of the 95 % Wilson interval of the accuracy."""
+    high: float
+    n: int
+    items: tuple[ItemResult, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate says about a candidate."""
+
+    decision: str
+    """``promoted``, ``held`` or ``refused``."""
+    reasons: tuple[str, ...]
+    """Sentences for people, the deciding one first."""
+    table: tuple[dict[str, Any], ...]
+    """One row a check: skill, before, after, change, n, p_value, budget, passed."""
