@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from perdure.types import InputError
 
-
 Section = TypeVar("Section", bound=BaseModel)
 
 

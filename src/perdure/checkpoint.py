@@ -1,0 +1,98 @@
+"""Everything that a stage needs to go on to the same bits: student, optimizer, moving teacher, loop state.
+
+Random choices are derived from (seed, step), so no generator state is kept. A checkpoint is a folder, written
+beside, synced and renamed; the one before it goes away only then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_PREFIX = "checkpoint-"
+
+
+def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.Optimizer,
+                    teacher: Mapping[str, Tensor], loop: dict[str, Any]) -> None:  # fmt: skip
+    """Write ``run/checkpoint-<step>``: the state after ``step`` optimizer steps. ``loop`` must be JSON."""
+    tensors = {f"student.{name}": p.detach() for name, p in student.named_parameters()}
+    for name, parameter in student.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors |= {f"teacher.{name}": value for name, value in teacher.items()}
+    final = run / f"{_PREFIX}{step:06d}"
+    beside = run / f".{final.name}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
+    (beside / "loop.json").write_text(json.dumps({"step": step, **loop}), encoding="utf-8")
+    sync_folder(beside)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(beside, final)
+    sync_path(run)
+    for other in checkpoints(run):
+        if other != final:
+            shutil.rmtree(other)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(run.glob(f"{_PREFIX}*"))
+
+
+def load_checkpoint(folder: Path, student: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
+    """Put student and optimizer back; returns the loop's state and the moving teacher's weights."""
+    tensors = load_file(folder / "state.safetensors")
+    teacher: dict[str, Tensor] = {}
+    parameters = dict(student.named_parameters())
+    with torch.no_grad():
+        for key, value in tensors.items():
+            part, _, rest = key.partition(".")
+            if part == "student":
+                parameters[rest].copy_(value)
+            elif part == "teacher":
+                teacher[rest] = value
+            else:
+                entry, _, name = rest.partition(".")
+                optimizer.state[parameters[name]][entry] = value
+    return json.loads((folder / "loop.json").read_text(encoding="utf-8")), teacher
+
+
+def save_weights(student: Any, path: Path) -> None:
+    """The student's parameters as one safetensors file, replaced atomically."""
+    beside = path.with_name(f".{path.name}.tmp")
+    save_file({name: p.detach().contiguous() for name, p in student.named_parameters()}, beside)
+    sync_path(beside)
+    os.replace(beside, path)
+
+
+def load_weights(student: Any, path: Path) -> None:
+    """Put parameters written by ``save_weights`` back."""
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file or a folder's entry table."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file below ``folder`` and the folders themselves."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_path(path)

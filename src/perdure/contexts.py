@@ -1,0 +1,236 @@
+"""The only renderer of prompts: what the student sees, what the teacher sees, and the completion that both share.
+
+A completion's token ids are made once and appended to either prompt, so they are identical under both by
+construction. Nothing is truncated: a row that does not fit is an InputError that names its file and line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import torch
+
+from perdure.types import Batch, Completion, Example, InputError, Message, Prompt, Rollout
+
+INLINE_LEAD = "This is an example for a response to the question:"
+"""The paper's wording (section 3), as are the two closings."""
+INLINE_CLOSE = "Now answer with a response of your own."
+INLINE_CLOSE_THINKING = "Now answer with a response of your own, including the thinking process."
+DOCUMENT_LEAD = "Read this first:"
+
+_LEAK = re.compile(
+    r"\b(?:as|like|similar to|following|based on|according to|from|in)\s+(?:shown |given |seen )?(?:in\s+)?"
+    r"(?:the|this|that|your)\s+(?:above\s+|previous\s+|given\s+|provided\s+)?(?:example|demonstration|earlier (?:answer|turn))"
+    r"|\b(?:example|demonstration)\s+(?:above|response|provided|given)\b",
+    re.IGNORECASE,
+)
+
+
+def names_the_example(text: str) -> bool:
+    """True when an answer talks about the demonstration that only the teacher saw ("as in the example above")."""
+    return _LEAK.search(text) is not None
+
+
+@dataclass(frozen=True)
+class Template:
+    """How the teacher's prompt carries the demonstration."""
+
+    name: str
+    """``inline``, ``inline_thinking``, ``turns:N``, ``document`` or ``jinja:FILE``."""
+    kind: str
+    repeats: int = 0
+    source: jinja2.Template | None = None
+
+
+def parse_template(name: str) -> Template:
+    """Raises InputError for an unknown name, a repeat count below 1 or a Jinja file that cannot be read."""
+    kind, _, argument = name.partition(":")
+    if kind in ("inline", "inline_thinking", "document") and not argument:
+        return Template(name, kind)
+    if kind == "turns" and re.fullmatch(r"[1-9]\d?", argument):
+        return Template(name, kind, repeats=int(argument))
+    if kind == "jinja" and argument:
+        return Template(name, kind, source=_jinja_file(Path(argument)))
+    raise InputError(
+        f"unknown context template {name!r}: use inline, inline_thinking, turns:N (N from 1 to 99), document or jinja:FILE"
+    )
+
+
+def _jinja_file(path: Path) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    try:
+        return environment.from_string(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the context template cannot be read: {error}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"{path}:{error.lineno}: the context template is not valid Jinja: {error.message}") from error
+
+
+class Renderer:
+    """Renders examples with one tokenizer's chat template. ``window`` = most tokens of prompt plus completion."""
+
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int], window: int):
+        self.tokenizer = tokenizer
+        self.end_ids = frozenset(end_ids)
+        self.window = window
+
+    def student_prompt(self, example: Example) -> Prompt:
+        """The prompt without the demonstration."""
+        return self._prompt(example, example.messages)
+
+    def teacher_prompt(self, example: Example, template: Template) -> Prompt:
+        """The prompt with the demonstration; for an anchor row (no demonstration) the student's own prompt."""
+        if example.demonstration is None:
+            return self.student_prompt(example)
+        return self._prompt(example, self.teacher_messages(example, template))
+
+    def teacher_messages(self, example: Example, template: Template) -> tuple[Message, ...]:
+        """The turns that the teacher sees."""
+        assert example.demonstration is not None
+        if template.kind == "turns":
+            system, turns = _split_system(example.messages)
+            return system + (turns + (example.demonstration,)) * template.repeats + turns
+        if template.kind == "document":
+            return self._with_document(example)
+        question = _text(example.messages[-1], example)
+        if template.kind == "jinja":
+            assert template.source is not None
+            return _replace_last(example.messages, self._fill(template, example, question))
+        close = INLINE_CLOSE_THINKING if template.kind == "inline_thinking" else INLINE_CLOSE
+        text = f"\n{question}\n\n{INLINE_LEAD}\n{self.demonstration_text(example)}\n\n{close}\n"
+        return _replace_last(example.messages, text)
+
+    def _with_document(self, example: Example) -> tuple[Message, ...]:
+        if example.document is None:
+            raise InputError(f'{example.origin}: the template "document" needs a "document" in every row')
+        question = _text(example.messages[-1], example)
+        text = f"{DOCUMENT_LEAD}\n{example.document}\n\n{question}\n\n{INLINE_LEAD}\n"
+        return _replace_last(example.messages, f"{text}{self.demonstration_text(example)}\n\n{INLINE_CLOSE}")
+
+    def _fill(self, template: Template, example: Example, question: str) -> str:
+        assert template.source is not None
+        try:
+            return template.source.render(
+                prompt=question,
+                demonstration=self.demonstration_text(example),
+                document=example.document,
+                messages=example.messages,
+                metadata=example.metadata,
+            )
+        except (jinja2.TemplateError, jinja2.sandbox.SecurityError) as error:
+            raise InputError(f"{template.name}: cannot be filled for {example.origin}: {error}") from error
+
+    def demonstration(self, example: Example) -> Completion:
+        """The demonstration as completion tokens, its closing token included.
+
+        Raises InputError when the chat template does not render the demonstration after the prompt."""
+        assert example.demonstration is not None
+        before = self._text(example, example.messages, generate=True)
+        after = self._text(example, (*example.messages, example.demonstration), generate=False)
+        if not after.startswith(before) or len(after) == len(before):
+            raise InputError(
+                f"{example.origin}: this model's chat template does not write the demonstration after the prompt "
+                "(tool calls or thinking it cannot render?); give the answer as text in 'content'"
+            )
+        ids = self._encode(after[len(before) :])
+        ends = [index for index, token in enumerate(ids) if token in self.end_ids]
+        ids = ids[: ends[0] + 1] if ends else [*ids, min(self.end_ids)]
+        return Completion(tuple(ids), (), finished=True)
+
+    def demonstration_text(self, example: Example) -> str:
+        """The demonstration as the model would write it, without the closing token."""
+        return self.text(self.demonstration(example))
+
+    def text(self, completion: Completion) -> str:
+        """A completion as text, without its closing token; other special tokens stay visible."""
+        ids = completion.token_ids
+        ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def rollout(self, example: Example, completion: Completion, template: Template) -> Rollout:
+        """Pair a completion with both prompts. Raises InputError when the teacher's side does not fit the window."""
+        student, teacher = self.student_prompt(example), self.teacher_prompt(example, template)
+        for role, prompt in (("student", student), ("teacher", teacher)):
+            self.check_window(prompt, len(completion.token_ids), role)
+        return Rollout(student, teacher, completion)
+
+    def check_window(self, prompt: Prompt, completion_tokens: int, role: str) -> None:
+        """Raises InputError naming the row when prompt and completion do not fit together."""
+        total = len(prompt.token_ids) + completion_tokens
+        if total > self.window:
+            raise InputError(
+                f"{prompt.example.origin}: the {role}'s prompt ({len(prompt.token_ids)} tokens) and its completion "
+                f"({completion_tokens}) exceed the window of {self.window} tokens; shorten the row, choose a shorter "
+                "context template or raise model.max_window"
+            )
+
+    def _prompt(self, example: Example, messages: tuple[Message, ...]) -> Prompt:
+        return Prompt(example, tuple(self._encode(self._text(example, messages, generate=True))))
+
+    def _text(self, example: Example, messages: tuple[Message, ...], generate: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=list(example.tools) or None, add_generation_prompt=generate, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise InputError(f"{example.origin}: this model's chat template cannot render the row: {error}") from error
+
+    def _encode(self, text: str) -> list[int]:
+        # The template writes every special token itself; the tokenizer must not add another begin token.
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _split_system(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    if messages and messages[0].get("role") == "system":
+        return messages[:1], messages[1:]
+    return (), messages
+
+
+def _text(message: Message, example: Example) -> str:
+    if message.get("role") != "user" or not isinstance(message.get("content"), str):
+        raise InputError(
+            f"{example.origin}: this context template writes into the last user turn, but the prompt ends in a "
+            f"{message.get('role')!r} turn; use turns:N"
+        )
+    return message["content"]
+
+
+def _replace_last(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    return (*messages[:-1], {**messages[-1], "content": text})
+
+
+def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_tokens: int = 0) -> Batch:
+    """Right-padded tensors of one role (``student`` or ``teacher``).
+
+    Loss positions come row by row, in the order of the completion, and are the same in number and target for both
+    roles. The hidden state at position p predicts the token at p + 1. Raises ValueError for an empty batch or prompt.
+    """
+    prompts = [r.student_prompt if role == "student" else r.teacher_prompt for r in rollouts]
+    rows = [[*p.token_ids, *r.completion.token_ids] for p, r in zip(prompts, rollouts, strict=True)]
+    if not rows or not all(p.token_ids for p in prompts):
+        raise ValueError("collate needs at least one rollout, and every prompt at least one token")
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    places = [
+        (index, len(p.token_ids) + t - 1, token, r.weight, r.has_demonstration)
+        for index, (p, r) in enumerate(zip(prompts, rollouts, strict=True))
+        for t, token in enumerate(r.completion.token_ids)
+        if t >= skip_first_tokens
+    ]
+    columns = list(zip(*places, strict=True)) or [(), (), (), (), ()]
+    row_N, position_N, target_N = (torch.tensor(column, dtype=torch.int64) for column in columns[:3])
+    weights_N = torch.tensor(columns[3], dtype=torch.float32)
+    demonstrated_N = torch.tensor(columns[4], dtype=torch.bool)
+    return Batch(input_ids, mask, row_N, position_N, target_N, weights_N, demonstrated_N)

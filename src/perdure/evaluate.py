@@ -1,0 +1,46 @@
+"""A version on a skill: greedy answers, graded item by item, accuracy with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from perdure.contexts import Renderer
+from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
+from perdure.stats import wilson_interval
+from perdure.types import Example, ItemResult, Prompt, SkillScore
+
+Grader = Callable[[str, Example], float]
+
+
+def evaluate(engine: RolloutEngine, renderer: Renderer, name: str, examples: Sequence[Example], grader: Grader,
+             max_new_tokens: int, progress: Progress | None = None) -> SkillScore:  # fmt: skip
+    """Answer every example without a demonstration and grade it."""
+    prompts = [renderer.student_prompt(example) for example in examples]
+    return score_prompts(engine, renderer, name, prompts, grader, max_new_tokens, progress)
+
+
+def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts: Sequence[Prompt], grader: Grader,
+                  max_new_tokens: int, progress: Progress | None = None) -> SkillScore:  # fmt: skip
+    """Greedy completions of rendered prompts (the student's or a teacher's), graded.
+
+    Raises ValueError for no prompts and InputError for one that does not fit the window."""
+    if not prompts:
+        raise ValueError(f"{name}: nothing to evaluate")
+    for prompt in prompts:
+        renderer.check_window(prompt, max_new_tokens, "evaluated")
+    params = SamplingParams(max_new_tokens, temperature=0)
+    completions = engine.generate(prompts, params, [0] * len(prompts), progress)
+    items = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text, example = renderer.text(completion), prompt.example
+        expected = renderer.demonstration_text(example) if example.demonstration else ""
+        question = str(example.messages[-1].get("content") or "")
+        items.append(ItemResult(example.id, question, expected, text, grader(text, example), len(completion.token_ids)))
+    return _summarise(name, items)
+
+
+def _summarise(name: str, items: list[ItemResult]) -> SkillScore:
+    right = sum(item.score >= 1 for item in items)
+    low, high = wilson_interval(right, len(items))
+    mean = sum(item.score for item in items) / len(items)
+    return SkillScore(name, right / len(items), mean, low, high, len(items), tuple(items))

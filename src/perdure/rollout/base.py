@@ -1,0 +1,38 @@
+"""What any rollout engine gives: completions for prompts, with the log-probabilities they were sampled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from perdure.types import Completion, Prompt
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens generated since the last call, rows finished so far)."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose the next token. ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int
+    """The closing token counts."""
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+
+
+class RolloutEngine(Protocol):
+    """Generates with weights that its owner keeps current."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], progress: Progress | None = None
+    ) -> list[Completion]:
+        """One completion a prompt, in the prompts' order. A row's tokens depend on its own seed only, never on its
+        neighbours' seeds. ``sampler_logprobs`` are those of the distribution sampled from, after temperature."""
+        ...

@@ -1,0 +1,86 @@
+"""A stage's run folder while it trains: metrics, timings, samples, checkpoints, and going on from the last one.
+
+``metrics.jsonl`` holds nothing that depends on the clock, so the same seed gives the same bytes; times go to
+``timings.jsonl``. On resume all three files are cut back to where the checkpoint stood.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+
+
+@dataclass
+class LoopState:
+    """What the loop carries from step to step, beside weights and optimizer."""
+
+    step: int = 0
+    warm: bool = True
+    best_accuracy: float = -1.0
+    best_step: int = -1
+    stale: int = 0
+    """Validations in a row without a better accuracy."""
+    tokens: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("rollout", "teacher", "student", "evaluate"), 0)
+    )
+
+
+Report = Callable[[dict[str, Any], dict[str, Any]], None]
+"""Called after each line of metrics with that line and the step's timings (empty for a validation)."""
+
+
+class RunLog:
+    """Appends to the run folder's files. ``report`` hears of every line."""
+
+    def __init__(self, folder: Path, report: Report | None):
+        self.folder = folder
+        self.report = report
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def metrics(self, line: dict[str, Any], timings: dict[str, Any] | None = None) -> None:
+        self._append("metrics.jsonl", line)
+        if timings is not None:
+            self._append("timings.jsonl", timings)
+        if self.report:
+            self.report(line, timings or {})
+
+    def sample(self, line: dict[str, Any]) -> None:
+        self._append("samples.jsonl", line)
+
+    def positions(self) -> dict[str, int]:
+        """Bytes in each file: a checkpoint keeps them, so that a resumed run neither repeats nor misses a line."""
+        return {name: self._path(name).stat().st_size if self._path(name).exists() else 0 for name in FILES}
+
+    def rewind(self, positions: dict[str, int]) -> None:
+        """Cut the files back to ``positions``: lines after the checkpoint will be written again."""
+        for name in FILES:
+            path = self._path(name)
+            if path.exists():
+                os.truncate(path, positions.get(name, 0))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with self._path(name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class Clock:
+    """Seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 4)
+        self._last = now

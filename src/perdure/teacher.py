@@ -1,0 +1,119 @@
+"""The teacher: the same model, with the demonstration in view. Four kinds of weights, one ``score``."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from perdure.ema import teacher_update
+from perdure.losses import Head
+from perdure.models import head_of, hidden_at_loss_positions, working_copy
+from perdure.types import Batch
+
+KINDS = ("frozen", "ema", "original", "live")
+
+
+class Teacher(Protocol):
+    """Scores completions; never samples, never enters the optimizer."""
+
+    moves: bool
+    """False: the same tokens are always scored the same, so scores may be kept."""
+
+    def score(self, batch: Batch) -> Tensor:
+        """Hidden states at the loss positions, [N, H], without gradient."""
+        ...
+
+    @property
+    def head(self) -> Head: ...
+
+    def update(self, student: Any) -> None:
+        """Called after each optimizer step."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep; empty for weights that do not move."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+class FixedTeacher:
+    """``frozen`` (the version promoted last) and ``original`` (the base): weights that never move in a stage."""
+
+    moves = False
+
+    def __init__(self, model: Any):
+        self.model = model.requires_grad_(False)
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.model)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        return hidden_at_loss_positions(self.model, batch)
+
+    def update(self, student: Any) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError("the checkpoint belongs to a moving teacher, this one is fixed")
+
+
+class LiveTeacher(FixedTeacher):
+    """The student itself: the caller passes the working copy that it keeps in step with the student."""
+
+    moves = True
+
+
+class EmaTeacher(FixedTeacher):
+    """Follows the student: averages in float32, scores with a working copy in the compute dtype."""
+
+    moves = True
+
+    def __init__(self, student: Any, dtype: torch.dtype, teacher_update_rate: float):
+        super().__init__(working_copy(student, dtype))
+        self.rate = teacher_update_rate
+        self.average = {name: p.detach().float().clone() for name, p in student.named_parameters()}
+
+    def update(self, student: Any) -> None:
+        teacher_update(self.average, dict(student.named_parameters()), self.rate)
+        self._publish()
+
+    def state(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if state.keys() != self.average.keys():
+            raise ValueError("the checkpoint's teacher has other weights than this model")
+        for name, tensor in state.items():
+            self.average[name].copy_(tensor)
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self.average[name])
+
+
+def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None, dtype: torch.dtype,
+                 teacher_update_rate: float) -> Teacher:  # fmt: skip
+    """The teacher of a stage. ``student`` is the version promoted last, before its first step; ``working`` is the
+    copy of it that is kept in step while it trains. Raises ValueError for an unknown kind."""
+    if kind == "frozen":
+        return FixedTeacher(working_copy(student, dtype))
+    if kind == "ema":
+        return EmaTeacher(student, dtype, teacher_update_rate)
+    if kind == "live":
+        return LiveTeacher(working)
+    if kind == "original":
+        if original is None:
+            raise ValueError('teacher "original" needs the base model')
+        return FixedTeacher(working_copy(original, dtype))
+    raise ValueError(f"unknown teacher {kind!r}: one of {', '.join(KINDS)}")

@@ -1,0 +1,322 @@
+"""THE loop: self-distillation, and supervised fine-tuning as the same loop with another loss and source of completions.
+
+Where it departs from the paper's Algorithm 1, and why (docs/log.md has the numbers):
+1. A warm start scores the demonstration's own tokens before the student samples: a cold student's samples teach little.
+2. Anchor rows carry no demonstration; there the teacher keeps the student where the last promoted version was.
+3. The teacher is frozen for a stage by default (the paper: EMA) and its distribution sharpened on demonstrated rows.
+4. Forward KL, as in the authors' code and all their numbers; the paper's text prints the reverse.
+5. No importance weights: the sampler is the student itself, in step with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perdure.checkpoint import checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
+from perdure.config import TrainConfig
+from perdure.contexts import Renderer, Template, collate, names_the_example
+from perdure.evaluate import Grader, evaluate
+from perdure.losses import LossInputs, LossSpec, chunked_loss
+from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions, sync_weights
+from perdure.rollout.base import RolloutEngine, SamplingParams
+from perdure.runlog import Clock, LoopState, Report, RunLog
+from perdure.seeds import derive_seed, stream_window
+from perdure.teacher import Teacher
+from perdure.types import Example, InputError, Rollout
+
+BEST = "best.safetensors"
+"""In the run folder: the student's weights at the best validation so far."""
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Prompts without a demonstration, each with the completion that the stage's first weights gave."""
+
+    earlier: tuple[Rollout, ...] = ()
+    """From the train files of earlier skills."""
+    general: tuple[Rollout, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The live objects of one stage. The student is what is trained; ``working`` is its copy for decoding."""
+
+    student: LoadedModel
+    working: Any
+    engine: RolloutEngine
+    teacher: Teacher | None
+    renderer: Renderer
+    template: Template
+    examples: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    anchors: Anchors
+    grader: Grader
+    max_new_tokens: int
+    dtype: torch.dtype
+    seed: int
+    folder: Path
+
+
+def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> LoopState:
+    """Train until ``config.steps`` or until validation stops improving; the student ends with its best weights.
+
+    Goes on from the run folder's checkpoint when there is one. Raises InputError when the loss is not finite.
+    """
+    log = RunLog(stage.folder, report)
+    optimizer = make_optimizer(stage, config)
+    state = resume(stage, optimizer, log)
+    kept_scores: dict[Any, Tensor] = {}
+    while state.step < config.steps and state.stale < config.patience:
+        clock, phase = Clock(), phase_of(state, config)
+        rows = batch_rows(stage, config, state.step)
+        if phase == "on_policy":
+            rollouts = sample(stage, config, rows, state)
+        else:
+            rollouts = [complete(stage, row) for row in rows]
+        clock.lap("rollout")
+        teacher_hidden = score(stage, config, rollouts, kept_scores, state)
+        clock.lap("teacher")
+        set_learning_rate(optimizer, config, state.step)
+        metrics = optimise(stage, config, optimizer, rollouts, teacher_hidden, clock, state)
+        sync_weights(stage.working, stage.student.model)
+        if stage.teacher:
+            stage.teacher.update(stage.student.model)
+        clock.lap("optimizer")
+        state.step += 1
+        if phase == "warm_start" and metrics["demonstration_probability"] >= config.warm_start_until:
+            state.warm = False
+        line = {"step": state.step, "phase": phase, **metrics, **describe(stage, rollouts, phase)}
+        log.metrics(line, {"step": state.step, "phase": phase, "seconds": clock.seconds, "tokens": dict(state.tokens)})
+        log_sample(stage, log, rollouts, state, phase)
+        if stage.validation and (state.step % config.validate_every == 0 or state.step == config.steps):
+            log.metrics(validate(stage, config, state))
+        if state.step % config.checkpoint_every == 0:
+            loop = {"state": asdict(state), "positions": log.positions()}
+            save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher_state(stage), loop)
+    if state.best_step >= 0:
+        load_weights(stage.student.model, stage.folder / BEST)
+        sync_weights(stage.working, stage.student.model)
+    return state
+
+
+def phase_of(state: LoopState, config: TrainConfig) -> str:
+    """``sft``, ``warm_start`` or ``on_policy``."""
+    if config.method == "sft":
+        return "sft"
+    return "warm_start" if state.warm and state.step < config.warm_start_steps else "on_policy"
+
+
+def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog) -> LoopState:
+    """The state of the run folder's checkpoint, or a fresh one."""
+    found = checkpoints(stage.folder)
+    if not found:
+        log.rewind({})
+        return LoopState()
+    loop, teacher = load_checkpoint(found[-1], stage.student.model, optimizer)
+    if stage.teacher:
+        stage.teacher.load_state(teacher)
+    sync_weights(stage.working, stage.student.model)
+    log.rewind(loop["positions"])
+    return LoopState(**loop["state"])
+
+
+def make_optimizer(stage: Stage, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the float32 masters. Norms and biases are not decayed."""
+    parameters = [p for p in stage.student.model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
+    """Linear warmup, then cosine to a tenth."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    done = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    rate = config.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def batch_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | Rollout]:
+    """The rows of one step: examples to learn, and anchors that come with their completion. Depends on (seed, step)."""
+    anchors = round(config.batch_size * config.anchor_share)
+    earlier = round(anchors * config.anchor_earlier_share) if stage.anchors.earlier else 0
+    general = anchors - earlier if stage.anchors.general else 0
+    picked: list[Example | Rollout] = []
+    for name, pool, count in (
+        ("demonstrations", stage.examples, config.batch_size - earlier - general),
+        ("earlier", stage.anchors.earlier, earlier),
+        ("general", stage.anchors.general, general),
+    ):
+        if count:
+            places = stream_window(derive_seed(stage.seed, "batch", name), len(pool), step * count, count)
+            picked += [pool[place] for place in places]
+    return picked
+
+
+def complete(stage: Stage, row: Example | Rollout) -> Rollout:
+    """The warm start and SFT: the demonstration's own tokens are the completion."""
+    if isinstance(row, Rollout):
+        return row
+    return stage.renderer.rollout(row, stage.renderer.demonstration(row), stage.template)
+
+
+def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout], state: LoopState) -> list[Rollout]:
+    """On-policy: the student answers each example itself, seeing only the prompt."""
+    examples = [row for row in rows if isinstance(row, Example)]
+    params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
+    seeds = [derive_seed(stage.seed, "rollout", state.step, index) for index in range(len(examples))]
+    completions = stage.engine.generate([stage.renderer.student_prompt(e) for e in examples], params, seeds)
+    state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
+    sampled = [stage.renderer.rollout(e, c, stage.template) for e, c in zip(examples, completions, strict=True)]
+    return sampled + [row for row in rows if isinstance(row, Rollout)]
+
+
+def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: dict[Any, Tensor],
+          state: LoopState) -> list[Tensor] | None:  # fmt: skip
+    """The teacher's hidden states of each rollout, [N_i, H]; None when no row needs a teacher.
+
+    A fixed teacher scores the same tokens the same way, so what it said of a warm-start row or an anchor is kept."""
+    if stage.teacher is None:
+        return None
+    keys = [(r.teacher_prompt.token_ids, r.completion.token_ids) for r in rollouts]
+    keeps = not stage.teacher.moves
+    fresh = [index for index, key in enumerate(keys) if not (keeps and key in kept)]
+    result: dict[int, Tensor] = {}
+    lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
+    for group in micro_batches(fresh, lengths, config.micro_batch_tokens):
+        batch = collate([rollouts[i] for i in group], "teacher", stage.student.pad_id, config.skip_first_tokens)
+        hidden_NH = stage.teacher.score(batch)
+        counts = torch.bincount(batch.loss_rows_N, minlength=len(group)).tolist()
+        result |= dict(zip(group, hidden_NH.split(counts), strict=True))
+        state.tokens["teacher"] += int(batch.attention_mask_BT.sum())
+    if keeps:
+        kept.update({keys[i]: result[i] for i in fresh})
+        return [kept[key] for key in keys]
+    return [result[i] for i in range(len(rollouts))]
+
+
+def micro_batches(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows sorted by length, in groups whose padded size stays within ``budget`` tokens (a longer row goes alone)."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer,
+             rollouts: Sequence[Rollout], teacher_hidden: list[Tensor] | None, clock: Clock,
+             state: LoopState) -> dict[str, Any]:  # fmt: skip
+    """One optimizer step: sums over all tokens, divided once by their number, whatever the micro-batches."""
+    model = stage.student.model
+    spec = LossSpec(config.divergence, config.support, config.jsd_beta, config.topk,
+                    "nll" if config.method == "sft" else "divergence")  # fmt: skip
+    count = sum(max(0, len(r.completion.token_ids) - config.skip_first_tokens) for r in rollouts)
+    if count == 0:
+        raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
+    sums: dict[str, float] = {"loss": 0.0}
+    lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
+    for group in micro_batches(range(len(rollouts)), lengths, config.micro_batch_tokens):
+        batch = collate([rollouts[i] for i in group], "student", stage.student.pad_id, config.skip_first_tokens)
+        with autocast(stage.dtype):
+            student_NH = hidden_at_loss_positions(model, batch).to(stage.dtype)
+        clock.lap("student")
+        teacher_NH = torch.cat([teacher_hidden[i] for i in group]) if teacher_hidden is not None else None
+        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N,
+                            config.teacher_temperature)  # fmt: skip
+        loss, metrics = chunked_loss(spec, inputs, head_of(model), stage.teacher.head if stage.teacher else None)
+        clock.lap("loss")
+        (loss / count).backward()
+        clock.lap("student")
+        sums["loss"] += float(loss.detach())
+        sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
+        state.tokens["student"] += int(batch.attention_mask_BT.sum())
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+        raise InputError(f"the loss is not finite at step {state.step + 1}: lower train.learning_rate")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "loss": sums["loss"] / count,
+        "entropy": sums["entropy"] / count,
+        "demonstration_probability": sums["demonstrated_target_probability"] / max(1.0, sums["demonstrated_tokens"]),
+        "grad_norm": norm,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "loss_tokens": count,
+    }
+
+
+def describe(stage: Stage, rollouts: Sequence[Rollout], phase: str) -> dict[str, Any]:
+    """What the student's own samples look like; empty where it sampled nothing."""
+    own = [r for r in rollouts if r.has_demonstration]
+    described = {"completion_length": sum(len(r.completion.token_ids) for r in own) / max(1, len(own))}
+    if phase != "on_policy" or not own:
+        return described
+    same = [r.completion.token_ids == stage.renderer.demonstration(r.student_prompt.example).token_ids for r in own]
+    leaks = [names_the_example(stage.renderer.text(r.completion)) for r in own]
+    return described | {
+        "truncated_share": sum(not r.completion.finished for r in own) / len(own),
+        "acceptance": sum(same) / len(own),
+        "leak_share": sum(leaks) / len(own),
+    }
+
+
+def log_sample(stage: Stage, log: RunLog, rollouts: Sequence[Rollout], state: LoopState, phase: str) -> None:
+    """Keep the step's first demonstrated row, for people to read."""
+    row = next((r for r in rollouts if r.has_demonstration), None)
+    if row is None or phase != "on_policy":
+        return
+    example = row.student_prompt.example
+    log.sample({
+        "step": state.step,
+        "phase": phase,
+        "prompt": str(example.messages[-1].get("content") or ""),
+        "completion": stage.renderer.text(row.completion),
+        "demonstration": stage.renderer.demonstration_text(example),
+    })  # fmt: skip
+
+
+def teacher_state(stage: Stage) -> dict[str, Tensor]:
+    return stage.teacher.state() if stage.teacher else {}
+
+
+def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, Any]:
+    """Accuracy on the validation rows, drift on the general anchors; the best weights so far are kept on disk."""
+    result = evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader, stage.max_new_tokens)
+    state.tokens["evaluate"] += sum(item.tokens for item in result.items)
+    if result.accuracy >= state.best_accuracy:
+        # On a tie the later weights are kept, but only a better accuracy counts as progress.
+        state.stale = 0 if result.accuracy > state.best_accuracy else state.stale + 1
+        state.best_accuracy, state.best_step = result.accuracy, state.step
+        save_weights(stage.student.model, stage.folder / BEST)
+    else:
+        state.stale += 1
+    drift = anchor_drift(stage, config)
+    return {"step": state.step, "validation_accuracy": result.accuracy, "validation_n": result.n, "kl_start": drift}
+
+
+@torch.no_grad()
+def anchor_drift(stage: Stage, config: TrainConfig, rows: int = 16) -> float | None:
+    """Mean KL(start || now) per token on the first general anchors: how far the stage has moved the rest.
+
+    None without anchors or with a teacher that is not the stage's first weights."""
+    rollouts = stage.anchors.general[:rows]
+    if not rollouts or stage.teacher is None or stage.teacher.moves:
+        return None
+    batch = collate(rollouts, "student", stage.student.pad_id)
+    inputs = LossInputs(hidden_at_loss_positions(stage.working, batch), stage.teacher.score(batch), batch.targets_N,
+                        batch.weights_N, batch.demonstrated_N)  # fmt: skip
+    total, _ = chunked_loss(LossSpec(), inputs, head_of(stage.working), stage.teacher.head)
+    return float(total) / len(batch.targets_N)

@@ -1,0 +1,131 @@
+"""Against hand values, against scipy's other routes, and properties."""
+
+from math import comb, sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from perdure.stats import mcnemar_one_sided, paired_bootstrap_difference, paired_difference, wilson_interval
+
+bools = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+def wilson_by_formula(k: int, n: int, confidence: float) -> tuple[float, float]:
+    z = norm.ppf(0.5 + confidence / 2)
+    share, middle = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
+
+
+def test_wilson_known_value():
+    # 8 of 10 at 95 %: (0.8 + 1.92073/10 +- 1.96 sqrt(0.016 + 0.0096036)) / 1.384146 = 0.4902, 0.9433
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+def test_wilson_is_the_formula_and_holds_the_share(pair, confidence):
+    k, n = pair
+    low, high = wilson_interval(k, n, confidence)
+    assert (low, high) == pytest.approx(wilson_by_formula(k, n, confidence), abs=1e-9)
+    assert -1e-12 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1 + 1e-12
+
+
+def test_wilson_at_the_ends_is_not_a_point():
+    assert wilson_interval(0, 20)[0] == 0 and wilson_interval(0, 20)[1] > 0.1
+    assert wilson_interval(20, 20)[1] == 1 and wilson_interval(20, 20)[0] < 0.9
+
+
+@pytest.mark.parametrize(("k", "n", "c"), [(0, 0, 0.95), (-1, 5, 0.95), (6, 5, 0.95), (1, 5, 0.0), (1, 5, 1.0)])
+def test_wilson_refuses(k, n, c):
+    with pytest.raises(ValueError):
+        wilson_interval(k, n, c)
+
+
+def pairs(lost: int, gained: int, both: int, neither: int) -> tuple[list[bool], list[bool]]:
+    before = [True] * lost + [False] * gained + [True] * both + [False] * neither
+    after = [False] * lost + [True] * gained + [True] * both + [False] * neither
+    return before, after
+
+
+def test_mcnemar_by_hand():
+    # 7 lost, 1 gained: P(X >= 7 | 8, 1/2) = (8 + 1) / 256; better: P(X >= 1) = 255 / 256
+    before, after = pairs(7, 1, 30, 12)
+    assert mcnemar_one_sided(before, after, "worse") == pytest.approx(9 / 256)
+    assert mcnemar_one_sided(before, after, "better") == pytest.approx(255 / 256)
+
+
+def test_mcnemar_without_a_change_says_nothing():
+    assert mcnemar_one_sided([True, False], [True, False]) == 1.0
+
+
+@given(bools)
+def test_mcnemar_is_the_binomial_tail_and_symmetric(items):
+    before, after = zip(*items, strict=True)
+    lost = sum(b and not a for b, a in items)
+    gained = sum(a and not b for b, a in items)
+    n = lost + gained
+    tail = sum(comb(n, k) for k in range(lost, n + 1)) / 2**n
+    assert mcnemar_one_sided(before, after, "worse") == pytest.approx(tail)
+    assert mcnemar_one_sided(before, after, "worse") == pytest.approx(mcnemar_one_sided(after, before, "better"))
+
+
+def test_bootstrap_is_near_the_normal_interval_and_repeats():
+    rng = np.random.default_rng(3)
+    before, after = rng.random(400) < 0.8, rng.random(400) < 0.7
+    difference = after.astype(float) - before
+    half = 1.96 * difference.std(ddof=1) / sqrt(400)
+    low, high = paired_bootstrap_difference(before, after, seed=1, confidence=0.95, resamples=4000)
+    assert (low, high) == pytest.approx((difference.mean() - half, difference.mean() + half), abs=0.01)
+    assert (low, high) == paired_bootstrap_difference(before, after, seed=1, confidence=0.95, resamples=4000)
+    assert (low, high) != paired_bootstrap_difference(before, after, seed=2, confidence=0.95, resamples=4000)
+
+
+@settings(max_examples=25, deadline=None)
+@given(bools, st.integers(0, 2**32 - 1))
+def test_paired_difference_agrees_with_itself(items, seed):
+    before, after = zip(*items, strict=True)
+    result = paired_difference(before, after, seed=seed, resamples=200)
+    assert result.change == pytest.approx(result.after - result.before)
+    assert result.change == pytest.approx((result.gained - result.lost) / result.n)
+    assert -1 <= result.low <= result.high <= 1
+    assert result.p_worse == mcnemar_one_sided(before, after, "worse")
+    assert result.p_better == mcnemar_one_sided(before, after, "better")
+
+
+def test_no_spread_gives_the_difference_itself():
+    assert paired_bootstrap_difference([1, 1, 1], [0, 0, 0]) == (-1.0, -1.0)
+    assert paired_bootstrap_difference([True], [True]) == (0.0, 0.0)
+
+
+def test_bootstrap_takes_partial_scores_but_mcnemar_does_not():
+    low, high = paired_bootstrap_difference([0.5, 0.2, 0.9], [0.6, 0.7, 0.9])
+    assert 0 <= low <= high <= 0.5
+    with pytest.raises(ValueError, match="right or wrong"):
+        mcnemar_one_sided([0.5, 1.0], [1.0, 1.0])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ([], [], "no items"),
+        ([True], [True, False], "1 items before but 2 after"),
+        ([[True]], [[True]], "one score per item"),
+        ([float("nan")], [1.0], "finite"),
+    ],
+)
+def test_unusable_pairs_are_refused_in_words(before, after, message):
+    for function in (mcnemar_one_sided, paired_bootstrap_difference, paired_difference):
+        with pytest.raises(ValueError, match=message):
+            function(before, after)
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ValueError, match="alternative"):
+        mcnemar_one_sided([True], [True], "two-sided")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="resamples"):
+        paired_bootstrap_difference([True, False], [False, True], resamples=10)
+    with pytest.raises(ValueError, match="confidence"):
+        paired_bootstrap_difference([True, False], [False, True], confidence=95)
