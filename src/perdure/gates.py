@@ -47,7 +47,9 @@ def _unpaired(name: str, kind: str, budget: float | None) -> dict[str, Any]:
             "budget": budget, "passed": False, "reason": reason}  # fmt: skip
 
 
-def _row(name: str, kind: str, old: list[bool], new: list[bool], p_value: float, budget: float | None) -> dict[str, Any]:
+def _row(
+    name: str, kind: str, old: list[bool], new: list[bool], p_value: float, budget: float | None
+) -> dict[str, Any]:
     n = len(old)
     return {"name": name, "kind": kind, "before": sum(old) / n, "after": sum(new) / n,
             "change": (sum(new) - sum(old)) / n, "n": n, "p_value": p_value, "budget": budget}  # fmt: skip
@@ -61,7 +63,9 @@ def _gain(config: GateConfig, skill: str, before: Mapping[str, Items], after: Ma
     row = _row(skill, "new skill", *pairs, p_value, None)
     row["passed"] = row["change"] > 0 and p_value <= config.significance
     verb = "learned" if row["passed"] else "not learned"
-    row["reason"] = f"{skill}: {verb}, {row['before']:.0%} to {row['after']:.0%} on {row['n']} items (p = {p_value:.2g})."
+    row["reason"] = (
+        f"{skill}: {verb}, {row['before']:.0%} to {row['after']:.0%} on {row['n']} items (p = {p_value:.2g})."
+    )
     return row
 
 
@@ -74,5 +78,7 @@ def _loss(name: str, kind: str, before: Mapping[str, Items], after: Mapping[str,
     row = _row(name, kind, *pairs, p_value, budget)
     row["passed"] = not (row["change"] < -budget and p_value <= level)
     numbers = f"{row['before']:.1%} to {row['after']:.1%} on {row['n']} items (p = {p_value:.2g})"
-    row["reason"] = f"{name}: kept, {numbers}." if row["passed"] else f"{name}: got worse, {numbers}, budget {budget:.1%}."
+    row["reason"] = (
+        f"{name}: kept, {numbers}." if row["passed"] else f"{name}: got worse, {numbers}, budget {budget:.1%}."
+    )
     return row

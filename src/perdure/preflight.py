@@ -154,11 +154,15 @@ def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
     return min((s for s in scores if s.accuracy >= best.accuracy - error), key=lambda score: score.tokens)
 
 
-def _answers(subject: Subject, rows: Sequence[Example], template: Template | None, progress: Progress | None) -> SkillScore:
+def _answers(
+    subject: Subject, rows: Sequence[Example], template: Template | None, progress: Progress | None
+) -> SkillScore:
     """Graded greedy answers of the student (no template) or of the teacher."""
     renderer = subject.renderer
     prompts = [renderer.teacher_prompt(e, template) if template else renderer.student_prompt(e) for e in rows]
-    return score_prompts(subject.engine, renderer, subject.skill, prompts, subject.grader, subject.max_new_tokens, progress)
+    return score_prompts(
+        subject.engine, renderer, subject.skill, prompts, subject.grader, subject.max_new_tokens, progress
+    )
 
 
 def _measure(subject: Subject, rows: Sequence[Example], template: Template, progress: Progress | None) -> TemplateScore:
@@ -222,7 +226,9 @@ def predict_cost(subject: Subject, rows: Sequence[Example], best: TemplateScore,
     on_policy = train.steps - warm if train.method == "sdft" else 0
     tokens = {
         "student": round(train.steps * train.batch_size * mean_student),
-        "teacher": round(train.steps * demonstrations * (best.tokens + mean_completion)) if train.method == "sdft" else 0,
+        "teacher": round(train.steps * demonstrations * (best.tokens + mean_completion))
+        if train.method == "sdft"
+        else 0,
         "rollout": round(on_policy * demonstrations * mean_completion),
     }
     forward = _forward_rate(subject, rows)

@@ -115,7 +115,13 @@ def _local_task(name: str, items: Sequence[Item]) -> Task:
     contexts_vary = bool(items[0].ending)
     docs = Dataset.from_list(
         [
-            {"id": item.id, "query": item.query, "choices": list(item.choices), "gold": item.gold, "ending": item.ending}
+            {
+                "id": item.id,
+                "query": item.query,
+                "choices": list(item.choices),
+                "gold": item.gold,
+                "ending": item.ending,
+            }
             for item in items
         ]
     )

@@ -196,7 +196,9 @@ class Workspace:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 holder = path.read_text(encoding="utf-8").strip() or "unknown"
-                raise InputError(f"{self.folder}: another perdure works here (process {holder}); wait for it") from error
+                raise InputError(
+                    f"{self.folder}: another perdure works here (process {holder}); wait for it"
+                ) from error
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -273,7 +275,9 @@ def code_state() -> dict[str, Any]:
         return state
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(root)]
-        state["commit"] = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        state["commit"] = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
         state["dirty"] = bool(status.strip())
     return state

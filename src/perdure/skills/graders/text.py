@@ -1,0 +1,51 @@
+"""What graders share: the expected answer as text, and JSON found in an answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from perdure.types import Example
+
+
+def expected_text(example: Example) -> str:
+    """The demonstration's text; its tool calls as compact JSON where it has no text."""
+    assert example.demonstration is not None
+    if content := example.demonstration.get("content"):
+        return content
+    return json.dumps(example.demonstration.get("tool_calls", []), separators=(",", ":"))
+
+
+def whole_json(text: str) -> Any:
+    """The text as one JSON value, a Markdown fence around it allowed. Raises ValueError when it is not."""
+    stripped = text.strip()
+    if stripped.startswith("```") and stripped.endswith("```"):
+        stripped = stripped[3:-3].removeprefix("json").strip()
+    try:
+        return json.loads(stripped)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def first_json(text: str) -> Any:
+    """The first JSON object or list in the text. Raises ValueError when there is none."""
+    for start, character in enumerate(text):
+        if character in "{[":
+            try:
+                return json.JSONDecoder().raw_decode(text, start)[0]
+            except (ValueError, RecursionError):
+                continue
+    raise ValueError("no JSON object or list in the text")
+
+
+def same_json(a: Any, b: Any) -> bool:
+    """Equal values whatever the order of keys; true and 1 are different, 1 and 1.0 are the same."""
+    return json.dumps(_plain(a), sort_keys=True) == json.dumps(_plain(b), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
