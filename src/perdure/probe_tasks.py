@@ -48,7 +48,7 @@ class LocalTask:
     """Subset name ("" if there is one file only) -> path inside the package, sha256."""
     word: Callable[[str, Record], Item]
     metric: str
-    """``acc``: highest log-likelihood. ``acc_norm``: the same per character, for choices of different lengths."""
+    """``acc``: highest log-likelihood. ``acc_norm``: the same per character. The one usually reported for the task."""
 
 
 def _word_hellaswag(id_: str, record: Record) -> Item:
@@ -106,12 +106,12 @@ LOCAL_TASKS: dict[str, LocalTask] = {
     "arc_easy": LocalTask(
         _arrow("ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"),
         _word_arc,
-        "acc_norm",
+        "acc",
     ),
     "piqa": LocalTask(
         _arrow("piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"),
         _word_piqa,
-        "acc_norm",
+        "acc",
     ),
     "boolq": LocalTask(
         _arrow("boolq/none", "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9"),
