@@ -35,13 +35,21 @@ def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.O
     save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
     (beside / "loop.json").write_text(json.dumps({"step": step, **loop}), encoding="utf-8")
     sync_folder(beside)
-    if final.exists():
-        shutil.rmtree(final)
+    _remove(final)
     os.replace(beside, final)
     sync_path(run)
     for other in checkpoints(run):
         if other != final:
-            shutil.rmtree(other)
+            _remove(other)
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first: a checkpoint that is visible is whole, also when the removal is cut off."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -50,10 +58,15 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path, student: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
-    """Put student and optimizer back; returns the loop's state and the moving teacher's weights."""
+    """Put student and optimizer back; returns the loop's state and the moving teacher's weights.
+
+    Raises ValueError when the checkpoint is of a model with other weights."""
     tensors = load_file(folder / "state.safetensors")
     teacher: dict[str, Tensor] = {}
     parameters = dict(student.named_parameters())
+    kept = {key.removeprefix("student.") for key in tensors if key.startswith("student.")}
+    if kept != parameters.keys():
+        raise ValueError(f"{folder}: holds other weights than this model: {sorted(kept ^ parameters.keys())[:5]}")
     with torch.no_grad():
         for key, value in tensors.items():
             part, _, rest = key.partition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,7 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -26,7 +27,7 @@ class ModelConfig(_Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of decode, teacher and matrix products; ``auto`` measures once which is faster here. Masters are float32."""
     trust_remote_code: bool = False
-    max_window: int = Field(4096, ge=32)
+    max_window: int = Field(default=4096, ge=32)
     """Longest prompt plus completion in tokens; never more than the model's own limit."""
 
 
@@ -34,9 +35,16 @@ class ContextConfig(_Section):
     """How the teacher sees the demonstration."""
 
     template: str = "auto"
-    """``auto`` (measured by the preflight), ``inline``, ``inline_thinking``, ``turns:N``, ``document`` or ``jinja:FILE``."""
+    """``auto`` (measured by the preflight), ``inline``, ``inline_thinking``, ``turns:N``, ``document`` or
+    ``jinja:FILE``."""
     candidates: tuple[str, ...] = ("inline", "turns:1", "turns:2", "turns:4")
     """What ``auto`` chooses from, with ``document`` added for skills whose rows carry one."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ContextConfig:
+        if self.template == "auto" and not self.candidates:
+            raise ValueError('template = "auto" needs candidates to choose from')
+        return self
 
 
 class TrainConfig(_Section):
@@ -45,64 +53,96 @@ class TrainConfig(_Section):
     method: Literal["sdft", "sft"] = "sdft"
     divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"
     """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher)."""
-    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """generalized_jsd only: the teacher's share of the mixture."""
     support: Literal["full", "teacher_topk", "sampled"] = "full"
-    topk: int = Field(20, ge=1)
+    topk: int = Field(default=20, ge=1)
     """teacher_topk only; the rest of the vocabulary is one tail bucket."""
     teacher: Literal["frozen", "ema", "original", "live"] = "frozen"
     """frozen = the last promoted version, for the whole stage."""
-    teacher_update_rate: float = Field(0.02, gt=0, le=1)
+    teacher_update_rate: float = Field(default=0.02, gt=0, le=1)
     """ema only: the student's share per step."""
-    teacher_temperature: float = Field(0.5, gt=0)
+    teacher_temperature: float = Field(default=0.5, gt=0)
     """Divides the teacher's logits on rows with a demonstration; below 1 sharpens."""
-    steps: int = Field(60, ge=1)
+    steps: int = Field(default=60, ge=1)
     """At most this many optimizer steps a stage."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Rows a step, anchors included."""
-    micro_batch_tokens: int = Field(4096, ge=64)
+    micro_batch_tokens: int = Field(default=4096, ge=64)
     """Most padded tokens in one forward pass."""
-    anchor_share: float = Field(0.25, ge=0, lt=1)
+    anchor_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of each batch without a demonstration: earlier skills' prompts and general ones."""
-    anchor_earlier_share: float = Field(0.5, ge=0, le=1)
+    anchor_earlier_share: float = Field(default=0.5, ge=0, le=1)
     """Of the anchors, the share from earlier skills (when there are any)."""
-    warm_start_steps: int = Field(40, ge=0)
+    warm_start_steps: int = Field(default=40, ge=0)
     """At most this many first steps score the demonstration's own tokens instead of sampling."""
-    warm_start_until: float = Field(0.8, gt=0, le=1)
+    warm_start_until: float = Field(default=0.8, gt=0, le=1)
     """The warm start ends early when the student's mean probability of a demonstration token passes this."""
-    skip_first_tokens: int = Field(0, ge=0)
+    skip_first_tokens: int = Field(default=0, ge=0)
     """Completion tokens at the start of each row that carry no loss (the paper's code: 3)."""
-    sampling_temperature: float = Field(1.0, gt=0)
-    learning_rate: float = Field(3e-5, gt=0)
-    warmup_steps: int = Field(5, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    validation_share: float = Field(0.1, ge=0, lt=1)
-    validation_max: int = Field(32, ge=0)
-    validate_every: int = Field(20, ge=1)
-    patience: int = Field(2, ge=1)
+    sampling_temperature: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=3e-5, gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    validation_share: float = Field(default=0.1, ge=0, lt=1)
+    validation_max: int = Field(default=32, ge=0)
+    validate_every: int = Field(default=20, ge=1)
+    patience: int = Field(default=2, ge=1)
     """Validations without a better accuracy before the stage stops."""
-    checkpoint_every: int = Field(20, ge=1)
+    checkpoint_every: int = Field(default=20, ge=1)
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
-        if self.support == "sampled" and self.divergence != "reverse_kl":
-            raise ValueError('support = "sampled" estimates the reverse KL only: set divergence = "reverse_kl"')
+        if problems := [*self._ignored(), *self._unsampled(), *self._without_rows()]:
+            raise ValueError("; ".join(problems))
         return self
+
+    def _ignored(self) -> list[str]:
+        """Settings that were changed and would have no effect: better said than silently accepted."""
+        uses = (
+            ("jsd_beta", "divergence", "generalized_jsd"),
+            ("topk", "support", "teacher_topk"),
+            ("teacher_update_rate", "teacher", "ema"),
+        )
+        return [
+            f'{name} has an effect only with {owner} = "{value}"'
+            for name, owner, value in uses
+            if getattr(self, name) != type(self).model_fields[name].default and getattr(self, owner) != value
+        ]
+
+    def _unsampled(self) -> list[str]:
+        """``sampled`` is an estimate from the student's own samples; over any other tokens it is another loss."""
+        if self.support != "sampled":
+            return []
+        wanted = {
+            'method = "sdft"': self.method == "sdft",
+            'divergence = "reverse_kl"': self.divergence == "reverse_kl",
+            "warm_start_steps = 0": self.warm_start_steps == 0,
+            "anchor_share = 0": self.anchor_share == 0,
+            "sampling_temperature = 1": self.sampling_temperature == 1,
+        }
+        missing = [setting for setting, met in wanted.items() if not met]
+        return [f'support = "sampled" needs the student\'s own samples: set {", ".join(missing)}'] if missing else []
+
+    def _without_rows(self) -> list[str]:
+        if round(self.batch_size * self.anchor_share) < self.batch_size:
+            return []
+        return [f"anchor_share = {self.anchor_share} of batch_size = {self.batch_size} leaves no row to learn from"]
 
 
 class PreflightConfig(_Section):
-    rows: int = Field(32, ge=4)
+    rows: int = Field(default=32, ge=4)
     """Training rows on which student and teacher are compared."""
-    min_gap: float = Field(0.1, ge=0, le=1)
+    min_gap: float = Field(default=0.1, ge=0, le=1)
     """Least difference of accuracy, teacher minus student, to train at all."""
-    min_teacher_accuracy: float = Field(0.3, ge=0, le=1)
+    min_teacher_accuracy: float = Field(default=0.3, ge=0, le=1)
 
 
 class EvalConfig(_Section):
-    rows: int = Field(0, ge=0)
+    rows: int = Field(default=0, ge=0)
     """Test rows per skill, the first ones; 0 = all."""
-    batch_tokens: int = Field(8192, ge=64)
+    batch_tokens: int = Field(default=8192, ge=64)
     """Most prompt tokens in one batch of the decode."""
 
 
@@ -111,14 +151,16 @@ class ProbeConfig(_Section):
 
     tasks: tuple[str, ...] = ("hellaswag", "arc_easy", "piqa", "boolq", "winogrande", "basic_skills")
     """Names of local tasks (data package) or of any lm-eval task where the hub is reachable; empty = no probe."""
-    rows: int = Field(100, ge=1)
+    rows: int = Field(default=100, ge=1)
     """Items a task, sampled with the run's seed."""
 
 
 class GateConfig(_Section):
-    budget: float = Field(0.02, ge=0, le=1)
+    budget: float = Field(default=0.02, ge=0, le=1)
     """Accuracy that an earlier skill or a prior capability may lose."""
-    significance: float = Field(0.05, gt=0, lt=1)
+    enforce: bool = True
+    """Off: the verdict is recorded, but the candidate is promoted all the same (research runs that compare methods)."""
+    significance: float = Field(default=0.05, gt=0, lt=1)
 
 
 class RunConfig(_Section):
@@ -136,11 +178,22 @@ class RunConfig(_Section):
 
 def load_config(path: Path) -> RunConfig:
     """Read a TOML file. Raises InputError naming the file and every wrong key."""
+    return parse(RunConfig, read_toml(path), where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises InputError naming the file, and the line where the text is not TOML."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from error
-    return parse(RunConfig, raw, where=str(path))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r" \(at line (\d+),", str(error))
+        where = f"{path}:{place[1]}" if place else str(path)
+        raise InputError(f"{where}: not valid TOML: {error}") from error
 
 
 def parse(model: type[Section], raw: dict[str, Any], where: str) -> Section:
@@ -148,8 +201,16 @@ def parse(model: type[Section], raw: dict[str, Any], where: str) -> Section:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, item['loc'])) or '(whole)'}: {item['msg']}" for item in error.errors()]
+        problems = [f"  {key}: {message}" for key, message in problems_of(error)]
         raise InputError(f"{where}: settings that cannot be used:\n" + "\n".join(problems)) from error
+
+
+def problems_of(error: ValidationError) -> list[tuple[str, str]]:
+    """(dotted key, what is wrong) of each problem."""
+    return [
+        (".".join(map(str, item["loc"])) or "(whole)", item["msg"].removeprefix("Value error, "))
+        for item in error.errors()
+    ]
 
 
 def to_toml(config: RunConfig) -> str:

@@ -24,12 +24,15 @@ INLINE_CLOSE = "Now answer with a response of your own."
 INLINE_CLOSE_THINKING = "Now answer with a response of your own, including the thinking process."
 DOCUMENT_LEAD = "Read this first:"
 
+_SHOWN = r"(?:example|demonstration|(?:example|earlier|previous) (?:answer|response|turn))"
 _LEAK = re.compile(
-    r"\b(?:as|like|similar to|following|based on|according to|from|in)\s+(?:shown |given |seen )?(?:in\s+)?"
-    r"(?:the|this|that|your)\s+(?:above\s+|previous\s+|given\s+|provided\s+)?(?:example|demonstration|earlier (?:answer|turn))"
+    rf"\b(?:as|like|similar to|following|based on|according to)\s+(?:shown |given |seen )?(?:in\s+)?(?:the|this|that|your)\s+"
+    rf"(?:above |previous |given |provided )?{_SHOWN}\b"
+    rf"|\b(?:in|from|to)\s+(?:the|this|that|your)\s+(?:above|previous|given|provided)\s+{_SHOWN}\b"
     r"|\b(?:example|demonstration)\s+(?:above|response|provided|given)\b",
     re.IGNORECASE,
 )
+"""Phrases that point back at something shown. "In this example" alone is ordinary prose and does not count."""
 
 
 def names_the_example(text: str) -> bool:
@@ -79,7 +82,8 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int], window: int):
         self.tokenizer = tokenizer
-        self.end_ids = frozenset(end_ids)
+        self.end_ids = tuple(end_ids)
+        """The first closes a demonstration whose template writes no closing token."""
         self.window = window
 
     def student_prompt(self, example: Example) -> Prompt:
@@ -140,10 +144,17 @@ class Renderer:
                 f"{example.origin}: this model's chat template does not write the demonstration after the prompt "
                 "(tool calls or thinking it cannot render?); give the answer as text in 'content'"
             )
-        ids = self._encode(after[len(before) :])
+        ids = self._continuation(before, after)
         ends = [index for index, token in enumerate(ids) if token in self.end_ids]
-        ids = ids[: ends[0] + 1] if ends else [*ids, min(self.end_ids)]
-        return Completion(tuple(ids), (), finished=True)
+        if not ends:
+            return Completion((*ids, self.end_ids[0]), (), finished=True)
+        rest = [token for token in ids[ends[0] :] if token not in self.end_ids]
+        if self.tokenizer.decode(rest).strip():
+            raise InputError(
+                f"{example.origin}: the demonstration contains the model's closing token "
+                f"{self.tokenizer.decode(ids[ends[0]])!r}; the model could never write what follows it"
+            )
+        return Completion(tuple(ids[: ends[0] + 1]), (), finished=True)
 
     def demonstration_text(self, example: Example) -> str:
         """The demonstration as the model would write it, without the closing token."""
@@ -153,11 +164,14 @@ class Renderer:
         """A completion as text, without its closing token; other special tokens stay visible."""
         ids = completion.token_ids
         ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def rollout(self, example: Example, completion: Completion, template: Template) -> Rollout:
-        """Pair a completion with both prompts. Raises InputError when the teacher's side does not fit the window."""
-        student, teacher = self.student_prompt(example), self.teacher_prompt(example, template)
+    def rollout(self, example: Example, completion: Completion, template: Template | None) -> Rollout:
+        """Pair a completion with both prompts; without a template the teacher sees the student's.
+
+        Raises InputError when either side does not fit the window."""
+        student = self.student_prompt(example)
+        teacher = self.teacher_prompt(example, template) if template else student
         for role, prompt in (("student", student), ("teacher", teacher)):
             self.check_window(prompt, len(completion.token_ids), role)
         return Rollout(student, teacher, completion)
@@ -182,6 +196,13 @@ class Renderer:
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise InputError(f"{example.origin}: this model's chat template cannot render the row: {error}") from error
+
+    def _continuation(self, before: str, after: str) -> list[int]:
+        """Tokens of ``after`` beyond ``before``: as they are in the whole text (some tokenizers begin every text with a
+        space), unless a token straddles the border, which no model could write; then encoded alone."""
+        prompt, whole = self._encode(before), self._encode(after)
+        straddles = whole[: len(prompt)] != prompt
+        return self._encode(after[len(before) :]) if straddles else whole[len(prompt) :]
 
     def _encode(self, text: str) -> list[int]:
         # The template writes every special token itself; the tokenizer must not add another begin token.

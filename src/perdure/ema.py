@@ -20,7 +20,7 @@ def teacher_update(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor],
         raise ValueError(f"teacher_update_rate is the student's share, 0..1, not {teacher_update_rate}")
     if teacher.keys() != student.keys():
         raise ValueError(f"teacher and student differ in weights: {sorted(teacher.keys() ^ student.keys())[:5]}")
+    if low := [f"{name} is {tensor.dtype}" for name, tensor in teacher.items() if tensor.dtype != torch.float32]:
+        raise ValueError(f"the moving teacher must be float32 to move at all, but {low[0]}")
     for name, tensor in teacher.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"the moving teacher's {name} is {tensor.dtype}; it must be float32 to move at all")
         tensor.lerp_(student[name].to(torch.float32), teacher_update_rate)

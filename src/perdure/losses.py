@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def forward_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
@@ -57,17 +58,20 @@ def teacher_topk_with_tail(student_logprobs_NV: Tensor, teacher_logprobs_NV: Ten
     With the tail bucket both still sum to one, so every divergence above stays a divergence; it equals the
     full-vocabulary one when k = V."""
     k = min(k, teacher_logprobs_NV.shape[-1])
-    teacher_NK, ids_NK = teacher_logprobs_NV.topk(k, dim=-1)
-    student_NK = student_logprobs_NV.gather(-1, ids_NK)
-    if k == teacher_logprobs_NV.shape[-1]:
-        return student_NK, teacher_NK
-    return tuple(torch.cat((kept, _log_rest(kept)), dim=-1) for kept in (student_NK, teacher_NK))  # type: ignore[return-value]
+    ids_NK = teacher_logprobs_NV.topk(k, dim=-1).indices
+    return _with_tail(student_logprobs_NV, ids_NK), _with_tail(teacher_logprobs_NV, ids_NK)
 
 
-def _log_rest(logprobs_NK: Tensor) -> Tensor:
-    """log(1 - sum exp) of the kept tokens, float [N, 1]; floored where rounding leaves nothing."""
-    mass_N1 = logprobs_NK.exp().sum(-1, keepdim=True)
-    return torch.log((1 - mass_N1).clamp_min(1e-9))
+def _with_tail(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """log p of the chosen tokens and of all others together; without the tail where everything is chosen.
+
+    The tail is summed, not taken as 1 - sum: of a sharp distribution that difference is rounding noise, and its
+    gradient with it."""
+    kept_NK = logprobs_NV.gather(-1, ids_NK)
+    if ids_NK.shape[-1] == logprobs_NV.shape[-1]:
+        return kept_NK
+    tail_N = logprobs_NV.scatter(-1, ids_NK, -math.inf).logsumexp(-1)
+    return torch.cat((kept_NK, tail_N[:, None]), dim=-1)
 
 
 def _kl(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
@@ -82,10 +86,11 @@ def _pick(logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Which loss, in words. ``rows without a demonstration`` (anchors) always use the divergence, SFT's included."""
+    """Which loss, in words. Rows without a demonstration (anchors) always use the divergence, SFT's included."""
 
     divergence: str = "forward_kl"
     support: str = "full"
+    """``sampled`` holds for rows with a demonstration only: no anchor's completion is the student's own sample."""
     jsd_beta: float = 0.5
     topk: int = 20
     demonstrated: str = "divergence"
@@ -101,9 +106,9 @@ class Head:
     softcap: float | None = None
 
     def raw_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits before the soft cap, float32 [N, V]; the product runs in the dtype of ``hidden_NH``."""
-        logits_NV = (hidden_NH @ self.weight_VH.to(hidden_NH.dtype).T).float()
-        return logits_NV if self.bias_V is None else logits_NV + self.bias_V.float()
+        """Logits before the soft cap, float32 (of float64: float64) [N, V]; the product runs in ``hidden_NH``'s dtype."""
+        logits_NV = (hidden_NH @ self.weight_VH.to(hidden_NH.dtype).T).to(_accumulator(hidden_NH))
+        return logits_NV if self.bias_V is None else logits_NV + self.bias_V.to(logits_NV.dtype)
 
     def cap(self, raw_logits_NV: Tensor) -> Tensor:
         if self.softcap is None:
@@ -142,15 +147,16 @@ def position_losses(spec: LossSpec, student_logprobs_NV: Tensor, teacher_logprob
         if spec.demonstrated != "nll" or not bool(demonstrated_N.all()):
             raise ValueError("a divergence needs the teacher's hidden states; only nll on demonstrated rows does not")
         return nll(student_logprobs_NV, targets_N)
-    divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV, targets_N)
+    divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV)
     if spec.demonstrated == "nll":
         return torch.where(demonstrated_N, nll(student_logprobs_NV, targets_N), divergence_N)
+    if spec.support == "sampled":
+        sampled_N = sampled_reverse_kl(student_logprobs_NV, teacher_logprobs_NV, targets_N)
+        return torch.where(demonstrated_N, sampled_N, divergence_N)
     return divergence_N
 
 
-def _divergence(spec: LossSpec, student: Tensor, teacher: Tensor, targets_N: Tensor) -> Tensor:
-    if spec.support == "sampled":
-        return sampled_reverse_kl(student, teacher, targets_N)
+def _divergence(spec: LossSpec, student: Tensor, teacher: Tensor) -> Tensor:
     if spec.support == "teacher_topk":
         student, teacher = teacher_topk_with_tail(student, teacher, spec.topk)
     if spec.divergence == "generalized_jsd":
@@ -168,8 +174,10 @@ def chunked_loss(
     """
     metrics = dict.fromkeys(METRICS, 0.0)
     of_chunk = _chunk_function(spec, inputs, student_head, teacher_head, metrics)
-    bias = student_head.bias_V
-    total = _ChunkedLoss.apply(inputs.student_hidden_NH, student_head.weight_VH, bias, of_chunk, chunk)
+    trained = (inputs.student_hidden_NH, student_head.weight_VH, student_head.bias_V)
+    if not torch.is_grad_enabled():  # inside the Function this cannot be seen, and it would form gradients for nobody
+        trained = tuple(None if tensor is None else tensor.detach() for tensor in trained)
+    total = _ChunkedLoss.apply(*trained, of_chunk, chunk)
     assert isinstance(total, Tensor)
     return total, metrics
 
@@ -214,13 +222,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 of_chunk: ChunkFunction, chunk: int) -> Tensor:  # fmt: skip
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden_NH) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        exact = _accumulator(hidden_NH)
+        grad_weight = torch.zeros_like(weight_VH, dtype=exact) if wants_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=exact) if wants_bias and bias_V is not None else None
         head = Head(weight_VH.to(hidden_NH.dtype), bias_V)
-        total = torch.zeros((), dtype=_accumulator(hidden_NH), device=hidden_NH.device)
+        total = torch.zeros((), dtype=exact, device=hidden_NH.device)
         for start in range(0, hidden_NH.shape[0], chunk):
             rows = slice(start, start + chunk)
-            raw_CV = _raw(head, hidden_NH[rows])
+            raw_CV = head.raw_logits(hidden_NH[rows])
             if not any(ctx.needs_input_grad[:3]):
                 total += of_chunk(rows, raw_CV)
                 continue
@@ -241,12 +250,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
         (scale,) = grads
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_hidden is None else (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
             None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
             None,
@@ -255,12 +265,5 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _accumulator(hidden_NH: Tensor) -> torch.dtype:
+    """float32; float64 stays float64, so that a gradient check means something."""
     return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-
-
-def _raw(head: Head, hidden_CH: Tensor) -> Tensor:
-    """Raw logits in the accumulator's dtype: float64 stays float64, so that gradcheck means something."""
-    if hidden_CH.dtype == torch.float64:
-        logits_CV = hidden_CH @ head.weight_VH.T
-        return logits_CV if head.bias_V is None else logits_CV + head.bias_V
-    return head.raw_logits(hidden_CH)

@@ -6,6 +6,8 @@ Weights come from safetensors or GGUF only; remote code stays off unless the set
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -87,8 +89,11 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
         raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
     model.eval()
     _check_head(model, source)
-    limit = getattr(model.config, "max_position_embeddings", config.max_window)
-    return LoadedModel(model, tokenizer, _end_ids(model, tokenizer), min(limit, config.max_window))
+    end_ids = _end_ids(model, tokenizer)
+    if not end_ids:
+        raise InputError(f"{source}: neither tokenizer nor generation settings name a token that ends a turn")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_window
+    return LoadedModel(model, tokenizer, end_ids, min(limit, config.max_window))
 
 
 def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -126,11 +131,13 @@ def hidden_at_loss_positions(model: Any, batch: Batch) -> Tensor:
 
 
 def working_copy(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of the model in ``dtype`` for decoding and scoring: no gradients, eval mode."""
-    import copy
+    """A copy of the model in ``dtype`` for decoding and scoring: no gradients, eval mode.
 
-    twin = copy.deepcopy(model).to(dtype).eval()
-    return twin.requires_grad_(False)
+    Its buffers keep their precision: rotary frequencies rounded to bfloat16 would turn late positions by radians."""
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return twin
 
 
 @torch.no_grad()
@@ -243,14 +250,18 @@ def _without_quantisation(model: Any) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers' own bars and notes would break our lines."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf_reader.tqdm
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # The GGUF reader draws with tqdm itself, which the switch above does not reach.
+    gguf_reader.tqdm = functools.partial(gguf_bar, disable=True)
     try:
         yield
     finally:
+        gguf_reader.tqdm = gguf_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

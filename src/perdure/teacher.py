@@ -20,6 +20,8 @@ class Teacher(Protocol):
 
     moves: bool
     """False: the same tokens are always scored the same, so scores may be kept."""
+    is_start: bool
+    """True: these are the weights that the stage started from, for the whole stage."""
 
     def score(self, batch: Batch) -> Tensor:
         """Hidden states at the loss positions, [N, H], without gradient."""
@@ -44,8 +46,9 @@ class FixedTeacher:
 
     moves = False
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, is_start: bool = False):
         self.model = model.requires_grad_(False)
+        self.is_start = is_start
 
     @property
     def head(self) -> Head:
@@ -107,7 +110,7 @@ def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None,
     """The teacher of a stage. ``student`` is the version promoted last, before its first step; ``working`` is the
     copy of it that is kept in step while it trains. Raises ValueError for an unknown kind."""
     if kind == "frozen":
-        return FixedTeacher(working_copy(student, dtype))
+        return FixedTeacher(working_copy(student, dtype), is_start=True)
     if kind == "ema":
         return EmaTeacher(student, dtype, teacher_update_rate)
     if kind == "live":

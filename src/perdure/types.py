@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 Message = dict[str, Any]
-"""One chat turn as people already write it: ``{"role": ..., "content": ..., "tool_calls": ...}``; passed on unflattened."""
+"""One chat turn as people write it: ``{"role": ..., "content": ..., "tool_calls": ...}``; passed on unflattened."""
 
 
 class InputError(ValueError):
@@ -28,7 +28,7 @@ class Example:
     id: str
     """Unique within its file."""
     messages: tuple[Message, ...]
-    """The student's prompt: every turn before the demonstration, system prompt included; ends in a user or tool turn."""
+    """The student's prompt: every turn before the demonstration, a system turn too. Ends in a user or tool turn."""
     demonstration: Message | None
     """The assistant turn to learn. None for an anchor row: teacher and student then see the same prompt."""
     tools: tuple[dict[str, Any], ...] = ()
@@ -103,7 +103,7 @@ class ItemResult:
 
     id: str
     prompt: str
-    """The last user turn, for reading."""
+    """The last turn of the prompt, for reading."""
     expected: str
     completion: str
     score: float
@@ -132,8 +132,9 @@ class Verdict:
     """What a gate says about a candidate."""
 
     decision: str
-    """``promoted``, ``held`` or ``refused``."""
+    """``promoted`` or ``refused``."""
     reasons: tuple[str, ...]
     """Sentences for people, the deciding one first."""
     table: tuple[dict[str, Any], ...]
-    """One row a check: skill, before, after, change, n, p_value, budget, passed."""
+    """One row a check: name, kind, before, after, change, n, p_value, budget, passed, reason. ``before``, ``after``,
+    ``change`` and ``p_value`` are None where there was nothing to compare."""

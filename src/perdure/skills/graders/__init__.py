@@ -1,10 +1,16 @@
-"""Graders: one file each, ``grade(completion, example, **options) -> 0..1``. This dict is the registry."""
+"""Graders: one file each, ``grade(completion, example, **options) -> 0..1``. This dict is the registry.
+
+A grader never raises over what a model wrote. It raises ValueError over a row that it cannot grade; the skill's
+validation finds those before anything runs.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
+from inspect import Parameter
 from typing import Any
 
 from perdure.skills.graders import choice, contains, exact, json_value, number, regex, token_f1, tool_call
@@ -23,40 +29,87 @@ GRADERS: dict[str, Callable[..., float]] = {
 
 
 def make_grader(name: str, options: dict[str, Any], where: str) -> Callable[[str, Example], float]:
-    """The grader with its options bound. Raises InputError for an unknown grader or option, naming the allowed ones."""
-    function = _python(name, where) if name.startswith("python:") else GRADERS.get(name)
-    if function is None:
-        raise InputError(f"{where}: unknown grader {name!r}; use {', '.join(GRADERS)} or python:module:function")
+    """The grader with its options bound. Raises InputError listing everything that is wrong with name and options."""
+    if problems := grader_problems(name, options):
+        raise InputError("\n".join(f"{where}: {problem}" for _, problem in problems))
+    function = _find(name)
+
+    def grade(completion: str, example: Example) -> float:
+        """0..1. Raises ValueError for a row that cannot be graded or a score that is none."""
+        score = float(function(completion, example, **options))
+        if not 0 <= score <= 1:
+            raise ValueError(f"{example.origin}: the grader {name!r} gave {score}, expected a score from 0 to 1")
+        return score
+
+    return grade
+
+
+def grader_problems(name: str, options: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key in skill.toml, what is wrong) of each problem; an unknown name is the only one of its skill."""
+    try:
+        function = _find(name)
+    except ValueError as error:
+        return [("grader", str(error))]
     parameters = list(inspect.signature(function).parameters.values())[2:]
-    allowed = {p.name for p in parameters}
-    if unknown := options.keys() - allowed:
-        raise InputError(f"{where}: the grader {name!r} has no option {sorted(unknown)}; it has {sorted(allowed)}")
-    for parameter in parameters:
-        value = options.get(parameter.name)
-        if value is not None and not _fits(value, parameter.default):
-            raise InputError(f"{where}: the option {parameter.name!r} of {name!r} must be like {parameter.default!r}")
+    known = {p.name: p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+    problems = []
+    for key, value in options.items():
+        if key not in known and not takes_any:
+            allowed = ", ".join(sorted(known)) or "none"
+            problems.append((key, f"the grader {name!r} has no option {key!r}; it has: {allowed}"))
+        elif key in known and not _fits(value, known[key].default):
+            problems.append((key, f"the option {key!r} of {name!r} must be {_KINDS[type(known[key].default)]}"))
+    for key in known.keys() - options.keys():
+        if known[key].default is Parameter.empty:
+            problems.append(("grader", f"the grader {name!r} needs the option {key!r}"))
     if name == "regex" and options.get("pattern"):
-        regex.compiled(options["pattern"], where)
-    return lambda completion, example: float(function(completion, example, **options))
+        problems += _pattern_problem(options["pattern"])
+    return problems
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number of at least 0", str: "a text"}
 
 
 def _fits(value: Any, default: Any) -> bool:
-    if default is inspect.Parameter.empty or default is None:
+    """Whether an option's value is of its default's kind; an option without one, or of another kind, takes anything."""
+    if type(default) not in _KINDS:
         return True
     if isinstance(default, float):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return type(value) in (int, float) and math.isfinite(value) and value >= 0
     return type(value) is type(default)
 
 
-def _python(name: str, where: str) -> Callable[..., float]:
+def _pattern_problem(pattern: Any) -> list[tuple[str, str]]:
+    if not isinstance(pattern, str):  # reported as a wrong type already
+        return []
+    try:
+        regex.compiled(pattern)
+    except ValueError as error:
+        return [("pattern", str(error))]
+    return []
+
+
+def _find(name: str) -> Callable[..., Any]:
+    """Raises ValueError for an unknown grader."""
+    if name.startswith("python:"):
+        return _python(name)
+    if name not in GRADERS:
+        raise ValueError(f"unknown grader {name!r}; use {', '.join(GRADERS)} or python:module:function")
+    return GRADERS[name]
+
+
+def _python(name: str) -> Callable[..., Any]:
     """The user's own function. Importing it runs the user's code: only ``skill.toml`` can ask for that, by name."""
     parts = name.split(":")
-    if len(parts) != 3:
-        raise InputError(f"{where}: write the grader as python:module:function, not {name!r}")
+    if len(parts) != 3 or not all(parts):
+        raise ValueError(f"write the grader as python:module:function, not {name!r}")
     try:
         function = getattr(importlib.import_module(parts[1]), parts[2])
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{where}: the grader {name!r} cannot be imported: {error}") from error
-    if not callable(function):
-        raise InputError(f"{where}: {name!r} is not a function")
+        signature = inspect.signature(function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the grader {name!r} cannot be used: {error}") from error
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    if [p.kind in positional for p in list(signature.parameters.values())[:2]] != [True, True]:
+        raise ValueError(f"the grader {name!r} must take (completion, example) and its options")
     return function

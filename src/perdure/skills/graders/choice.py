@@ -7,11 +7,16 @@ import re
 from perdure.skills.graders.text import expected_text
 from perdure.types import Example
 
-_LETTER = re.compile(r"^\W*(?:the\s+)?(?:(?:correct\s+)?answer(?:\s+is)?\W*)?([A-Z])(?![A-Za-z])", re.IGNORECASE)
+# After the letter comes the end, a new line or a mark: "A dog" and "I think" name no choice.
+_LETTER = re.compile(
+    r"\W*(?:the\s+)?(?:(?:correct\s+|right\s+)?(?:answer|choice|option)\b(?:\s+is\b)?\W*)?"
+    r"([A-Z])(?=[^\S\n]*(?:$|\n|[^\w\s'’]))",
+    re.IGNORECASE,
+)
 
 
 def grade(completion: str, example: Example) -> float:
-    """1 when the answer names the demonstration's letter first ("B", "(B) ...", "The answer is B")."""
+    """1 when the answer names the demonstration's letter first ("B", "(B) ...", "B: ...", "The answer is B")."""
     given, right = _letter(completion), _letter(expected_text(example))
     return float(given is not None and given == right)
 

@@ -7,9 +7,16 @@ from perdure.types import Example
 
 
 def grade(completion: str, example: Example, whole: bool = True) -> float:
-    """1 when the answer is the demonstration's JSON value. ``whole`` allows nothing around it but a Markdown fence."""
+    """1 when the answer is the demonstration's JSON value. ``whole`` allows nothing around it but a Markdown fence.
+
+    Raises ValueError when the demonstration itself is no JSON."""
+    right = _parsed(expected_text(example), whole)
     try:
-        given = whole_json(completion) if whole else first_json(completion)
+        given = _parsed(completion, whole)
     except ValueError:  # not JSON: a wrong answer, not an error
         return 0.0
-    return float(same_json(given, whole_json(expected_text(example))))
+    return float(same_json(given, right))
+
+
+def _parsed(text: str, whole: bool) -> object:
+    return whole_json(text) if whole else first_json(text)

@@ -1,8 +1,12 @@
-"""What graders share: the expected answer as text, and JSON found in an answer."""
+"""What graders share: the expected answer as text, and JSON found in an answer.
+
+A model may write anything, so nothing here lets an answer raise more than ValueError.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from perdure.types import Example
@@ -22,25 +26,40 @@ def whole_json(text: str) -> Any:
     if stripped.startswith("```") and stripped.endswith("```"):
         stripped = stripped[3:-3].removeprefix("json").strip()
     try:
-        return json.loads(stripped)
+        return json.loads(stripped, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
+def json_values(text: str) -> Iterator[Any]:
+    """Every JSON object or list in the text, one after the other; those inside another are not repeated."""
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    start = 0
+    while start < len(text):
+        if text[start] in "{[":
+            try:
+                value, start = decoder.raw_decode(text, start)
+            except (ValueError, RecursionError):  # a bracket that opens no JSON
+                start += 1
+                continue
+            yield value
+        else:
+            start += 1
+
+
 def first_json(text: str) -> Any:
     """The first JSON object or list in the text. Raises ValueError when there is none."""
-    for start, character in enumerate(text):
-        if character in "{[":
-            try:
-                return json.JSONDecoder().raw_decode(text, start)[0]
-            except (ValueError, RecursionError):
-                continue
+    for value in json_values(text):
+        return value
     raise ValueError("no JSON object or list in the text")
 
 
 def same_json(a: Any, b: Any) -> bool:
     """Equal values whatever the order of keys; true and 1 are different, 1 and 1.0 are the same."""
-    return json.dumps(_plain(a), sort_keys=True) == json.dumps(_plain(b), sort_keys=True)
+    try:
+        return json.dumps(_plain(a), sort_keys=True) == json.dumps(_plain(b), sort_keys=True)
+    except RecursionError:  # the parser allows more levels than the comparison: no demonstration is as deep
+        return False
 
 
 def _plain(value: Any) -> Any:
@@ -49,3 +68,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not valid JSON")

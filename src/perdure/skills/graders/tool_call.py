@@ -1,58 +1,80 @@
-"""A tool call: name and arguments, with the alternatives that the row allows."""
+"""Tool calls: names and arguments, with the alternatives that the row allows."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from perdure.skills.graders.text import expected_text, first_json, same_json
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
+
+from perdure.skills.graders.text import expected_text, json_values, same_json, whole_json
 from perdure.types import Example
+
+Call = tuple[str, dict[str, Any]]
+"""Name and arguments; the name is empty where a call was begun that none can be."""
+Wanted = tuple[str, dict[str, list[Any]]]
+"""Name, and the allowed values of each argument."""
 
 
 def grade(completion: str, example: Example) -> float:
     """1 when the calls in the answer are the expected ones, in any order.
 
     Expected are ``metadata.ground_truth`` ([{function: {argument: [allowed values]}}]; an allowed "" makes the argument
-    optional; [] means that no call is right), else the demonstration's own calls."""
-    given = _calls(completion)
+    optional; [] means that no call is right), else the demonstration's own calls. Raises ValueError when
+    ``metadata.ground_truth`` has another form."""
     if "ground_truth" in example.metadata:
-        wanted = [next(iter(call.items())) for call in example.metadata["ground_truth"]]
-        return float(_match(given, wanted))
-    right = _calls(expected_text(example))
-    wanted = [(name, {key: [value] for key, value in arguments.items()}) for name, arguments in right]
-    return float(_match(given, wanted))
+        wanted = _ground_truth(example.metadata["ground_truth"])
+    else:
+        right = _calls(expected_text(example))
+        wanted = [(name, {key: [value] for key, value in arguments.items()}) for name, arguments in right]
+    return float(_match(_calls(completion), wanted))
 
 
-def _calls(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Calls written as {"name", "arguments"}, alone or in a list, with or without the "function" shell around them."""
-    try:
-        value = first_json(text)
-    except ValueError:  # no JSON: no call
-        return []
-    calls = []
-    for item in value if isinstance(value, list) else [value]:
-        shell = item.get("function", item) if isinstance(item, dict) else None
-        call = shell if isinstance(shell, dict) else {}
-        arguments = call.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                return [("", {})]
-        if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
-            return [("", {})]
-        calls.append((call["name"], arguments))
-    return calls
+def _ground_truth(value: Any) -> list[Wanted]:
+    wanted = []
+    for call in value if isinstance(value, list) else [None]:
+        name, arguments = next(iter(call.items())) if isinstance(call, dict) and len(call) == 1 else ("", None)
+        if not (isinstance(arguments, dict) and all(isinstance(allowed, list) for allowed in arguments.values())):
+            raise ValueError("'metadata.ground_truth' must be [{function: {argument: [allowed values]}}]")
+        wanted.append((name, arguments))
+    return wanted
 
 
-def _match(given: list[tuple[str, dict[str, Any]]], wanted: list[tuple[str, dict[str, list[Any]]]]) -> bool:
-    rest = list(given)
-    for name, arguments in wanted:
-        found = next((call for call in rest if call[0] == name and _arguments_match(call[1], arguments)), None)
-        if found is None:
-            return False
-        rest.remove(found)
-    return not rest
+def _calls(text: str) -> list[Call]:
+    """Every call in the text, written as {"name", "arguments"}, in a list or one after the other, with or without
+    the "function" shell around them. JSON that is no call ("[1]") is just text."""
+    values = (value if isinstance(value, list) else [value] for value in json_values(text))
+    return [_call(item) for items in values for item in items if isinstance(item, dict) and _begins_call(item)]
+
+
+def _begins_call(item: dict[str, Any]) -> bool:
+    return "name" in item or "function" in item
+
+
+def _call(item: dict[str, Any]) -> Call:
+    shell = item.get("function", item)
+    call = shell if isinstance(shell, dict) else {}
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = whole_json(arguments)
+        except ValueError:  # a wrong call, not an error
+            arguments = None
+    if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+        return "", {}
+    return call["name"], arguments
+
+
+def _match(given: list[Call], wanted: list[Wanted]) -> bool:
+    """Whether calls and expectations can be paired one to one; alternatives may overlap, so the pairing is searched."""
+    if len(given) != len(wanted):
+        return False
+    if not wanted:
+        return True
+    fits = [[name == call and _arguments_match(found, allowed) for call, found in given] for name, allowed in wanted]
+    pairing = maximum_bipartite_matching(csr_array(np.array(fits, dtype=np.int8)), perm_type="column")
+    return bool((pairing >= 0).all())
 
 
 def _arguments_match(given: dict[str, Any], allowed: dict[str, list[Any]]) -> bool:

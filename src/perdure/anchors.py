@@ -1,0 +1,60 @@
+"""Anchor rows: prompts without a demonstration, with what the stage's first weights answer to them.
+
+They are sampled once, before the first step, from the version promoted last. Training then holds the student to that
+version's own distribution there: on earlier skills' prompts and on general ones that the project writes itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import resources
+
+from perdure.config import TrainConfig
+from perdure.contexts import parse_template
+from perdure.rollout.base import SamplingParams
+from perdure.seeds import derive_seed, permutation
+from perdure.session import Session
+from perdure.skills.base import Skill
+from perdure.train import Anchors
+from perdure.types import Example, Rollout
+
+Progress = Callable[[int, int, int], None]
+"""Called with (tokens since the last call, rows done, rows in all)."""
+
+
+def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig, seed: int,
+                 progress: Progress | None = None) -> Anchors:  # fmt: skip
+    """Sample the answers at temperature 1; empty where ``anchor_share`` is 0."""
+    if config.anchor_share == 0:
+        return Anchors()
+    pools = [(general_prompts(), config.anchor_general_tokens)]
+    for skill in earlier:
+        chosen = permutation(derive_seed(seed, "anchors", skill.name), len(skill.train))[: config.anchor_rows]
+        rows = [replace(skill.train[place], demonstration=None) for place in chosen]
+        pools.append((rows, skill.settings.max_new_tokens))
+    total = sum(len(rows) for rows, _ in pools)
+    sampled: list[list[Rollout]] = []
+    done = 0
+    for rows, most in pools:
+        sampled.append(_sample(session, rows, most, seed, lambda t, d, n=done: progress and progress(t, n + d, total)))
+        done += len(rows)
+    return Anchors(earlier=tuple(r for rollouts in sampled[1:] for r in rollouts), general=tuple(sampled[0]))
+
+
+def general_prompts() -> list[Example]:
+    """The prompts of data/general_prompts.txt, one a line."""
+    text = resources.files("perdure").joinpath("data/general_prompts.txt").read_text(encoding="utf-8")
+    return [
+        Example(f"general-{number}", ({"role": "user", "content": line},), None, origin=f"general_prompts.txt:{number}")
+        for number, line in enumerate(text.splitlines(), 1)
+    ]
+
+
+def _sample(session: Session, rows: Sequence[Example], most: int, seed: int,
+            progress: Callable[[int, int], object]) -> list[Rollout]:  # fmt: skip
+    prompts = [session.renderer.student_prompt(row) for row in rows]
+    seeds = [derive_seed(seed, "anchor", row.origin) for row in rows]
+    completions = session.engine.generate(prompts, SamplingParams(most), seeds, lambda t, d: progress(t, d) and None)
+    template = parse_template("turns:1")  # unused: without a demonstration both roles see the same prompt
+    return [session.renderer.rollout(row, completion, template) for row, completion in zip(rows, completions, strict=True)]

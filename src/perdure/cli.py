@@ -1,0 +1,326 @@
+"""The command line: the only place that wires things together. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import sys
+import tomllib
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from perdure import __version__
+from perdure.config import RunConfig, parse
+from perdure.types import InputError
+
+if TYPE_CHECKING:
+    from perdure.workspace import Workspace
+
+REFUSED, BAD_INPUT, INTERRUPTED = 1, 2, 3
+_BY_SIGNAL = 130
+"""What typer exits with when Ctrl-C reaches it."""
+_PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="One language model learns skill after skill from demonstrations and keeps what it knew.",
+)
+out = Console(highlight=False)
+"""Results."""
+err = Console(stderr=True, highlight=False)
+"""Progress and errors."""
+
+WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
+WorkspaceArgument = Annotated[Path, typer.Argument(envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting as in perdure.toml: train.steps=80")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+HERE = Path(".")
+
+
+def main() -> None:
+    """Run the command line; every expected failure becomes one clear message and its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), BAD_INPUT)
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror}. Nothing was half-written; make room or choose another place, then repeat the "
+              "command.", BAD_INPUT)  # fmt: skip
+    except SystemExit as stop:
+        if stop.code != _BY_SIGNAL:
+            raise
+        _fail("interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    from perdure.report.text import safe_text
+
+    err.print(Text("error: ", style="bold red").append(safe_text(message), style="default"), soft_wrap=True)
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"perdure {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which one.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    workspace: WorkspaceOption = Path("demo-workspace"),
+    compare: Annotated[str | None, typer.Option("--compare", help="Also run the chain with this method: sft.")] = None,
+) -> None:
+    """The embedded model learns three real skills in a row; the report shows what it learned and kept."""
+    from perdure.demo import run_demo
+    from perdure.report.text import render
+
+    summary, report = run_demo(workspace, compare, _reporter())
+    render(summary, out)
+    out.print(f"\nReport: {report}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    workspace: Annotated[Path, typer.Argument(help="Folder to make.")],
+    model: Annotated[str, typer.Option(help="embedded, a folder, a GGUF file or a hub id.")] = "embedded",
+    settings: SetOption = None,
+) -> None:
+    """Make a workspace whose champion is the base model."""
+    from perdure.session import create_workspace
+
+    config = _with_settings(RunConfig(), [f"model.source={json.dumps(model)}", *(settings or [])])
+    create_workspace(workspace, config)
+    out.print(f"{workspace}: ready. Next: perdure check skills/NAME -w {workspace}", soft_wrap=True)
+
+
+@app.command("import")
+def import_skill(
+    source: Annotated[str, typer.Argument(help="home-assistant, bfcl, sst2, tldr or jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Skill folder to make.")],
+    file: Annotated[Path | None, typer.Option("--file", help="jsonl only: the demonstrations.")] = None,
+    grader: Annotated[str, typer.Option(help="jsonl only: how answers are graded.")] = "exact",
+    test_share: Annotated[float, typer.Option(help="jsonl only: share of the rows held out.", min=0.01, max=0.9)] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the split and of drawn rows.")] = 0,
+) -> None:
+    """Bring a known source, or a JSONL file of your own, into a skill folder."""
+    from perdure.importers import run_importer
+
+    run_importer(source, target, seed, file, grader, test_share)
+    out.print(f"{target}: ready. Next: perdure check {target}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    skills: Annotated[list[Path], typer.Argument(help="Skill folders.")],
+    workspace: WorkspaceOption = HERE,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Will this work, and what will it cost? Data, windows, teacher gap. Exit code 1: not ready."""
+    from perdure.curriculum import check_skills
+    from perdure.report.text import preflight_tables
+
+    place, config = _open(workspace, settings)
+    results = check_skills(place, skills, config, _reporter())
+    if as_json:
+        out.print_json(json.dumps({"skills": results}))
+    else:
+        preflight_tables(results, out)
+    raise typer.Exit(0 if all(result["ready"] for result in results) else REFUSED)
+
+
+@app.command()
+def learn(
+    skills: Annotated[list[Path], typer.Argument(help="Skill folders, taught in this order.")],
+    workspace: WorkspaceOption = HERE,
+    method: Annotated[str | None, typer.Option(help="sdft or sft; default: perdure.toml.")] = None,
+    settings: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Train although the preflight sees no teacher gap.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
+) -> None:
+    """Teach skills: preflight, train, evaluate everything, gate, promote or refuse. Exit code 1: one was refused."""
+    from perdure.curriculum import learn as learn_skills
+    from perdure.report.html import write_report
+    from perdure.report.numbers import summary
+    from perdure.report.text import render
+
+    extra = [f'train.method="{method}"'] if method else []
+    place, config = _open(workspace, [*extra, *(settings or [])])
+    with place.lock():
+        outcomes = learn_skills(place, skills, config, _reporter(), force=force, restart=restart)
+        report = write_report(place.folder)
+    render(summary(place.folder), out)
+    for outcome in outcomes:
+        if outcome.decision != "promoted":
+            out.print(Text(f"{outcome.skill} was refused: {' '.join(outcome.reasons)}"), soft_wrap=True)
+    out.print(f"\nReport: {report}", soft_wrap=True)
+    raise typer.Exit(0 if all(outcome.decision == "promoted" for outcome in outcomes) else REFUSED)
+
+
+@app.command("eval")
+def evaluate(
+    workspace: WorkspaceOption = HERE,
+    version: Annotated[str, typer.Option(help="v3, champion, previous or candidate.")] = "champion",
+    skill: Annotated[list[Path] | None, typer.Option("--skill", help="Skill folder; default: all taught ones.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Prior capabilities as well.")] = False,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a version on skills and prior capabilities."""
+    from perdure.curriculum import evaluate_version
+    from perdure.report.text import score_table
+
+    place, config = _open(workspace, settings)
+    result = evaluate_version(place, version, skill or [], config, probe, _reporter())
+    if as_json:
+        out.print_json(json.dumps(result))
+    else:
+        score_table(result, out)
+
+
+@app.command()
+def status(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
+    """The champion, its skills, and anything unfinished."""
+    place, _ = _open(workspace, None)
+    unfinished = place.unfinished()
+    state = {**place.aliases(), "skills": list(place.taught()), "unfinished": unfinished}
+    if as_json:
+        out.print_json(json.dumps(state))
+        return
+    out.print(f"champion  {state['champion']}   previous  {state['previous'] or '-'}")
+    out.print(f"skills    {', '.join(state['skills']) or 'none taught yet'}")
+    for stage in unfinished:
+        out.print(f"unfinished stage {stage}: repeat the learn command to go on with it")
+
+
+@app.command()
+def log(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
+    """The ledger: every event, oldest first. A broken chain of hashes is an error."""
+    place, _ = _open(workspace, None)
+    place.verify_ledger()
+    events = place.ledger()
+    if as_json:
+        out.print_json(json.dumps(events))
+        return
+    table = Table("time", "event", "version", "parent", "skill", "why", box=None, pad_edge=False)
+    for event in events:
+        why = event.get("reason") or event.get("decision") or ""
+        table.add_row(*(Text(str(event.get(key) or "")) for key in ("time", "event", "version", "parent", "skill")),
+                      Text(str(why)))  # fmt: skip
+    out.print(table)
+
+
+@app.command()
+def show(
+    version: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")] = "champion",
+    workspace: WorkspaceOption = HERE,
+) -> None:
+    """A version's record: parent, skill, scores, verdict, hashes, cost (JSON)."""
+    place, _ = _open(workspace, None)
+    out.print_json(json.dumps(place.version(version)))
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Version to make the champion.")],
+    workspace: WorkspaceOption = HERE,
+    reason: Annotated[str, typer.Option(help="Why; kept in the ledger.")] = "by hand",
+) -> None:
+    """Make a version the champion, whatever its verdict was; the ledger keeps that it was done by hand."""
+    place, _ = _open(workspace, None)
+    with place.lock():
+        place.promote(version, reason)
+    out.print(f"champion: {place.resolve('champion')}")
+
+
+@app.command()
+def rollback(
+    workspace: WorkspaceOption = HERE,
+    to: Annotated[str | None, typer.Option(help="Version to go back to; default: the champion's parent.")] = None,
+) -> None:
+    """Go back to an earlier version. No weights are moved: it takes no time."""
+    place, _ = _open(workspace, None)
+    with place.lock():
+        out.print(f"champion: {place.rollback(to)}")
+
+
+@app.command()
+def report(
+    workspace: WorkspaceArgument = HERE,
+    as_json: JsonOption = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write report.html; with --json print its numbers instead."""
+    from perdure.report.html import write_report
+    from perdure.report.numbers import summary
+
+    place, _ = _open(workspace, None)
+    if as_json:
+        out.print_json(json.dumps(summary(place.folder)))
+        return
+    path = write_report(place.folder)
+    out.print(str(path), soft_wrap=True)
+    if open_it:
+        webbrowser.open(path.resolve().as_uri())
+
+
+def _reporter() -> Any:
+    from perdure.progress import ConsoleReporter
+
+    return ConsoleReporter(err)
+
+
+def _open(folder: Path, settings: list[str] | None) -> tuple[Workspace, RunConfig]:
+    from perdure.workspace import Workspace
+
+    place = Workspace.open(folder)
+    return place, _with_settings(place.config(), settings or [])
+
+
+def _with_settings(config: RunConfig, settings: list[str]) -> RunConfig:
+    """``config`` with ``key.path=value`` applied; values are TOML, bare words count as text."""
+    raw = config.model_dump(mode="json")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: expected key=value, such as train.steps=80")
+        *path, last = key.strip().split(".")
+        section = raw
+        for part in path:
+            section = section.get(part)
+            if not isinstance(section, dict):
+                raise InputError(f"--set {setting}: there is no section {part!r} (see perdure.toml)")
+        section[last] = _toml_value(value)
+    return parse(RunConfig, raw, where="--set")
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:  # a bare word, such as turns:4
+        return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Skills in order: preflight -> train -> evaluate all -> gate -> promote or refuse. Every step can be taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perdure.anchors import make_anchors
+from perdure.checkpoint import drop_training_state
+from perdure.config import RunConfig
+from perdure.contexts import parse_template
+from perdure.gates import decide
+from perdure.measure import (
+    PROBE,
+    Scores,
+    current,
+    known_scores,
+    measure_probe,
+    measure_skill,
+    probe_json,
+    score_json,
+    write_items,
+)
+from perdure.models import save
+from perdure.preflight import Subject, preflight
+from perdure.reporting import Reporter
+from perdure.runlog import LoopState
+from perdure.seeds import derive_seed, permutation
+from perdure.session import Session, open_session
+from perdure.skills.base import Skill, load_skill
+from perdure.teacher import make_teacher
+from perdure.train import Stage, train
+from perdure.types import Example, InputError, Verdict
+from perdure.workspace import BASE, Workspace, code_state, now, read_json, replace_text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a skill's stage ended."""
+
+    skill: str
+    stage: str
+    version: str | None
+    """None when the preflight refused and nothing was trained."""
+    decision: str
+    """``promoted`` or ``refused``."""
+    reasons: tuple[str, ...]
+
+
+@dataclass
+class _Run:
+    """One stage while it runs."""
+
+    workspace: Workspace
+    config: RunConfig
+    reporter: Reporter
+    skill: Skill
+    scope: dict[str, Skill]
+    """Every skill to measure, by name: those taught before and those of this command."""
+    stage: str
+    parent: str
+    session: Session
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace.run_folder(self.stage)
+
+    @property
+    def seed(self) -> int:
+        return derive_seed(self.config.seed, "stage", self.skill.name, self.skill.content_hash)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds to the stage's seconds of ``phase``, kept in a file so that a resumed stage counts all its attempts."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
+            replace_text(self.folder / "seconds.json", json.dumps(self.seconds) + "\n")
+
+
+def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, reporter: Reporter, *, force: bool = False,
+          restart: bool = False) -> list[Outcome]:  # fmt: skip
+    """Teach the skills in ``folders`` one after the other to the champion; the chain stops at nothing but bad input.
+
+    Stages that are finished are not repeated, an unfinished one goes on where it was (``restart`` begins it anew).
+    ``force`` trains although the preflight sees no teacher gap. All folders are validated before anything runs.
+    """
+    skills = _load_all(folders)
+    kept = {s.name: load_skill(workspace.keep_skill(s.folder, s.name, s.content_hash)) for s in skills}
+    outcomes = []
+    for number, skill in enumerate(kept.values(), 1):
+        if done := _finished(workspace, skill, config):
+            reporter.note(f"{skill.name}: {done.decision} already as {done.version}; nothing to do.")
+            outcomes.append(done)
+            continue
+        reporter.stage(f"Skill {number} of {len(kept)}: {skill.name} ({config.train.method.upper()})")
+        taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}
+        outcomes.append(_learn_one(workspace, skill, taught | kept, config, reporter, force, restart))
+    return outcomes
+
+
+def _load_all(folders: Sequence[Path]) -> list[Skill]:
+    problems, skills = [], []
+    for folder in folders:
+        try:
+            skills.append(load_skill(folder))
+        except InputError as error:
+            problems.append(str(error))
+    names = [skill.name for skill in skills]
+    if twice := {name for name in names if names.count(name) > 1}:
+        problems.append(f"the same skill name is given twice: {', '.join(sorted(twice))}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return skills
+
+
+def _settings_hash(config: RunConfig) -> str:
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
+    """The stage that taught this very content: on the champion's lineage, or refused from it under the same settings."""
+    champion = workspace.resolve("champion")
+    lineage = workspace.lineage()
+    for name in reversed(workspace.versions()):
+        info = workspace.version(name)
+        if info["skill"] != skill.name or info["hashes"]["skill"] != skill.content_hash:
+            continue
+        refused_alike = info["parent"] == champion and info["hashes"]["config"] == _settings_hash(config)
+        if name in lineage or refused_alike:
+            verdict = info["verdict"]
+            decision = "promoted" if name in lineage else verdict["decision"]
+            return Outcome(skill.name, info["stage"], name, decision, tuple(verdict["reasons"]))
+    return None
+
+
+def _begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool) -> tuple[str, bool]:
+    """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
+    parent = workspace.resolve("champion")
+    finished = {workspace.version(name)["stage"] for name in workspace.versions()}
+    folders = sorted(workspace.folder.glob("runs/s*"))
+    for folder in folders:
+        if folder.name in finished or not (folder / "stage.json").is_file():
+            continue
+        info = read_json(folder / "stage.json")
+        if info["skill_hash"] != skill.content_hash or info["parent"] != parent:
+            continue
+        if restart:
+            workspace.remove_run(folder.name)
+        elif info["config"] == config.model_dump(mode="json"):
+            return folder.name, True
+        else:
+            raise InputError(
+                f"{folder}: an unfinished run of {skill.name} has other settings; give the same ones to go on with it, "
+                "or --restart to begin anew"
+            )
+    numbers = [int(f.name[1:3]) for f in workspace.folder.glob("runs/s*")]
+    name = f"s{max(numbers, default=0) + 1:02d}-{skill.name}"
+    folder = workspace.run_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {"stage": name, "skill": skill.name, "skill_hash": skill.content_hash, "method": config.train.method,
+            "parent": parent, "seed": config.seed, "config": config.model_dump(mode="json"), "created": now()}  # fmt: skip
+    replace_text(folder / "stage.json", json.dumps(info, indent=1) + "\n")
+    return name, False
+
+
+def _learn_one(workspace: Workspace, skill: Skill, scope: dict[str, Skill], config: RunConfig, reporter: Reporter,
+               force: bool, restart: bool) -> Outcome:  # fmt: skip
+    stage, resumed = _begin(workspace, skill, config, restart)
+    parent = workspace.resolve("champion")
+    if resumed:
+        reporter.note(f"Going on with the unfinished stage {stage}.")
+    session = open_session(config, None if parent == BASE else workspace.version_folder(parent))
+    run = _Run(workspace, config, reporter, skill, scope, stage, parent, session)
+    if (run.folder / "seconds.json").is_file():
+        run.seconds = read_json(run.folder / "seconds.json")
+    before = _baseline(run)
+    check = _check(run)
+    if check and not check["ready"] and not force:
+        workspace.append("refuse", stage=stage, skill=skill.name, parent=parent, reason=check["advice"][0])
+        workspace.remove_run(stage)
+        hint = "--force trains anyway."
+        return Outcome(skill.name, stage, None, "refused", (*check["advice"], hint))
+    state = _train(run, check)
+    return _judge(run, before, check, state)
+
+
+def _baseline(run: _Run) -> Scores:
+    """What the parent scores on everything in scope; measured now where it is not known yet."""
+    scores = known_scores(run.workspace, run.parent)
+    missing = [skill for skill in run.scope.values() if not current(scores, skill, run.config)]
+    wants_probe = scores.probe is None or set(scores.probe["tasks"]) != set(run.config.probe.tasks)
+    folder = run.folder / "baseline"
+    if missing or (wants_probe and run.config.probe.tasks):
+        with run.timed("evaluate"):
+            measured = [measure_skill(run.session, s, run.config, run.reporter, run.parent) for s in missing]
+        with run.timed("probe"):
+            probed = measure_probe(run.session, run.config, run.reporter, run.parent) if wants_probe else None
+        write_items(folder, measured, probed)
+        entry = {"version": run.parent, "probe": probe_json(probed),
+                 "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in measured}}  # fmt: skip
+        replace_text(run.folder / "baseline.json", json.dumps(entry, indent=1) + "\n")
+        scores = known_scores(run.workspace, run.parent)
+    return scores
+
+
+def subject_of(session: Session, skill: Skill) -> Subject:
+    """What the preflight looks at."""
+    return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
+                   session.working, session.engine, session.renderer, session.dtype)  # fmt: skip
+
+
+def _check(run: _Run) -> dict[str, Any] | None:
+    """The preflight's result; None for a method that has no teacher with a demonstration."""
+    if run.config.train.method != "sdft":
+        return None
+    file = run.folder / "preflight.json"
+    if not file.is_file():
+        config = run.config
+        with run.timed("preflight"), run.reporter.phase("preflight: teacher against student", 0, "rows") as phase:
+            result = preflight(subject_of(run.session, run.skill), config.context, config.preflight, config.train,
+                               run.seed, _rows_of(phase))  # fmt: skip
+        replace_text(file, json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
+    found = read_json(file)
+    run.reporter.note(describe_preflight(found))
+    return found
+
+
+def _rows_of(phase: Any) -> Callable[[int, int, int], None]:
+    return lambda tokens, done, total: phase.update(done, total, tokens=tokens)
+
+
+def describe_preflight(check: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"Teacher {check['teacher_accuracy']:.0%} with {check['template']}, student {check['student_accuracy']:.0%}, "
+        f"gap {check['gap']:+.0%} on {check['n']} rows; training is predicted to take {check['cost']['seconds']:.0f} s."
+    )
+
+
+def split_validation(examples: tuple[Example, ...], share: float, most: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:  # fmt: skip
+    """Training and validation rows: a seeded choice, at least one row left to train on."""
+    count = min(most, int(len(examples) * share))
+    chosen = set(permutation(derive_seed(seed, "validation"), len(examples))[:count])
+    rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
+    return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
+
+
+def _train(run: _Run, check: dict[str, Any] | None) -> LoopState:
+    config, session = run.config, run.session
+    rows, validation = split_validation(run.skill.train, config.train.validation_share, config.train.validation_max,
+                                        run.seed)  # fmt: skip
+    with run.timed("train"):
+        earlier = [run.scope[name] for name in run.workspace.taught(run.parent) if name != run.skill.name]
+        with run.reporter.phase("anchors: what the model says now", 0, "rows") as phase:
+            anchors = make_anchors(session, earlier, config.train, run.seed, _rows_of(phase))
+        stage = Stage(
+            student=session.loaded,
+            working=session.working,
+            engine=session.engine,
+            teacher=_teacher(run, anchored=bool(anchors.general or anchors.earlier)),
+            renderer=session.renderer,
+            template=parse_template(check["template"] if check else "turns:1"),
+            examples=rows,
+            validation=validation,
+            anchors=anchors,
+            grader=run.skill.grade,
+            max_new_tokens=run.skill.settings.max_new_tokens,
+            dtype=session.dtype,
+            seed=run.seed,
+            folder=run.folder,
+        )
+        with run.reporter.phase(f"train on {len(rows)} rows", config.train.steps, "steps") as phase:
+            return train(stage, config.train, _steps_of(phase))
+
+
+def _teacher(run: _Run, anchored: bool) -> Any:
+    config, session = run.config, run.session
+    if config.train.method == "sft" and not anchored:
+        return None
+    kind = config.train.teacher if config.train.method == "sdft" else "frozen"
+    original = open_session(config).loaded.model if kind == "original" else None
+    return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
+                        dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate)  # fmt: skip
+
+
+def _steps_of(phase: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Turns the loop's lines into progress: what a step processed, and the last validation's accuracy."""
+    seen, accuracy = 0, ""
+
+    def report(line: dict[str, Any], timings: dict[str, Any]) -> None:
+        nonlocal seen, accuracy
+        if "validation_accuracy" in line:
+            accuracy = f", validation {line['validation_accuracy']:.0%}"
+            phase.update(line["step"], note=accuracy.removeprefix(", "))
+            return
+        tokens = sum(timings["tokens"].values())
+        note = f"{line['phase'].replace('_', ' ')}, loss {line['loss']:.3f}{accuracy}"
+        phase.update(line["step"], tokens=tokens - seen, note=note)
+        seen = tokens
+
+    return report
+
+
+def _judge(run: _Run, before: Scores, check: dict[str, Any] | None, state: LoopState) -> Outcome:
+    """Measure the candidate on everything, let the gate decide, publish the version with its verdict."""
+    workspace, config, name = run.workspace, run.config, run.workspace.next_version()
+    with run.timed("evaluate"):
+        scores = [measure_skill(run.session, skill, config, run.reporter, name) for skill in run.scope.values()]
+    with run.timed("probe"):
+        probed = measure_probe(run.session, config, run.reporter, name)
+    after = {s.skill: {item.id: item.score >= 1 for item in s.items} for s in scores}
+    for row in probed.items if probed else []:
+        after.setdefault(f"{PROBE}/{row['task']}", {})[row["id"]] = row["correct"]
+    earlier = [skill for skill in workspace.taught(run.parent) if skill != run.skill.name]
+    kept = dict.fromkeys(earlier, "skill") | {f"{PROBE}/{task}": "prior" for task in config.probe.tasks}
+    budgets = {n: b for n, s in run.scope.items() if (b := s.settings.retention_budget) is not None}
+    verdict = decide(config.gate, run.skill.name, before.items, after, kept, budgets)
+    promoted = verdict.decision == "promoted" or not config.gate.enforce
+    info = _describe(run, name, check, state, verdict) | {
+        "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in scores},
+        "probe": probe_json(probed),
+    }
+
+    def write(folder: Path) -> None:
+        save(run.session.loaded, folder)
+        write_items(folder / "evaluation", scores, probed)
+
+    workspace.add_version(info, write)
+    workspace.append("candidate", version=name, parent=run.parent, stage=run.stage, skill=run.skill.name)
+    workspace.append("verdict", version=name, decision=verdict.decision, reasons=list(verdict.reasons))
+    if promoted:
+        reason = verdict.reasons[0] if verdict.decision == "promoted" else "refused, but gate.enforce is off"
+        workspace.promote(name, reason)
+    else:
+        workspace.append("refuse", version=name, parent=run.parent, stage=run.stage, skill=run.skill.name,
+                         reason=verdict.reasons[0])  # fmt: skip
+    drop_training_state(run.folder)
+    for reason in verdict.reasons:
+        run.reporter.note(reason)
+    return Outcome(run.skill.name, run.stage, name, "promoted" if promoted else "refused", verdict.reasons)
+
+
+def _describe(run: _Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:
+    config = run.config
+    base = run.workspace.version(BASE)["hashes"]["base"]
+    hashes = {"base": base, "skill": run.skill.content_hash, "config": _settings_hash(config), "code": code_state()}
+    return {
+        "version": name,
+        "parent": run.parent,
+        "stage": run.stage,
+        "skill": run.skill.name,
+        "method": config.train.method,
+        "created": now(),
+        "seed": config.seed,
+        "hashes": hashes,
+        "config": config.model_dump(mode="json"),
+        "teacher_accuracy": check["teacher_accuracy"] if check else None,
+        "verdict": asdict(verdict),
+        "cost": {"seconds": run.seconds, "tokens": state.tokens, "steps": state.step, "best_step": state.best_step},
+    }

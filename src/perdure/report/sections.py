@@ -1,0 +1,310 @@
+"""What each section of the page shows: numbers and records in, plain dictionaries for the template out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from perdure.config import RunConfig
+from perdure.report.charts import LineChart, Series, line_chart, on_axis, share_axis, stacked
+from perdure.report.files import Record, Run
+from perdure.report.numbers import PHASES
+from perdure.report.words import interval, method_label, percent, points, safe_line
+from perdure.workspace import BASE
+
+CURVES = (
+    ("Validation accuracy", "validation_accuracy", True, True),
+    ("Probability of a demonstration token", "demonstration_probability", True, False),
+    ("Loss", "loss", False, False),
+    ("KL from the stage's start, per token", "kl_start", False, True),
+)
+"""Title, key in metrics.jsonl, a share?, measured only now and then?"""
+CLEAR = 0.025
+"""One-sided p-value below which a difference on the same items is called clear (5 % on both sides together)."""
+
+
+# The accuracy matrix
+
+
+def matrix(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the heat map: champions, and before the row it did not change each candidate that was turned away."""
+    skills = numbers["skills"]
+    rows = [_champion_row(numbers, 0, "Base model", None)]
+    for number, stage in enumerate(numbers["stages"], 1):
+        label = safe_line(stage["skill"] or stage["stage"] or stage["version"])
+        if not stage["in_force"]:
+            cells = [_cell(stage["scores"].get(skill)) for skill in skills]
+            prior = numbers["prior_average"]["versions"].get(stage["version"])
+            flag = stage["decision"] if stage["decision"] != "promoted" else "rolled back"
+            rows.append({"kind": "candidate", "label": f"Candidate: {label}", "version": stage["version"],
+                         "flag": flag or "not judged", "cells": cells, "prior": _plain_cell(prior)})  # fmt: skip
+        rows.append(_champion_row(numbers, number, f"After {label}", stage))
+    return rows
+
+
+def _champion_row(numbers: dict[str, Any], row: int, label: str, stage: dict[str, Any] | None) -> dict[str, Any]:
+    version = numbers["rows"][row]
+    cells = []
+    for place, skill in enumerate(numbers["skills"]):
+        pair = numbers["intervals"][row][place] or (None, None)
+        score = {"accuracy": numbers["accuracy_matrix"][row][place], "low": pair[0], "high": pair[1]}
+        taught = bool(stage and stage["in_force"] and stage["skill"] == skill)
+        cells.append(_cell(score | {"n": numbers["n"][place]}, taught))
+    stays = bool(stage and version == numbers["rows"][row - 1])
+    return {"kind": "champion", "label": label, "version": version, "flag": "stays" if stays else "",
+            "cells": cells, "prior": _plain_cell(numbers["prior_average"]["versions"].get(version))}  # fmt: skip
+
+
+def _cell(score: Mapping[str, Any] | None, taught: bool = False) -> dict[str, Any]:
+    accuracy = score["accuracy"] if score else None
+    if score is None or accuracy is None:
+        return _plain_cell(None)
+    pair = [score["low"], score["high"]] if score["low"] is not None and score["high"] is not None else None
+    hover = f"{percent(accuracy, 1)}, 95% interval {interval(pair, 1)}, n = {score['n'] or '?'}"
+    shown = {"text": percent(accuracy), "interval": interval(pair) if pair else ""}
+    return _plain_cell(accuracy) | shown | {"title": hover + (", taught in this stage" if taught else ""),
+                                            "taught": taught}  # fmt: skip
+
+
+def _plain_cell(value: float | None) -> dict[str, Any]:
+    """``level`` fills the cell; ``tone`` names the strongest fills, on which the text turns."""
+    tone = "" if value is None or value < 0.6 else "hot" if value >= 0.75 else "warm"
+    return {"text": percent(value, 1), "level": value, "tone": tone, "interval": "", "title": "", "taught": False}
+
+
+# Methods side by side
+
+
+def comparison(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    """SDFT and the others in the same columns, each mean over the skills that all of them have. None without others."""
+    others = numbers["compared"]
+    if not others:
+        return None
+    runs = {"": numbers} | others
+    learned = _common(runs, "accuracy_when_learned")
+    measured = _common(runs, "final_accuracy")
+    rows = [_method_row(run, name, learned, measured) for name, run in runs.items()]
+    for key, best in (("learned", max), ("final", max), ("retention", max), ("prior_final", max),
+                      ("prior_change", max), ("seconds", min), ("tokens", min)):  # fmt: skip
+        values = [row[key] for row in rows if row[key] is not None]
+        for row in rows:
+            row[f"{key}_best"] = len(values) > 1 and row[key] is not None and math.isclose(row[key], best(values))
+    skills = [_skill_row(runs, numbers, place) for place in range(len(numbers["skills"]))]
+    partial = [s for s in numbers["skills"] if s not in learned]
+    return {"rows": rows, "skills": skills, "methods": [row["label"] for row in rows], "left_out": partial}
+
+
+def _common(runs: Mapping[str, dict[str, Any]], key: str) -> list[str]:
+    """Skills for which every run has a value of ``key``."""
+    found = [{s for s, value in zip(run["skills"], run[key], strict=True) if value is not None} for run in runs.values()]
+    return sorted(set.intersection(*found))
+
+
+def _value(run: dict[str, Any], key: str, skill: str) -> float | None:
+    return run[key][run["skills"].index(skill)] if skill in run["skills"] else None
+
+
+def _method_row(run: dict[str, Any], name: str, learned: Sequence[str], measured: Sequence[str]) -> dict[str, Any]:
+    def mean(key: str, skills: Sequence[str]) -> float | None:
+        return sum(_value(run, key, skill) or 0.0 for skill in skills) / len(skills) if skills else None
+
+    before, after = run["prior_average"]["base"], run["prior_average"]["final"]
+    return {
+        "label": method_label(name or run["method"]),
+        "taught": sum(row is not None for row in run["learned_at"]),
+        "refused": sum(stage["decision"] == "refused" for stage in run["stages"]),
+        "learned": mean("accuracy_when_learned", learned),
+        "final": mean("final_accuracy", measured),
+        "retention": run["mean_retention"],
+        "prior_base": before,
+        "prior_final": after,
+        "prior_change": None if before is None or after is None else after - before,
+        "seconds": run["seconds"]["total"],
+        "tokens": run["tokens"]["total"] or None,
+    }
+
+
+def _skill_row(runs: Mapping[str, dict[str, Any]], numbers: dict[str, Any], place: int) -> dict[str, Any]:
+    skill = numbers["skills"][place]
+    cells = [
+        {"learned": _value(run, "accuracy_when_learned", skill), "final": _value(run, "final_accuracy", skill)}
+        for run in runs.values()
+    ]
+    differences = [_reading(numbers["differences"][name][skill]) for name in numbers["compared"]]
+    return {"skill": skill, "n": numbers["n"][place], "cells": cells, "differences": differences}
+
+
+def _reading(found: dict[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {"change": "–", "interval": "", "reading": "no shared test rows"}
+    clear = min(found["p_worse"], found["p_better"]) <= CLEAR
+    word = ("better" if found["change"] > 0 else "worse") if clear else "no clear difference"
+    return {"change": points(found["change"]), "interval": f"{points(found['low'])} to {points(found['high'])}",
+            "reading": word}  # fmt: skip
+
+
+# Prior capabilities
+
+
+def prior(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    """Dumbbells: each task before and now with its interval, on one axis. None when nothing was probed."""
+    tasks = numbers["prior"]
+    scores = [score for task in tasks.values() for score in (task["base"], task["final"]) if score]
+    if not scores:
+        return None
+    low, high, ticks = share_axis([_low(score) for score in scores], [_high(score) for score in scores])
+
+    def mark(score: dict[str, Any] | None) -> dict[str, Any] | None:
+        if score is None:
+            return None
+        ends = [on_axis(value, low, high) for value in (_low(score), _high(score), score["accuracy"])]
+        pair = [_low(score), _high(score)]
+        return {"low": ends[0], "high": ends[1], "at": ends[2], "n": score["n"],
+                "text": percent(score["accuracy"], 1), "interval": interval(pair)}  # fmt: skip
+
+    rows = [
+        {"task": name, "base": mark(task["base"]), "final": mark(task["final"]), "change": _change(task)}
+        for name, task in tasks.items()
+    ]
+    return {"rows": rows, "ticks": ticks, "average": numbers["prior_average"], "champion": numbers["champion"]}
+
+
+def _low(score: Mapping[str, Any]) -> float:
+    return score["accuracy"] if score["low"] is None else score["low"]
+
+
+def _high(score: Mapping[str, Any]) -> float:
+    return score["accuracy"] if score["high"] is None else score["high"]
+
+
+def _change(task: Mapping[str, Any]) -> float | None:
+    return task["final"]["accuracy"] - task["base"]["accuracy"] if task["base"] and task["final"] else None
+
+
+# Verdicts
+
+
+def verdicts(record: Record, numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each candidate's decision, its reasons and the gate's table with unusable cells emptied."""
+    shown = []
+    for stage in numbers["stages"]:
+        verdict = record.versions[stage["version"]].verdict
+        rows = [_check(row) for row in (verdict.table if verdict else ())]
+        shown.append(stage | {"rows": rows, "method_label": method_label(stage["method"])})
+    return shown
+
+
+def _check(row: Mapping[str, Any]) -> dict[str, Any]:
+    numeric = {key: number(row.get(key)) for key in ("before", "after", "change", "n", "p_value", "budget")}
+    name = row.get("name") or row.get("skill") or ""
+    return numeric | {"name": str(name), "kind": str(row.get("kind") or ""), "passed": row.get("passed") is True}
+
+
+# Learning curves
+
+
+def curves(record: Record, compared: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """Four charts a stage; what another method measured while it learned the same skill is drawn beside."""
+    shown = []
+    for run in record.runs.values():
+        lines = run.metrics()
+        rivals = {name: _rival(other, run.info.skill) for name, other in compared.items()}
+        warm = max((line["step"] for line in lines if line.get("phase") == "warm_start"), default=0)
+        charts = [_chart(spec, run, lines, rivals, warm) for spec in CURVES]
+        if any(charts):
+            shown.append({"stage": run.stage, "method": method_label(run.info.method), "skill": run.info.skill,
+                          "charts": [chart for chart in charts if chart], "warm": warm})  # fmt: skip
+    return shown
+
+
+def _rival(other: Record, skill: str | None) -> list[dict[str, Any]]:
+    runs = [run for run in other.runs.values() if skill and run.info.skill == skill]
+    return runs[-1].metrics() if runs else []
+
+
+def _chart(
+    spec: tuple[str, str, bool, bool], run: Run, lines: Sequence[dict[str, Any]],
+    rivals: Mapping[str, Sequence[dict[str, Any]]], warm: float,
+) -> LineChart | None:  # fmt: skip
+    title, key, share, dotted = spec
+    ours = Series(method_label(run.info.method), _points(lines, key), "ours", dotted)
+    if not ours.points:
+        return None
+    # The losses of two methods are different quantities; they do not share an axis.
+    others = {} if key == "loss" else rivals
+    theirs = [Series(method_label(name), _points(found, key), "theirs", dotted) for name, found in others.items()]
+    return line_chart(title, [ours, *theirs], share=share, shade_until=warm)
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    pairs = [(number(line.get("step")), number(line.get(key))) for line in lines]
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+# Cost
+
+
+def costs(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    """Stacked bars of seconds by stage, every method on the same scale. None when no stage is finished."""
+    runs = {numbers["method"]: numbers} | numbers["compared"]
+    longest = max((s["total"] for run in runs.values() for s in run["seconds_by_stage"].values()), default=0)
+    if not numbers["stages"]:
+        return None
+    groups = [{"label": method_label(name), "rows": _cost_rows(run, longest), "total": run["seconds"],
+               "tokens": run["tokens"]} for name, run in runs.items()]  # fmt: skip
+    kinds = dict.fromkeys(kind for group in groups for kind in group["tokens"] if kind != "total")
+    phases = dict.fromkeys([*PHASES, *(kind for group in groups for kind in group["total"] if kind != "total")])
+    return {"groups": groups, "phases": list(phases), "kinds": list(kinds)}
+
+
+def _cost_rows(run: dict[str, Any], longest: float) -> list[dict[str, Any]]:
+    rows = []
+    for stage, parts in run["seconds_by_stage"].items():
+        spent = {kind: value for kind, value in parts.items() if kind != "total"}
+        rows.append({"stage": stage, "segments": stacked(spent, longest), "seconds": parts,
+                     "tokens": run["tokens_by_stage"][stage]})  # fmt: skip
+    return rows
+
+
+# Versions and settings
+
+
+def versions(record: Record) -> list[dict[str, Any]]:
+    """Newest first; ``marks`` are the aliases, ``kept`` says that the champion descends from it."""
+    kept = set(record.lineage(record.champion))
+    rows = []
+    for name, version in reversed(record.versions.items()):
+        decision = version.verdict.decision if version.verdict else ("base" if name == BASE else "not judged")
+        marks = [alias for alias, target in record.aliases.items() if target == name]
+        rows.append({"name": name, "parent": version.parent, "skill": version.skill, "decision": decision,
+                     "method": method_label(version.method) if version.method else "", "created": version.created,
+                     "weights": str(version.hashes.get("weights") or ""), "marks": marks,
+                     "kept": name in kept})  # fmt: skip
+    return rows
+
+
+def settings(config: RunConfig) -> list[dict[str, Any]]:
+    """Every setting by section; ``changed`` marks those that are not the default."""
+    now, default = config.model_dump(mode="json"), RunConfig().model_dump(mode="json")
+    top = {"general": {key: value for key, value in now.items() if not isinstance(value, dict)}}
+    plain = {"general": default}
+    sections = top | {key: value for key, value in now.items() if isinstance(value, dict)}
+    return [
+        {"section": section, "rows": [
+            {"key": key, "value": _setting(value), "changed": value != (plain.get(section) or default[section])[key]}
+            for key, value in values.items()]}
+        for section, values in sections.items()
+    ]  # fmt: skip
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is; anything else that a file may hold in its place as None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None

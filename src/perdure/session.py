@@ -1,0 +1,47 @@
+"""One version of the model, loaded for work: masters, working copy, decode engine and renderer that belong together."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.config import RunConfig
+from perdure.contexts import Renderer
+from perdure.models import LoadedModel, compute_dtype, load, working_copy
+from perdure.rollout.base import RolloutEngine
+from perdure.rollout.local import LocalEngine
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every activity needs of a version."""
+
+    loaded: LoadedModel
+    """float32 masters, tokenizer, window."""
+    working: Any
+    """A copy in the compute dtype, for decoding and scoring; its owner keeps it in step with the masters."""
+    engine: RolloutEngine
+    renderer: Renderer
+    dtype: torch.dtype
+
+
+def open_session(config: RunConfig, folder: Path | None = None) -> Session:
+    """Load the version in ``folder``, or the configured base model. Raises InputError when it cannot be loaded."""
+    loaded = load(config.model, folder)
+    dtype = compute_dtype(config.model)
+    working = working_copy(loaded.model, dtype)
+    engine = LocalEngine(loaded, working, config.eval.batch_tokens)
+    return Session(loaded, working, engine, Renderer(loaded.tokenizer, loaded.end_ids, loaded.window), dtype)
+
+
+def weights_sha256(model: Any) -> str:
+    """One hash over names, shapes and float32 values of all parameters: the same weights, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().float().contiguous().numpy())
+    return digest.hexdigest()
