@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perdure.config import ProbeConfig, RunConfig, TrainConfig
+from perdure.config import GateConfig, RunConfig, TrainConfig
+from perdure.files import write_jsonl
 from perdure.stats import wilson_interval
-from perdure.workspace import BASE, Workspace, write_jsonl
+from perdure.workspace import BASE, Workspace
 
 Right = Mapping[str, int]
 """Skill or task -> number of items answered right."""
@@ -40,8 +41,8 @@ def items(skill: str, right: int, n: int) -> list[dict[str, Any]]:
 class FakeWorkspace:
     """Adds stages to a workspace; every number is what the test says."""
 
-    def __init__(self, folder: Path, method: str = "sdft", n: int = 10, steps: int = 60):
-        config = RunConfig(train=TrainConfig(method=method, steps=steps), probe=ProbeConfig(rows=100))  # pyright: ignore
+    def __init__(self, folder: Path, method: str = "sdft", n: int = 10, enforce: bool = True):
+        config = RunConfig(train=TrainConfig(method=method), gate=GateConfig(enforce=enforce))  # pyright: ignore
         self.workspace, self.method, self.n = Workspace.create(folder, config, "b" * 64), method, n
         self.folder = folder
 
@@ -52,7 +53,8 @@ class FakeWorkspace:
         run.mkdir(parents=True)
         parent = self.workspace.aliases()["champion"]
         self._json(run / "stage.json", {"stage": stage, "skill": skill, "method": self.method, "parent": parent,
-                                        "seed": 0, "config": {}, "created": "2026-11-25T04:00:00Z"})  # fmt: skip
+                                        "seed": 0, "config": self.workspace.config().model_dump(mode="json"),
+                                        "created": "2026-11-25T04:00:00Z"})  # fmt: skip
         if teacher is not None:
             self._json(run / "preflight.json", preflight(skill, teacher, ready))
         return stage
@@ -74,7 +76,8 @@ class FakeWorkspace:
         cost = {"seconds": {"preflight": seconds / 10, "train": seconds, "evaluate": seconds / 4, "probe": seconds / 5},
                 "tokens": {"rollout": 1000, "teacher": 3000, "student": 4000, "evaluate": 500}}  # fmt: skip
         info = {"version": name, "parent": workspace.aliases()["champion"], "stage": stage, "skill": skill,
-                "method": self.method, "created": "2026-11-25T04:30:00Z", "seed": 0, "config": {},
+                "method": self.method, "created": "2026-11-25T04:30:00Z", "seed": 0,
+                "config": workspace.config().model_dump(mode="json"),
                 "hashes": {"base": "b" * 64, "skill": "c" * 64, "config": "d" * 64, "code": "e" * 40},
                 "scores": self._scores(right), "probe": probe(prior), "teacher_accuracy": teacher,
                 "verdict": {"decision": decision, "reasons": list(reasons), "table": list(table)},
@@ -92,8 +95,10 @@ class FakeWorkspace:
             workspace.promote(name, "gate")
         return name
 
-    def metrics(self, stage: str, steps: int = 60, best: float = 0.95, drift: float | None = 0.04) -> None:
-        write_jsonl(self.workspace.run_folder(stage) / "metrics.jsonl", metrics(self.method, steps, best, drift))
+    def metrics(self, stage: str, steps: int = 60, best: float = 0.95, drift: float | None = 0.04,
+                speed: float = 5) -> None:  # fmt: skip
+        lines = metrics(self.method, steps, best, drift, speed)
+        write_jsonl(self.workspace.run_folder(stage) / "metrics.jsonl", lines)
 
     def _scores(self, right: Right) -> dict[str, Any]:
         return {skill: score(hits, self.n) for skill, hits in right.items()}
@@ -118,11 +123,11 @@ def preflight(skill: str, teacher: float, ready: bool) -> dict[str, Any]:
             "cost": {"seconds": 300, "tokens": {"student": 40000}}, "ready": ready, "advice": [advice]}  # fmt: skip
 
 
-def metrics(method: str, steps: int, best: float, drift: float | None) -> list[dict[str, Any]]:
+def metrics(method: str, steps: int, best: float, drift: float | None, speed: float) -> list[dict[str, Any]]:
     """A smooth run with some ripple; a validation every 10 steps."""
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
-        done = 1 - math.exp(-step / (steps / 5))
+        done = 1 - math.exp(-speed * step / steps)
         ripple = 0.03 * math.sin(step * 1.7)
         phase = "sft" if method == "sft" else "warm_start" if step <= steps * 2 / 3 else "on_policy"
         lines.append({"step": step, "phase": phase, "loss": 2.4 * (1 - done) + 0.08 + abs(ripple), "entropy": 0.4,

@@ -55,13 +55,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     seed: int = 0, tied: bool = True, layers: int = 2, scale: float = 0.1, vocab: int | None = None
 ) -> LlamaForCausalLM:
-    """A random Llama of hidden size 32 in float32, eval mode; ``scale`` is the spread of its initial weights."""
+    """A random Llama of hidden size 32 in float32, eval mode. ``scale`` is the spread of its initial weights;
+    ``vocab`` makes a smaller vocabulary, for enumerating, that fits no tokenizer."""
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=vocab or len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, initializer_range=scale,
-        tie_word_embeddings=tied, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None if vocab else tokenizer.eos_token_id,
+        pad_token_id=None if vocab else tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)

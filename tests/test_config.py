@@ -32,7 +32,9 @@ def test_toml_round_trip_of_changed_settings(tmp_path):
 
 
 @settings(deadline=None)
-@given(rate=st.floats(1e-12, 1.0), steps=st.integers(1, 10**9), share=st.floats(0, 0.9), seed=st.integers(-(2**62), 2**62))
+@given(
+    rate=st.floats(1e-12, 1.0), steps=st.integers(1, 10**9), share=st.floats(0, 0.9), seed=st.integers(-(2**62), 2**62)
+)
 def test_every_number_survives_the_round_trip(tmp_path_factory, rate, steps, share, seed):
     config = RunConfig(seed=seed, train=TrainConfig(learning_rate=rate, steps=steps, anchor_share=share))
     path = tmp_path_factory.mktemp("config") / "perdure.toml"
@@ -47,7 +49,9 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 
 
 def test_all_wrong_keys_are_listed_at_once(tmp_path):
-    text = refused(tmp_path, 'sed = 1\n[train]\nstep = 3\nlearning_rate = -1\nteacher = "slow"\n[gatee]\nbudget = 0.1\n')
+    text = refused(
+        tmp_path, 'sed = 1\n[train]\nstep = 3\nlearning_rate = -1\nteacher = "slow"\n[gatee]\nbudget = 0.1\n'
+    )
     for key in ("sed", "train.step", "train.learning_rate", "train.teacher", "gatee"):
         assert f"\n  {key}: " in text
     assert text.count("\n  ") == 5

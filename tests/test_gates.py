@@ -43,7 +43,8 @@ def test_the_new_skill_must_be_learned(before, after, decision):
 def test_a_gain_that_so_few_items_cannot_show_says_so():
     result = decide(CONFIG, "new", {"new": items(0, 4)}, {"new": items(4, 4)}, {})
     assert result.decision == "refused" and "add test rows" in result.reasons[0]
-    assert "add test rows" not in decide(CONFIG, "new", *({"new": items(0, 5)},) * 2, {}).reasons[0]
+    enough = decide(CONFIG, "new", {"new": items(0, 5)}, {"new": items(4, 5)}, {})
+    assert enough.decision == "refused" and "add test rows" not in enough.reasons[0]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+BEST = "best.safetensors"
+"""In the run folder: the student's weights at the best validation so far."""
 _PREFIX = "checkpoint-"
 
 
@@ -30,7 +32,7 @@ def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.O
     tensors |= {f"teacher.{name}": value for name, value in teacher.items()}
     final = run / f"{_PREFIX}{step:06d}"
     beside = run / f".{final.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
+    _sweep(run)
     beside.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
     (beside / "loop.json").write_text(json.dumps({"step": step, **loop}), encoding="utf-8")
@@ -47,9 +49,14 @@ def _remove(folder: Path) -> None:
     """Out of sight first: a checkpoint that is visible is whole, also when the removal is cut off."""
     if folder.exists():
         hidden = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(hidden, ignore_errors=True)
         os.replace(folder, hidden)
         shutil.rmtree(hidden)
+
+
+def _sweep(run: Path) -> None:
+    """Clear what earlier attempts, cut off, left out of sight."""
+    for left in run.glob(f".{_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -57,7 +64,17 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob(f"{_PREFIX}*"))
 
 
-def load_checkpoint(folder: Path, student: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
+def drop_training_state(run: Path) -> None:
+    """Remove what only a resume needs, once the stage's version is published: the folder keeps what people read."""
+    _sweep(run)
+    for folder in checkpoints(run):
+        _remove(folder)
+    (run / BEST).unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    folder: Path, student: Any, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put student and optimizer back; returns the loop's state and the moving teacher's weights.
 
     Raises ValueError when the checkpoint is of a model with other weights."""
@@ -76,7 +93,7 @@ def load_checkpoint(folder: Path, student: Any, optimizer: torch.optim.Optimizer
                 teacher[rest] = value
             else:
                 entry, _, name = rest.partition(".")
-                optimizer.state[parameters[name]][entry] = value
+                optimizer.state[parameters[name]][entry] = value.clone()  # the file may be mapped, and goes away
     return json.loads((folder / "loop.json").read_text(encoding="utf-8")), teacher
 
 

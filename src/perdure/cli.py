@@ -107,7 +107,7 @@ def init(
     settings: SetOption = None,
 ) -> None:
     """Make a workspace whose champion is the base model."""
-    from perdure.session import create_workspace
+    from perdure.stages import create_workspace
 
     config = _with_settings(RunConfig(), [f"model.source={json.dumps(model)}", *(settings or [])])
     create_workspace(workspace, config)

@@ -74,6 +74,14 @@ class TrainConfig(_Section):
     """Share of each batch without a demonstration: earlier skills' prompts and general ones."""
     anchor_earlier_share: float = Field(default=0.5, ge=0, le=1)
     """Of the anchors, the share from earlier skills (when there are any)."""
+    anchor_rows: int = Field(default=64, ge=1)
+    """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
+    anchor_general_tokens: int = Field(default=64, ge=1)
+    """Longest answer to a general prompt, in tokens."""
+    anchor_rows: int = Field(default=48, ge=1)
+    """Prompts of each earlier skill that anchors are drawn from."""
+    anchor_general_tokens: int = Field(default=32, ge=1)
+    """Longest answer to a general prompt; the anchors' answers are sampled once a stage."""
     warm_start_steps: int = Field(default=40, ge=0)
     """At most this many first steps score the demonstration's own tokens instead of sampling."""
     warm_start_until: float = Field(default=0.8, gt=0, le=1)
@@ -178,22 +186,26 @@ class RunConfig(_Section):
 
 def load_config(path: Path) -> RunConfig:
     """Read a TOML file. Raises InputError naming the file and every wrong key."""
-    return parse(RunConfig, read_toml(path), where=str(path))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Raises InputError naming the file, and the line where the text is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(RunConfig, parse_toml(data, path), where=str(path))
+
+
+def parse_toml(data: bytes, path: Path) -> dict[str, Any]:
+    """Raises InputError naming the file and the line that is no TOML."""
+    try:
+        return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8: {error.reason}") from error
     except tomllib.TOMLDecodeError as error:
         place = re.search(r" \(at line (\d+),", str(error))
-        where = f"{path}:{place[1]}" if place else str(path)
-        raise InputError(f"{where}: not valid TOML: {error}") from error
+        line = int(place[1]) if place else data.count(b"\n") + 1  # without a place: at the end of the file
+        raise InputError(f"{path}:{line}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}:1: nested too deeply") from error
 
 
 def parse(model: type[Section], raw: dict[str, Any], where: str) -> Section:

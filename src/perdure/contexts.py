@@ -26,8 +26,8 @@ DOCUMENT_LEAD = "Read this first:"
 
 _SHOWN = r"(?:example|demonstration|(?:example|earlier|previous) (?:answer|response|turn))"
 _LEAK = re.compile(
-    rf"\b(?:as|like|similar to|following|based on|according to)\s+(?:shown |given |seen )?(?:in\s+)?(?:the|this|that|your)\s+"
-    rf"(?:above |previous |given |provided )?{_SHOWN}\b"
+    r"\b(?:as|like|similar to|following|based on|according to)\s+(?:shown |given |seen )?(?:in\s+)?"
+    rf"(?:the|this|that|your)\s+(?:above |previous |given |provided )?{_SHOWN}\b"
     rf"|\b(?:in|from|to)\s+(?:the|this|that|your)\s+(?:above|previous|given|provided)\s+{_SHOWN}\b"
     r"|\b(?:example|demonstration)\s+(?:above|response|provided|given)\b",
     re.IGNORECASE,
@@ -61,7 +61,8 @@ def parse_template(name: str) -> Template:
     if kind == "jinja" and argument:
         return Template(name, kind, source=_jinja_file(Path(argument)))
     raise InputError(
-        f"unknown context template {name!r}: use inline, inline_thinking, turns:N (N from 1 to 99), document or jinja:FILE"
+        f"unknown context template {name!r}: use inline, inline_thinking, turns:N (N from 1 to 99), document or "
+        "jinja:FILE"
     )
 
 
@@ -101,7 +102,7 @@ class Renderer:
         assert example.demonstration is not None
         if template.kind == "turns":
             system, turns = _split_system(example.messages)
-            return system + (turns + (example.demonstration,)) * template.repeats + turns
+            return (*system, *(*turns, example.demonstration) * template.repeats, *turns)
         if template.kind == "document":
             return self._with_document(example)
         question = _text(example.messages[-1], example)
@@ -129,7 +130,7 @@ class Renderer:
                 messages=example.messages,
                 metadata=example.metadata,
             )
-        except (jinja2.TemplateError, jinja2.sandbox.SecurityError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{template.name}: cannot be filled for {example.origin}: {error}") from error
 
     def demonstration(self, example: Example) -> Completion:
@@ -255,3 +256,14 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
     weights_N = torch.tensor(columns[3], dtype=torch.float32)
     demonstrated_N = torch.tensor(columns[4], dtype=torch.bool)
     return Batch(input_ids, mask, row_N, position_N, target_N, weights_N, demonstrated_N)
+
+
+def micro_batches(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows sorted by length, in groups whose padded size stays within ``budget`` tokens (a longer row goes alone)."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,23 +33,11 @@ from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill, load_skill
+from perdure.stages import Outcome, begin, finished, load_all, settings_hash
 from perdure.teacher import make_teacher
 from perdure.train import Stage, train
 from perdure.types import Example, InputError, Verdict
 from perdure.workspace import BASE, Workspace, code_state, now, read_json, replace_text
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a skill's stage ended."""
-
-    skill: str
-    stage: str
-    version: str | None
-    """None when the preflight refused and nothing was trained."""
-    decision: str
-    """``promoted`` or ``refused``."""
-    reasons: tuple[str, ...]
 
 
 @dataclass
@@ -94,11 +81,11 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
     Stages that are finished are not repeated, an unfinished one goes on where it was (``restart`` begins it anew).
     ``force`` trains although the preflight sees no teacher gap. All folders are validated before anything runs.
     """
-    skills = _load_all(folders)
+    skills = load_all(folders)
     kept = {s.name: load_skill(workspace.keep_skill(s.folder, s.name, s.content_hash)) for s in skills}
     outcomes = []
     for number, skill in enumerate(kept.values(), 1):
-        if done := _finished(workspace, skill, config):
+        if done := finished(workspace, skill, config):
             reporter.note(f"{skill.name}: {done.decision} already as {done.version}; nothing to do.")
             outcomes.append(done)
             continue
@@ -108,74 +95,9 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
     return outcomes
 
 
-def _load_all(folders: Sequence[Path]) -> list[Skill]:
-    problems, skills = [], []
-    for folder in folders:
-        try:
-            skills.append(load_skill(folder))
-        except InputError as error:
-            problems.append(str(error))
-    names = [skill.name for skill in skills]
-    if twice := {name for name in names if names.count(name) > 1}:
-        problems.append(f"the same skill name is given twice: {', '.join(sorted(twice))}")
-    if problems:
-        raise InputError("\n".join(problems))
-    return skills
-
-
-def _settings_hash(config: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def _finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
-    """The stage that taught this very content: on the champion's lineage, or refused from it under the same settings."""
-    champion = workspace.resolve("champion")
-    lineage = workspace.lineage()
-    for name in reversed(workspace.versions()):
-        info = workspace.version(name)
-        if info["skill"] != skill.name or info["hashes"]["skill"] != skill.content_hash:
-            continue
-        refused_alike = info["parent"] == champion and info["hashes"]["config"] == _settings_hash(config)
-        if name in lineage or refused_alike:
-            verdict = info["verdict"]
-            decision = "promoted" if name in lineage else verdict["decision"]
-            return Outcome(skill.name, info["stage"], name, decision, tuple(verdict["reasons"]))
-    return None
-
-
-def _begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool) -> tuple[str, bool]:
-    """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
-    parent = workspace.resolve("champion")
-    finished = {workspace.version(name)["stage"] for name in workspace.versions()}
-    folders = sorted(workspace.folder.glob("runs/s*"))
-    for folder in folders:
-        if folder.name in finished or not (folder / "stage.json").is_file():
-            continue
-        info = read_json(folder / "stage.json")
-        if info["skill_hash"] != skill.content_hash or info["parent"] != parent:
-            continue
-        if restart:
-            workspace.remove_run(folder.name)
-        elif info["config"] == config.model_dump(mode="json"):
-            return folder.name, True
-        else:
-            raise InputError(
-                f"{folder}: an unfinished run of {skill.name} has other settings; give the same ones to go on with it, "
-                "or --restart to begin anew"
-            )
-    numbers = [int(f.name[1:3]) for f in workspace.folder.glob("runs/s*")]
-    name = f"s{max(numbers, default=0) + 1:02d}-{skill.name}"
-    folder = workspace.run_folder(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    info = {"stage": name, "skill": skill.name, "skill_hash": skill.content_hash, "method": config.train.method,
-            "parent": parent, "seed": config.seed, "config": config.model_dump(mode="json"), "created": now()}  # fmt: skip
-    replace_text(folder / "stage.json", json.dumps(info, indent=1) + "\n")
-    return name, False
-
-
 def _learn_one(workspace: Workspace, skill: Skill, scope: dict[str, Skill], config: RunConfig, reporter: Reporter,
                force: bool, restart: bool) -> Outcome:  # fmt: skip
-    stage, resumed = _begin(workspace, skill, config, restart)
+    stage, resumed = begin(workspace, skill, config, restart)
     parent = workspace.resolve("champion")
     if resumed:
         reporter.note(f"Going on with the unfinished stage {stage}.")
@@ -353,7 +275,7 @@ def _judge(run: _Run, before: Scores, check: dict[str, Any] | None, state: LoopS
 def _describe(run: _Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:
     config = run.config
     base = run.workspace.version(BASE)["hashes"]["base"]
-    hashes = {"base": base, "skill": run.skill.content_hash, "config": _settings_hash(config), "code": code_state()}
+    hashes = {"base": base, "skill": run.skill.content_hash, "config": settings_hash(config), "code": code_state()}
     return {
         "version": name,
         "parent": run.parent,
@@ -368,3 +290,32 @@ def _describe(run: _Run, name: str, check: dict[str, Any] | None, state: LoopSta
         "verdict": asdict(verdict),
         "cost": {"seconds": run.seconds, "tokens": state.tokens, "steps": state.step, "best_step": state.best_step},
     }
+
+
+def check_skills(workspace: Workspace, folders: Sequence[Path], config: RunConfig, reporter: Reporter) -> list[dict[str, Any]]:  # fmt: skip
+    """The preflight of each skill on the champion; nothing is written."""
+    skills = load_all(folders)
+    champion = workspace.resolve("champion")
+    session = open_session(config, None if champion == BASE else workspace.version_folder(champion))
+    results = []
+    for skill in skills:
+        reporter.stage(f"{skill.name}: {len(skill.train)} training rows, {len(skill.test)} test rows, all valid")
+        with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
+            seed = derive_seed(config.seed, "stage", skill.name, skill.content_hash)
+            found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, seed,
+                              _rows_of(phase))  # fmt: skip
+        results.append(found.to_json())
+    return results
+
+
+def evaluate_version(workspace: Workspace, version: str, folders: Sequence[Path], config: RunConfig, with_probe: bool,
+                     reporter: Reporter) -> dict[str, Any]:  # fmt: skip
+    """Measure a version on the given skills (default: those taught on the way to it); nothing is written."""
+    name = workspace.resolve(version)
+    skills = load_all(folders) if folders else [load_skill(folder) for folder in workspace.taught(name).values()]
+    if not skills and not with_probe:
+        raise InputError(f"{name}: no skill was taught yet; name one with --skill FOLDER, or ask for --probe")
+    session = open_session(config, None if name == BASE else workspace.version_folder(name))
+    scores = {s.name: score_json(measure_skill(session, s, config, reporter, name), s) for s in skills}
+    probed = measure_probe(session, config, reporter, name) if with_probe else None
+    return {"version": name, "scores": scores, "probe": probe_json(probed)}

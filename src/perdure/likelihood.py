@@ -185,7 +185,9 @@ def _head_only_at(model: PreTrainedModel, heads_P: tuple[torch.Tensor, torch.Ten
     def choose(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0][heads_P][None], *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
+    head = model.get_output_embeddings()
+    assert head is not None, "a model without output embeddings scores no tokens"
+    handle = head.register_forward_pre_hook(choose)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from perdure.likelihood import (
     CPU_BATCH_TOKENS,
@@ -35,7 +35,7 @@ class LoadedModel(TemplateLM):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         *,
         progress: Progress | None = None,
         batch_tokens: int | None = None,
@@ -107,14 +107,14 @@ class LoadedModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
+            groups.setdefault(repr(_settings(request)), []).append(index)
         self._total += sum(map(len, contexts))
         texts = [""] * len(requests)
         for members in groups.values():
             members.sort(key=lambda index: -len(contexts[index]))
             for start in range(0, len(members), GENERATION_ROWS):
                 batch = members[start : start + GENERATION_ROWS]
-                settings = requests[batch[0]].args[1]
+                settings = _settings(requests[batch[0]])
                 written = self._generate([contexts[index] for index in batch], settings, requests[batch[0]].args[0])
                 for index, text in zip(batch, written, strict=True):
                     texts[index] = text
@@ -133,7 +133,8 @@ class LoadedModel(TemplateLM):
         for b, context in enumerate(contexts):
             ids_BT[b, longest - len(context) :] = torch.tensor(context)
             mask_BT[b, longest - len(context) :] = 1
-        written_BT = self.model.generate(
+        model: Any = self.model
+        written_BT = model.generate(
             input_ids=ids_BT.to(self.model.device),
             attention_mask=mask_BT.to(self.model.device),
             max_new_tokens=new_tokens,
@@ -156,6 +157,11 @@ class LoadedModel(TemplateLM):
         self.tokens += tokens
         if self._progress is not None:
             self._progress(min(self.tokens, self._total), self._total)
+
+
+def _settings(request: Any) -> dict[str, Any]:
+    """The generation settings of a ``generate_until`` request."""
+    return request.args[1]
 
 
 def _sampling(settings: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class LossSpec:
 
     divergence: str = "forward_kl"
     support: str = "full"
-    """``sampled`` holds for rows with a demonstration only: no anchor's completion is the student's own sample."""
+    """``sampled`` is right only where every target is the student's own sample."""
     jsd_beta: float = 0.5
     topk: int = 20
     demonstrated: str = "divergence"
@@ -106,7 +106,7 @@ class Head:
     softcap: float | None = None
 
     def raw_logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits before the soft cap, float32 (of float64: float64) [N, V]; the product runs in ``hidden_NH``'s dtype."""
+        """Logits before the soft cap, float32 (or float64) [N, V]; the product runs in the dtype of ``hidden_NH``."""
         logits_NV = (hidden_NH @ self.weight_VH.to(hidden_NH.dtype).T).to(_accumulator(hidden_NH))
         return logits_NV if self.bias_V is None else logits_NV + self.bias_V.to(logits_NV.dtype)
 
@@ -147,16 +147,15 @@ def position_losses(spec: LossSpec, student_logprobs_NV: Tensor, teacher_logprob
         if spec.demonstrated != "nll" or not bool(demonstrated_N.all()):
             raise ValueError("a divergence needs the teacher's hidden states; only nll on demonstrated rows does not")
         return nll(student_logprobs_NV, targets_N)
-    divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV)
+    divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV, targets_N)
     if spec.demonstrated == "nll":
         return torch.where(demonstrated_N, nll(student_logprobs_NV, targets_N), divergence_N)
-    if spec.support == "sampled":
-        sampled_N = sampled_reverse_kl(student_logprobs_NV, teacher_logprobs_NV, targets_N)
-        return torch.where(demonstrated_N, sampled_N, divergence_N)
     return divergence_N
 
 
-def _divergence(spec: LossSpec, student: Tensor, teacher: Tensor) -> Tensor:
+def _divergence(spec: LossSpec, student: Tensor, teacher: Tensor, targets_N: Tensor) -> Tensor:
+    if spec.support == "sampled":
+        return sampled_reverse_kl(student, teacher, targets_N)
     if spec.support == "teacher_topk":
         student, teacher = teacher_topk_with_tail(student, teacher, spec.topk)
     if spec.divergence == "generalized_jsd":
@@ -172,7 +171,7 @@ def chunked_loss(
     Only ``chunk`` x V logits of each role exist at a time, and the gradient is formed inside the chunk, so neither a
     [B, T, V] tensor nor a graph over logits is ever kept. Divide by the global token count afterwards.
     """
-    metrics = dict.fromkeys(METRICS, 0.0)
+    metrics: dict[str, float] = {name: 0.0 for name in METRICS}
     of_chunk = _chunk_function(spec, inputs, student_head, teacher_head, metrics)
     trained = (inputs.student_hidden_NH, student_head.weight_VH, student_head.bias_V)
     if not torch.is_grad_enabled():  # inside the Function this cannot be seen, and it would form gradients for nobody

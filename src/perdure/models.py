@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from perdure.config import ModelConfig
@@ -81,10 +83,14 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        # transformers raises all four for missing files, unknown architectures and broken weights alike.
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        # transformers raises all five for missing files, unknown architectures and broken weights alike.
         raise InputError(f"{source}: cannot be loaded as a language model: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{source}: {len(missing)} weights are missing ({missing[0]}, ...); the files are not complete")
     if tokenizer.chat_template is None:
         raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
     model.eval()
@@ -213,7 +219,9 @@ def embedded_folder() -> Path:
 
 
 def dequantised(gguf: Path, folder: Path) -> Path:
-    """Turn a GGUF file into a float32 folder, once: written beside and renamed, so never half there."""
+    """Turn a GGUF file into a float32 folder, once: written beside and renamed, so never half there.
+
+    Raises InputError for a file that is no model or a folder that cannot be written."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if (folder / "config.json").is_file():
@@ -230,7 +238,9 @@ def dequantised(gguf: Path, folder: Path) -> Path:
     except OSError as error:
         if (folder / "config.json").is_file():  # another process was first
             return folder
-        raise InputError(f"{folder}: the dequantised model cannot be written: {error}") from error
+        raise InputError(f"{gguf}: cannot be dequantised into {folder}: {error}") from error
+    except Exception as error:  # a broken file fails anywhere in the reader: struct, value, index, key errors
+        raise InputError(f"{gguf}: cannot be read as a GGUF model: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
@@ -250,9 +260,9 @@ def _without_quantisation(model: Any) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers' own bars and notes would break our lines."""
-    from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 
+    gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     verbosity, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf_reader.tqdm
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
-from perdure.contexts import Renderer, Template, collate, names_the_example, parse_template
+from perdure.contexts import Renderer, Template, collate, micro_batches, names_the_example, parse_template
 from perdure.evaluate import Grader, score_prompts
 from perdure.losses import LossInputs, LossSpec, chunked_loss
 from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions
-from perdure.rollout.base import Progress, RolloutEngine
+from perdure.rollout.base import Progress as DecodeProgress
+from perdure.rollout.base import RolloutEngine
 from perdure.seeds import derive_seed, permutation
-from perdure.train import micro_batches
 from perdure.types import Example, InputError, Rollout, SkillScore
 
+Progress = Callable[[int, int, int], None]
+"""Called with (tokens generated since the last call, rows answered, rows to answer in all)."""
 IDENTITY_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest KL per token between teacher and student under equal prompts; above it the two are not the same model."""
 
@@ -91,37 +93,45 @@ def candidates(context: ContextConfig, examples: Sequence[Example]) -> list[Temp
     names = list(context.candidates)
     if all(example.document for example in examples):
         names.append("document")
-    return [parse_template(name) for name in names]
+    return [parse_template(name) for name in dict.fromkeys(names)]
 
 
 def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict[str, Any], list[Template]]:
-    """Lengths of every training row under every role, and the templates under which all rows fit.
+    """Lengths of every training row under every role (tokens, with room for the answer), and the templates that all
+    rows can be written in and fit under.
 
-    Raises InputError listing each row that does not fit the window even without a demonstration."""
-    renderer, limit = subject.renderer, subject.renderer.window
-    completions = {e.id: len(renderer.demonstration(e).token_ids) for e in subject.examples}
-    room = {e.id: max(completions[e.id], subject.max_new_tokens) for e in subject.examples}
-    students = {e.id: len(renderer.student_prompt(e).token_ids) + room[e.id] for e in subject.examples}
-    if bad := [e for e in subject.examples if students[e.id] > limit]:
-        lines = [f"  {e.origin}: {students[e.id]} tokens" for e in bad]
-        raise InputError(f"{subject.skill}: {len(bad)} rows exceed the window of {limit} tokens (prompt plus answer); "
-                         "shorten them or raise model.max_window:\n" + "\n".join(lines))  # fmt: skip
-    cut = [e for e in subject.examples if completions[e.id] > subject.max_new_tokens]
-    if cut:
-        lines = [f"  {e.origin}: {completions[e.id]} tokens" for e in cut]
-        raise InputError(f"{subject.skill}: {len(cut)} demonstrations are longer than max_new_tokens = "
-                         f"{subject.max_new_tokens}; raise it in skill.toml:\n" + "\n".join(lines))  # fmt: skip
-    fitting, longest = [], {}
+    Raises InputError listing each row that does not fit even without a demonstration, or whose demonstration is longer
+    than an answer may be; else, when no template is left, one reason for each of them."""
+    renderer, limit, most = subject.renderer, subject.renderer.window, subject.max_new_tokens
+    completions = [len(renderer.demonstration(e).token_ids) for e in subject.examples]
+    room = [max(length, most) for length in completions]
+    prompts = [len(renderer.student_prompt(e).token_ids) for e in subject.examples]
+    problems = [f"  {e.origin}: prompt and answer take {p + r} tokens, the window holds {limit}"
+                for e, p, r in zip(subject.examples, prompts, room, strict=True) if p + r > limit]  # fmt: skip
+    problems += [f"  {e.origin}: the demonstration has {length} tokens, max_new_tokens is {most}"
+                 for e, length in zip(subject.examples, completions, strict=True) if length > most]  # fmt: skip
+    if problems:
+        raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens in skill.toml or "
+                         "model.max_window:\n" + "\n".join(problems))  # fmt: skip
+    longest: dict[str, int] = {}
+    cannot: dict[str, str] = {}
     for template in templates:
-        lengths = [len(renderer.teacher_prompt(e, template).token_ids) + room[e.id] for e in subject.examples]
-        longest[template.name] = max(lengths)
-        if max(lengths) <= limit:
-            fitting.append(template)
-    window = {"limit": limit, "longest_student": max(students.values()), "longest_teacher": longest,
-              "too_long": [t.name for t in templates if t not in fitting]}  # fmt: skip
+        try:
+            teachers = [len(renderer.teacher_prompt(e, template).token_ids) for e in subject.examples]
+        except InputError as error:  # such as "inline" where a prompt ends in a tool turn: another may do
+            cannot[template.name] = str(error)
+        else:
+            longest[template.name] = max(p + r for p, r in zip(teachers, room, strict=True))
+    fitting = [t for t in templates if longest.get(t.name, limit + 1) <= limit]
     if not fitting:
-        raise InputError(f"{subject.skill}: no context template fits the window of {limit} tokens: longest teacher "
-                         f"prompts {longest}; choose a shorter template or raise model.max_window")  # fmt: skip
+        reasons = [f"  {name}: {reason}" for name, reason in cannot.items()]
+        reasons += [f"  {name}: takes {length} tokens, the window holds {limit}" for name, length in longest.items()]
+        raise InputError(f"{subject.skill}: no context template fits all rows; choose another one (context.template) or "
+                         "raise model.max_window:\n" + "\n".join(reasons))  # fmt: skip
+    longest_student = max(p + r for p, r in zip(prompts, room, strict=True))
+    too_long = [name for name, length in longest.items() if length > limit]
+    window = {"limit": limit, "longest_student": longest_student, "longest_teacher": longest, "too_long": too_long,
+              "cannot_render": cannot}  # fmt: skip
     return window, fitting
 
 
@@ -133,17 +143,27 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
     window, templates = check_windows(subject, candidates(context, subject.examples))
     order = permutation(derive_seed(seed, "preflight", subject.skill), len(subject.examples))
     rows = [subject.examples[place] for place in order[: config.rows]]
-    start = time.perf_counter()
-    student = _answers(subject, rows, None, progress)
-    decode_seconds = time.perf_counter() - start
-    scores = [_measure(subject, rows, template, progress) for template in templates]
-    best = choose_template(scores)
     identity = _identity(subject, rows)
+    parts = [_part(progress, number, len(rows), 1 + len(templates)) for number in range(1 + len(templates))]
+    start = time.perf_counter()
+    student = _answers(subject, rows, None, parts[0])
+    decode_seconds = time.perf_counter() - start
+    scores = [
+        _measure(subject, rows, t, train.micro_batch_tokens, p) for t, p in zip(templates, parts[1:], strict=True)
+    ]
+    best = choose_template(scores)
     cost = predict_cost(subject, rows, best, train, student, decode_seconds)
-    gap = best.accuracy - student.accuracy
-    ready, advice = _judge(subject, config, student, best, scores)
-    return Preflight(subject.skill, len(rows), student.accuracy, best.accuracy, gap, best.template, best.kl, identity,
-                     best.leak_share, window, tuple(scores), cost, ready, tuple(advice))  # fmt: skip
+    ready, advice = _judge(config, student.accuracy, best)
+    return Preflight(subject.skill, len(rows), student.accuracy, best.accuracy, best.accuracy - student.accuracy,
+                     best.template, best.kl, identity, best.leak_share, window, tuple(scores), cost, ready,
+                     tuple(advice))  # fmt: skip
+
+
+def _part(progress: Progress | None, number: int, rows: int, parts: int) -> DecodeProgress | None:
+    """The progress of one decode as a part of all of them."""
+    if progress is None:
+        return None
+    return lambda tokens, done: progress(tokens, number * rows + done, parts * rows)
 
 
 def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
@@ -155,7 +175,7 @@ def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
 
 
 def _answers(
-    subject: Subject, rows: Sequence[Example], template: Template | None, progress: Progress | None
+    subject: Subject, rows: Sequence[Example], template: Template | None, progress: DecodeProgress | None
 ) -> SkillScore:
     """Graded greedy answers of the student (no template) or of the teacher."""
     renderer = subject.renderer
@@ -165,42 +185,44 @@ def _answers(
     )
 
 
-def _measure(subject: Subject, rows: Sequence[Example], template: Template, progress: Progress | None) -> TemplateScore:
+def _measure(subject: Subject, rows: Sequence[Example], template: Template, budget: int,
+             progress: DecodeProgress | None) -> TemplateScore:  # fmt: skip
     answers = _answers(subject, rows, template, progress)
     rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), template) for e in rows]
-    kl, probability = _teacher_forced(subject, rollouts)
+    kl, probability = _teacher_forced(subject, rollouts, budget)
     tokens = sum(len(r.teacher_prompt.token_ids) for r in rollouts) / len(rollouts)
     leaks = sum(names_the_example(item.completion) for item in answers.items) / len(rows)
     return TemplateScore(template.name, answers.accuracy, answers.low, answers.high, tokens, kl, probability, leaks)
 
 
 @torch.no_grad()
-def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout]) -> tuple[float, float]:
-    """Mean KL(teacher || student) and the teacher's mean probability over the demonstrations' tokens."""
+def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) -> tuple[float, float]:
+    """Mean KL(teacher || student) and the teacher's mean probability over the demonstrations' tokens.
+
+    ``budget``: most padded tokens in one forward pass."""
     kl = probability = count = 0.0
     lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     head = head_of(subject.working)
-    for group in micro_batches(range(len(rollouts)), lengths, 4096):
-        chosen = [rollouts[i] for i in group]
-        hidden = [hidden_at_loss_positions(subject.working, collate(chosen, role, subject.student.pad_id))
-                  for role in ("student", "teacher")]  # fmt: skip
-        batch = collate(chosen, "student", subject.student.pad_id)
-        for student_NH, teacher_NH, into in ((hidden[0], hidden[1], "kl"), (hidden[1], hidden[1], "probability")):
-            inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N)
-            total, metrics = chunked_loss(LossSpec(), inputs, head, head)
-            if into == "kl":
-                kl += float(total)
-            else:
-                probability += metrics["target_probability"]
+    for group in micro_batches(range(len(rollouts)), lengths, budget):
+        batches = {role: collate([rollouts[i] for i in group], role, subject.student.pad_id)
+                   for role in ("student", "teacher")}  # fmt: skip
+        hidden = {role: hidden_at_loss_positions(subject.working, batch) for role, batch in batches.items()}
+        batch = batches["student"]
+        rest = (hidden["teacher"], batch.targets_N, batch.weights_N, batch.demonstrated_N)
+        total, _ = chunked_loss(LossSpec(), LossInputs(hidden["student"], *rest), head, head)
+        _, of_teacher = chunked_loss(LossSpec(), LossInputs(hidden["teacher"], *rest), head, head)
+        kl += float(total)
+        probability += of_teacher["target_probability"]
         count += len(batch.targets_N)
     return kl / count, probability / count
 
 
 @torch.no_grad()
 def _identity(subject: Subject, rows: Sequence[Example]) -> float:
-    """Mean KL per token between the working copy and the student in training precision, under the same prompt."""
-    template = parse_template("turns:1")
-    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), template) for e in rows[:8]]
+    """Mean KL per token between the working copy and the student in training precision, under the same prompt.
+
+    Raises InputError when it is not about zero."""
+    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows[:8]]
     batch = collate(rollouts, "student", subject.student.pad_id)
     with autocast(subject.dtype):
         student_NH = hidden_at_loss_positions(subject.student.model, batch).to(subject.dtype)
@@ -208,45 +230,43 @@ def _identity(subject: Subject, rows: Sequence[Example]) -> float:
     inputs = LossInputs(student_NH, working_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N)
     total, _ = chunked_loss(LossSpec(), inputs, head_of(subject.student.model), head_of(subject.working))
     identity = float(total) / len(batch.targets_N)
-    if not identity <= IDENTITY_LIMIT[subject.dtype]:
-        raise InputError(f"identity check failed: with equal prompts teacher and student differ by {identity:.3g} nats a "
-                         'token; the weights or the precision are broken here (try model.compute_dtype = "float32")')  # fmt: skip
+    if not identity <= IDENTITY_LIMIT[subject.dtype]:  # NaN fails, too
+        raise InputError(
+            f"identity check failed: with equal prompts teacher and student differ by {identity:.3g} nats a token; the "
+            'weights or the precision are broken here (try model.compute_dtype = "float32")'
+        )
     return identity
 
 
-def predict_cost(subject: Subject, rows: Sequence[Example], best: TemplateScore, train: TrainConfig, student: SkillScore,
-                 decode_seconds: float) -> dict[str, Any]:  # fmt: skip
-    """Tokens and seconds of the stage's training, from a short timed pass over some of the rows."""
+def predict_cost(subject: Subject, rows: Sequence[Example], best: TemplateScore, train: TrainConfig,
+                 student: SkillScore, decode_seconds: float) -> dict[str, Any]:  # fmt: skip
+    """Tokens and seconds of the stage's training at most, from a short timed pass over some of the rows."""
     renderer = subject.renderer
-    lengths = [len(renderer.student_prompt(e).token_ids) + len(renderer.demonstration(e).token_ids) for e in rows]
-    mean_student = sum(lengths) / len(lengths)
-    mean_completion = sum(len(renderer.demonstration(e).token_ids) for e in rows) / len(rows)
+    completions = [len(renderer.demonstration(e).token_ids) for e in rows]
+    prompts = [len(renderer.student_prompt(e).token_ids) for e in rows]
+    mean_completion = sum(completions) / len(rows)
+    mean_student = sum(prompts) / len(rows) + mean_completion
     demonstrations = train.batch_size - round(train.batch_size * train.anchor_share)
-    warm = min(train.steps, train.warm_start_steps)
-    on_policy = train.steps - warm if train.method == "sdft" else 0
+    distils = train.method == "sdft"
+    on_policy = max(0, train.steps - train.warm_start_steps) if distils else 0
     tokens = {
         "student": round(train.steps * train.batch_size * mean_student),
-        "teacher": round(train.steps * demonstrations * (best.tokens + mean_completion))
-        if train.method == "sdft"
-        else 0,
+        "teacher": round(train.steps * demonstrations * (best.tokens + mean_completion)) if distils else 0,
         "rollout": round(on_policy * demonstrations * mean_completion),
     }
     forward = _forward_rate(subject, rows)
     generated = sum(item.tokens for item in student.items)
     # Backward costs two forwards; head, loss and optimizer about half of one more at this size.
-    seconds = (
-        tokens["student"] * 3.5 / forward
-        + tokens["teacher"] / forward
-        + tokens["rollout"] * decode_seconds / max(1, generated)
-    )
+    seconds = tokens["student"] * 3.5 / forward + tokens["teacher"] / forward
+    seconds += tokens["rollout"] * decode_seconds / max(1, generated)
     return {"seconds": round(seconds, 1), "tokens": tokens, "forward_tokens_per_second": round(forward)}
 
 
 @torch.inference_mode()
 def _forward_rate(subject: Subject, rows: Sequence[Example]) -> float:
-    template = parse_template("turns:1")
-    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), template) for e in rows[:16]]
-    batch = collate(rollouts, "teacher", subject.student.pad_id)
+    """Tokens a second that the working copy reads; the better of two passes, since the first one warms up."""
+    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows[:16]]
+    batch = collate(rollouts, "student", subject.student.pad_id)
     best = math.inf
     for _ in range(2):
         start = time.perf_counter()
@@ -255,31 +275,32 @@ def _forward_rate(subject: Subject, rows: Sequence[Example]) -> float:
     return float(batch.attention_mask_BT.sum()) / best
 
 
-def _judge(subject: Subject, config: PreflightConfig, student: SkillScore, best: TemplateScore,
-           scores: Sequence[TemplateScore]) -> tuple[bool, list[str]]:  # fmt: skip
-    gap = best.accuracy - student.accuracy
+def _judge(config: PreflightConfig, student_accuracy: float, best: TemplateScore) -> tuple[bool, list[str]]:
+    """Whether to train, and what to do: sentences for people, the deciding one first."""
+    gap = best.accuracy - student_accuracy
+    able = best.accuracy >= config.min_teacher_accuracy
+    wide = gap >= config.min_gap - 1e-9  # 0.6 - 0.5 is a little less than 0.1
     advice = []
-    if best.accuracy < config.min_teacher_accuracy:
+    if not able:
         advice.append(
-            f"The teacher answers only {best.accuracy:.0%} of the rows rightly although it sees the demonstration: it has "
-            "nothing to teach. Try another context template, shorter prompts, a grader that fits the form of the "
+            f"The teacher answers only {best.accuracy:.0%} of the rows rightly although it sees the demonstration: it "
+            "has nothing to teach. Try another context template, shorter prompts, a grader that fits the form of the "
             "answers, or a larger model."
         )
-    elif gap < config.min_gap:
+    elif not wide:
         advice.append(
-            f"The demonstration in context adds only {gap:+.0%} (student {student.accuracy:.0%}, teacher "
-            f"{best.accuracy:.0%}): there is little to learn. The skill may be known already, or the grader may not see "
-            "the difference."
+            f"The demonstration in context adds only {gap:+.0%} (student {student_accuracy:.0%}, teacher "
+            f"{best.accuracy:.0%}): there is little to learn. The skill may be known already, or the grader may not "
+            "see the difference."
         )
     if best.leak_share > 0.05:
         advice.append(
-            f"{best.leak_share:.0%} of the teacher's answers talk about the example that only it sees; the student would "
-            "learn that. Set train.skip_first_tokens = 3 or choose a turns:N template."
+            f"{best.leak_share:.0%} of the teacher's answers talk about the example that only it sees; the student "
+            "would learn that. Set train.skip_first_tokens = 3 or choose a turns:N template."
         )
-    if best.accuracy >= config.min_teacher_accuracy and best.demonstration_probability < 0.5:
+    if able and best.demonstration_probability < 0.5:
         advice.append(
-            f"The teacher gives a demonstration token only {best.demonstration_probability:.0%} on average; more repeats "
-            "(turns:4) or a lower train.teacher_temperature sharpen it."
+            f"The teacher gives a demonstration token only {best.demonstration_probability:.0%} on average; more "
+            "repeats (turns:4) or a lower train.teacher_temperature sharpen it."
         )
-    ready = best.accuracy >= config.min_teacher_accuracy and gap >= config.min_gap
-    return ready, advice or ["The demonstration in context makes the model clearly better: ready to learn."]
+    return able and wide, advice or ["The demonstration in context makes the model clearly better: ready to learn."]

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perdure.checkpoint import sync_path
+from perdure.types import InputError
+
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 
 
@@ -55,15 +58,28 @@ class RunLog:
         self._append("samples.jsonl", line)
 
     def positions(self) -> dict[str, int]:
-        """Bytes in each file: a checkpoint keeps them, so that a resumed run neither repeats nor misses a line."""
-        return {name: self._path(name).stat().st_size if self._path(name).exists() else 0 for name in FILES}
-
-    def rewind(self, positions: dict[str, int]) -> None:
-        """Cut the files back to ``positions``: lines after the checkpoint will be written again."""
+        """Bytes in each file, synced. A checkpoint keeps them, so that a resumed run repeats and misses no line."""
+        sizes = {}
         for name in FILES:
             path = self._path(name)
             if path.exists():
-                os.truncate(path, positions.get(name, 0))
+                sync_path(path)
+            sizes[name] = _size(path)
+        return sizes
+
+    def rewind(self, positions: dict[str, int]) -> None:
+        """Cut the files back to ``positions`` (to nothing where they name none): what follows is written again.
+
+        Raises InputError for a file that is shorter than it was: its lines are lost."""
+        for name in FILES:
+            path, position = self._path(name), positions.get(name, 0)
+            if _size(path) < position:
+                raise InputError(
+                    f"{path}: shorter than when the checkpoint beside it was written ({position} bytes); begin this "
+                    "stage anew"
+                )
+            if path.exists():
+                os.truncate(path, position)
 
     def _path(self, name: str) -> Path:
         return self.folder / name
@@ -71,6 +87,10 @@ class RunLog:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with self._path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 class Clock:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perdure.checkpoint import checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
+from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
 from perdure.config import TrainConfig
-from perdure.contexts import Renderer, Template, collate, names_the_example
+from perdure.contexts import Renderer, Template, collate, micro_batches, names_the_example
 from perdure.evaluate import Grader, evaluate
 from perdure.losses import LossInputs, LossSpec, chunked_loss
 from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions, sync_weights
@@ -30,9 +30,6 @@ from perdure.runlog import Clock, LoopState, Report, RunLog
 from perdure.seeds import derive_seed, stream_window
 from perdure.teacher import Teacher
 from perdure.types import Example, InputError, Rollout
-
-BEST = "best.safetensors"
-"""In the run folder: the student's weights at the best validation so far."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,12 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
         if phase == "on_policy":
             rollouts = sample(stage, config, rows, state)
         else:
-            rollouts = [complete(stage, row) for row in rows]
+            rollouts = [complete(stage, config, row) for row in rows]
         clock.lap("rollout")
         teacher_hidden = score(stage, config, rollouts, kept_scores, state)
         clock.lap("teacher")
         set_learning_rate(optimizer, config, state.step)
-        metrics = optimise(stage, config, optimizer, rollouts, teacher_hidden, clock, state)
+        metrics = optimise(stage, config, optimizer, rollouts, teacher_hidden, phase, clock, state)
         sync_weights(stage.working, stage.student.model)
         if stage.teacher:
             stage.teacher.update(stage.student.model)
@@ -149,7 +146,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
 def batch_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | Rollout]:
     """The rows of one step: examples to learn, and anchors that come with their completion. Depends on (seed, step)."""
     anchors = round(config.batch_size * config.anchor_share)
-    earlier = round(anchors * config.anchor_earlier_share) if stage.anchors.earlier else 0
+    earlier = round(anchors * config.anchor_earlier_share) if stage.anchors.general else anchors
+    earlier = earlier if stage.anchors.earlier else 0
     general = anchors - earlier if stage.anchors.general else 0
     picked: list[Example | Rollout] = []
     for name, pool, count in (
@@ -163,11 +161,12 @@ def batch_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | R
     return picked
 
 
-def complete(stage: Stage, row: Example | Rollout) -> Rollout:
-    """The warm start and SFT: the demonstration's own tokens are the completion."""
+def complete(stage: Stage, config: TrainConfig, row: Example | Rollout) -> Rollout:
+    """The warm start and SFT: the demonstration's own tokens are the completion. SFT has no teacher for such a row."""
     if isinstance(row, Rollout):
         return row
-    return stage.renderer.rollout(row, stage.renderer.demonstration(row), stage.template)
+    template = None if config.method == "sft" else stage.template
+    return stage.renderer.rollout(row, stage.renderer.demonstration(row), template)
 
 
 def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout], state: LoopState) -> list[Rollout]:
@@ -185,45 +184,58 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
           state: LoopState) -> list[Tensor] | None:  # fmt: skip
     """The teacher's hidden states of each rollout, [N_i, H]; None when no row needs a teacher.
 
-    A fixed teacher scores the same tokens the same way, so what it said of a warm-start row or an anchor is kept."""
-    if stage.teacher is None:
+    What a fixed teacher said of a row that recurs is kept. Such a row is scored alone: its bits then do not depend on
+    its neighbours, and a resumed run, which kept nothing, gets the same."""
+    if stage.teacher is None or (config.method == "sft" and all(r.has_demonstration for r in rollouts)):
         return None
-    keys = [(r.teacher_prompt.token_ids, r.completion.token_ids) for r in rollouts]
-    keeps = not stage.teacher.moves
-    fresh = [index for index, key in enumerate(keys) if not (keeps and key in kept)]
+    width, together = stage.teacher.head.weight_VH.shape[1], []
     result: dict[int, Tensor] = {}
+    for index, rollout in enumerate(rollouts):
+        if config.method == "sft" and rollout.has_demonstration:
+            # Its loss does not look at the teacher; the zeros only hold the place.
+            result[index] = torch.zeros(loss_tokens(rollout, config), width, dtype=stage.dtype)
+        elif not stage.teacher.moves and recurs(stage, rollout):
+            key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
+            if key not in kept:
+                (kept[key],) = score_group(stage, config, [rollout], state)
+            result[index] = kept[key]
+        else:
+            together.append(index)
     lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
-    for group in micro_batches(fresh, lengths, config.micro_batch_tokens):
-        batch = collate([rollouts[i] for i in group], "teacher", stage.student.pad_id, config.skip_first_tokens)
-        hidden_NH = stage.teacher.score(batch)
-        counts = torch.bincount(batch.loss_rows_N, minlength=len(group)).tolist()
-        result |= dict(zip(group, hidden_NH.split(counts), strict=True))
-        state.tokens["teacher"] += int(batch.attention_mask_BT.sum())
-    if keeps:
-        kept.update({keys[i]: result[i] for i in fresh})
-        return [kept[key] for key in keys]
+    for group in micro_batches(together, lengths, config.micro_batch_tokens):
+        result |= zip(group, score_group(stage, config, [rollouts[i] for i in group], state), strict=True)
     return [result[i] for i in range(len(rollouts))]
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows sorted by length, in groups whose padded size stays within ``budget`` tokens (a longer row goes alone)."""
-    groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+def recurs(stage: Stage, rollout: Rollout) -> bool:
+    """True for a row that comes again with the same tokens: an anchor, or a completion that is the demonstration."""
+    example = rollout.student_prompt.example
+    return (
+        example.demonstration is None or stage.renderer.demonstration(example).token_ids == rollout.completion.token_ids
+    )
+
+
+def score_group(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], state: LoopState) -> list[Tensor]:
+    """One forward pass of the teacher; the hidden states of each rollout."""
+    assert stage.teacher is not None
+    batch = collate(rollouts, "teacher", stage.student.pad_id, config.skip_first_tokens)
+    state.tokens["teacher"] += int(batch.attention_mask_BT.sum())
+    return list(stage.teacher.score(batch).split([loss_tokens(r, config) for r in rollouts]))
+
+
+def loss_tokens(rollout: Rollout, config: TrainConfig) -> int:
+    """Tokens of the completion that carry loss."""
+    return max(0, len(rollout.completion.token_ids) - config.skip_first_tokens)
 
 
 def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer,
-             rollouts: Sequence[Rollout], teacher_hidden: list[Tensor] | None, clock: Clock,
+             rollouts: Sequence[Rollout], teacher_hidden: list[Tensor] | None, phase: str, clock: Clock,
              state: LoopState) -> dict[str, Any]:  # fmt: skip
     """One optimizer step: sums over all tokens, divided once by their number, whatever the micro-batches."""
     model = stage.student.model
     spec = LossSpec(config.divergence, config.support, config.jsd_beta, config.topk,
                     "nll" if config.method == "sft" else "divergence")  # fmt: skip
-    count = sum(max(0, len(r.completion.token_ids) - config.skip_first_tokens) for r in rollouts)
+    count = sum(loss_tokens(r, config) for r in rollouts)
     if count == 0:
         raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
     sums: dict[str, float] = {"loss": 0.0}
@@ -234,6 +246,8 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
             student_NH = hidden_at_loss_positions(model, batch).to(stage.dtype)
         clock.lap("student")
         teacher_NH = torch.cat([teacher_hidden[i] for i in group]) if teacher_hidden is not None else None
+        if spec.demonstrated == "nll" and bool(batch.demonstrated_N.all()):
+            teacher_NH = None
         inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N,
                             config.teacher_temperature)  # fmt: skip
         loss, metrics = chunked_loss(spec, inputs, head_of(model), stage.teacher.head if stage.teacher else None)
@@ -248,10 +262,11 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         raise InputError(f"the loss is not finite at step {state.step + 1}: lower train.learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    own = "sample_probability" if phase == "on_policy" else "demonstration_probability"
     return {
         "loss": sums["loss"] / count,
         "entropy": sums["entropy"] / count,
-        "demonstration_probability": sums["demonstrated_target_probability"] / max(1.0, sums["demonstrated_tokens"]),
+        own: sums["demonstrated_target_probability"] / max(1.0, sums["demonstrated_tokens"]),
         "grad_norm": norm,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "loss_tokens": count,
@@ -264,7 +279,7 @@ def describe(stage: Stage, rollouts: Sequence[Rollout], phase: str) -> dict[str,
     described = {"completion_length": sum(len(r.completion.token_ids) for r in own) / max(1, len(own))}
     if phase != "on_policy" or not own:
         return described
-    same = [r.completion.token_ids == stage.renderer.demonstration(r.student_prompt.example).token_ids for r in own]
+    same = [recurs(stage, r) for r in own]
     leaks = [names_the_example(stage.renderer.text(r.completion)) for r in own]
     return described | {
         "truncated_share": sum(not r.completion.finished for r in own) / len(own),
@@ -303,17 +318,17 @@ def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, A
         save_weights(stage.student.model, stage.folder / BEST)
     else:
         state.stale += 1
-    drift = anchor_drift(stage, config)
+    drift = anchor_drift(stage)
     return {"step": state.step, "validation_accuracy": result.accuracy, "validation_n": result.n, "kl_start": drift}
 
 
 @torch.no_grad()
-def anchor_drift(stage: Stage, config: TrainConfig, rows: int = 16) -> float | None:
+def anchor_drift(stage: Stage, rows: int = 16) -> float | None:
     """Mean KL(start || now) per token on the first general anchors: how far the stage has moved the rest.
 
     None without anchors or with a teacher that is not the stage's first weights."""
     rollouts = stage.anchors.general[:rows]
-    if not rollouts or stage.teacher is None or stage.teacher.moves:
+    if not rollouts or stage.teacher is None or not stage.teacher.is_start:
         return None
     batch = collate(rollouts, "student", stage.student.pad_id)
     inputs = LossInputs(hidden_at_loss_positions(stage.working, batch), stage.teacher.score(batch), batch.targets_N,

@@ -1,31 +1,34 @@
 """A workspace folder: settings, versions, ledger, aliases. The folder is the truth and is readable without us.
 
 Versions are written beside, synced and renamed: a half-written one is never visible, and none changes afterwards. The
-ledger only grows, each line holding the hash of the line before it.
+ledger only grows, each line holding the hash of the line before it; it is the truth where ``aliases.json`` differs.
+Whoever changes a workspace holds its ``lock``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from perdure import __version__
 from perdure.checkpoint import sync_folder, sync_path
 from perdure.config import RunConfig, load_config, to_toml
+from perdure.files import code_state as code_state
+from perdure.files import files_sha256, line_sha256, now, read_json, read_jsonl, replace_text, to_json
+from perdure.files import write_jsonl as write_jsonl
+from perdure.skills.base import check_inside, content_hash, skill_files
 from perdure.types import InputError
 
 BASE = "v000"
-_VERSION = re.compile(r"v\d{3,}")
+_VERSION = re.compile(r"v[0-9]{3,}")
+_SKILL_FOLDER = re.compile(r"[a-z0-9][a-z0-9_-]*@[0-9a-f]{8}")
+_SAME = ("version", "parent", "stage", "skill", "method", "seed", "hashes")
+"""Entries of version.json that say what a version is; the others say when it was made and what that cost."""
 
 
 class Workspace:
@@ -37,8 +40,8 @@ class Workspace:
     @classmethod
     def create(cls, folder: Path, config: RunConfig, base_hash: str) -> Workspace:
         """Make a workspace whose champion is the base model. Raises InputError when something is there already."""
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: already there and not empty; choose another folder")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder}: already there and not empty; choose another folder, or remove it first")
         folder.mkdir(parents=True, exist_ok=True)
         workspace = cls(folder)
         info = {"version": BASE, "parent": None, "stage": None, "skill": None, "method": None, "created": now(),
@@ -47,17 +50,23 @@ class Workspace:
                 "cost": {"seconds": {}, "tokens": {}}}  # fmt: skip
         workspace.add_version(info, lambda _: None)
         workspace.append("init", version=BASE, base=base_hash)
-        workspace._write_json("aliases.json", {"champion": BASE, "previous": None, "candidate": None})
+        workspace._write_aliases(BASE, None)
         # Last: a folder without perdure.toml is no workspace, so an interrupted init can be repeated after removal.
         replace_text(folder / "perdure.toml", to_toml(config))
         return workspace
 
     @classmethod
     def open(cls, folder: Path) -> Workspace:
-        """Raises InputError when ``folder`` is no workspace."""
+        """Open, and mend what a killed process left between ledger and aliases. Raises InputError when ``folder`` is no
+        workspace or its ledger is damaged."""
         if not (folder / "perdure.toml").is_file():
             raise InputError(f"{folder}: not a workspace (no perdure.toml); make one with: perdure init {folder}")
-        return cls(folder)
+        workspace = cls(folder)
+        if not workspace._aliases_agree():
+            # A living writer is just between the two writes and will finish; a dead one holds no lock.
+            with contextlib.suppress(InputError), workspace.lock():
+                pass
+        return workspace
 
     def config(self) -> RunConfig:
         return load_config(self.folder / "perdure.toml")
@@ -74,16 +83,21 @@ class Workspace:
         return read_json(self.version_folder(name) / "version.json")
 
     def version_folder(self, name: str) -> Path:
-        """Raises InputError for a name that is no version here."""
-        return self.folder / "versions" / self.resolve(name)
+        """Raises InputError for a name that is no version here, and for one with a link that leads out of it."""
+        folder = self.folder / "versions" / self.resolve(name)
+        for path in (folder, *folder.rglob("*")):
+            if path.is_symlink():
+                check_inside(folder.parent if path == folder else folder, path)
+        return folder
 
     def resolve(self, name: str) -> str:
+        """The version that a name or alias stands for. Raises InputError when it stands for none."""
         if name in ("champion", "previous", "candidate"):
             target = self.aliases()[name]
             if target is None:
                 raise InputError(f"{self.folder}: there is no {name} version yet")
-            return target
-        match = re.fullmatch(r"v?(\d{1,6})", name)
+            name = target
+        match = re.fullmatch(r"v?([0-9]{1,6})", name)
         full = f"v{int(match[1]):03d}" if match else name
         if full not in self.versions():
             raise InputError(f"{self.folder}: no version {name!r}; there are {', '.join(self.versions())}")
@@ -93,14 +107,19 @@ class Workspace:
         return f"v{int(self.versions()[-1][1:]) + 1:03d}"
 
     def lineage(self, name: str = "champion") -> list[str]:
-        """From the base to ``name``, following parents."""
+        """From the base to ``name``, following parents. Raises InputError when they go in a circle."""
         chain = [self.resolve(name)]
         while parent := self.version(chain[-1])["parent"]:
+            if parent in chain:
+                raise InputError(f"{self.folder}: damaged, {parent} is among its own ancestors")
             chain.append(parent)
         return chain[::-1]
 
     def add_version(self, info: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Make a version visible in one rename. ``write`` fills the folder beside; the weights' hash is added here."""
+        """Make a version visible in one rename. ``write`` fills the folder beside; the weights' hash is added here.
+
+        Adding the same version again changes nothing. Raises InputError when the name stands for another one."""
+        assert _VERSION.fullmatch(info["version"]), info["version"]
         final = self.folder / "versions" / info["version"]
         beside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
@@ -109,10 +128,21 @@ class Workspace:
         weights = sorted(beside.glob("*.safetensors"))
         if weights:
             info = info | {"hashes": info["hashes"] | {"weights": files_sha256(weights)}}
-        (beside / "version.json").write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (beside / "version.json").write_text(to_json(info, indent=1) + "\n", encoding="utf-8")
+        if final.exists():
+            self._check_same(final, info)
+            shutil.rmtree(beside)
+            return
         sync_folder(beside)
         os.replace(beside, final)
         sync_path(final.parent)
+
+    def _check_same(self, final: Path, info: dict[str, Any]) -> None:
+        there = read_json(final / "version.json")
+        if differing := [key for key in _SAME if _of_content(there.get(key)) != _of_content(info.get(key))]:
+            raise InputError(
+                f"{final}: is there already and differs in {', '.join(differing)}; a version never changes"
+            )
 
     # Aliases and ledger
 
@@ -121,58 +151,112 @@ class Workspace:
 
     def promote(self, name: str, reason: str) -> None:
         """Make a version the champion; the old champion becomes ``previous``."""
-        target, aliases = self.resolve(name), self.aliases()
-        if aliases["champion"] == target:
+        target, champion = self.resolve(name), self.aliases()["champion"]
+        if champion == target:
             return
-        self.append("promote", version=target, parent=aliases["champion"], reason=reason)
-        self._write_json("aliases.json", {"champion": target, "previous": aliases["champion"], "candidate": None})
+        self.append("promote", version=target, parent=champion, reason=reason)
+        self._write_aliases(target, champion)
 
     def rollback(self, name: str | None = None) -> str:
-        """Go back to ``name``, or to the champion's parent; returns the new champion."""
-        aliases = self.aliases()
-        champion = aliases["champion"]
+        """Go back to ``name``, or to the champion's parent; returns the new champion.
+
+        Raises InputError when there is nothing to go back to, or when ``name`` was never the champion."""
+        champion = self.aliases()["champion"]
         assert champion is not None
         target = self.resolve(name) if name else self.version(champion)["parent"]
         if target is None:
             raise InputError(f"{self.folder}: the champion is the base model; there is nothing before it")
         if target == champion:
             raise InputError(f"{self.folder}: {target} is the champion already")
+        if target not in {event["version"] for event in self.ledger() if event["event"] in ("init", "promote")}:
+            raise InputError(f"{self.folder}: {target} was never promoted; to serve it all the same: promote {target}")
         self.append("rollback", version=target, parent=champion)
-        self._write_json("aliases.json", {"champion": target, "previous": champion, "candidate": None})
+        self._write_aliases(target, champion)
         return target
 
     def set_candidate(self, name: str | None) -> None:
         self._write_json("aliases.json", self.aliases() | {"candidate": name})
 
     def append(self, event: str, **fields: Any) -> None:
-        """Add a line to the ledger, chained to the line before by its hash, synced before returning."""
+        """Add a line to the ledger, chained to the line before by its hash, synced before returning.
+
+        A last line without its end was torn by a kill before its append returned: it never counted and is cut off."""
         path = self.folder / "ledger.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        before = hashlib.sha256(lines[-1]).hexdigest() if lines else None
-        line = json.dumps({"time": now(), "event": event, **fields, "previous_line": before}, ensure_ascii=False)
-        with path.open("ab") as file:
-            file.write(line.encode() + b"\n")
+        with path.open("a+b") as file:
+            file.seek(0)
+            data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                file.truncate(len(whole))
+            before = line_sha256(whole.split(b"\n")[-2]) if whole else None
+            file.write(to_json({"time": now(), "event": event, **fields, "previous_line": before}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def ledger(self) -> list[dict[str, Any]]:
         """All events. Raises InputError naming the line that is no JSON object."""
-        return read_jsonl(self.folder / "ledger.jsonl")
+        return read_jsonl(self.folder / "ledger.jsonl", growing=True)
+
+    def verify_ledger(self) -> int:
+        """Check that each line holds the hash of the line before it; returns the number of lines.
+
+        Raises InputError naming the first line where the chain breaks: that line or the one before it was changed,
+        added or removed. The chain cannot see a change of the last line alone, nor lines missing at the end."""
+        path = self.folder / "ledger.jsonl"
+        events = self.ledger()
+        before = None
+        for number, (event, line) in enumerate(zip(events, path.read_bytes().split(b"\n"), strict=False), 1):
+            if event.get("previous_line") != before:
+                raise InputError(f"{path}:{number}: the chain is broken: this line or the one before it was altered")
+            before = line_sha256(line)
+        return len(events)
+
+    def _heal(self) -> None:
+        """Under the lock: make the aliases say what the ledger's last promotion or rollback said."""
+        if not self._aliases_agree():
+            self._write_aliases(*self._champions())
+
+    def _aliases_agree(self) -> bool:
+        champion, previous = self._champions()
+        try:
+            aliases = self.aliases()
+        except InputError:  # missing or damaged: it holds nothing that the ledger cannot give back
+            return False
+        return isinstance(aliases, dict) and (aliases.get("champion"), aliases.get("previous")) == (champion, previous)
+
+    def _champions(self) -> tuple[str, str | None]:
+        """(champion, previous) by the ledger. Raises InputError when it names none."""
+        for event in reversed(self.ledger()):
+            if event.get("event") in ("init", "promote", "rollback"):
+                return event["version"], event.get("parent")
+        raise InputError(f"{self.folder / 'ledger.jsonl'}: damaged, it names no champion")
+
+    def _write_aliases(self, champion: str, previous: str | None) -> None:
+        self._write_json("aliases.json", {"champion": champion, "previous": previous, "candidate": None})
 
     # Skills
 
-    def keep_skill(self, source: Path, name: str, content_hash: str) -> Path:
-        """Copy a skill's three files into the workspace, once per content; returns the copy."""
-        final = self.folder / "skills" / f"{name}@{content_hash[:8]}"
+    def keep_skill(self, source: Path, name: str, content: str) -> Path:
+        """Copy a skill's three files into the workspace, once per content (its hash); returns the copy.
+
+        Raises InputError when the files have changed since they were hashed."""
+        final = self._kept(name, content)
+        files = skill_files(source)
+        if content_hash(files) != content:
+            raise InputError(f"{source}: was changed while it was in use; start again")
         if final.is_dir():
+            if content_hash(skill_files(final)) != content:
+                raise InputError(f"{final}: damaged, its files are not those of the skill that was kept here")
             return final
         beside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        for file in ("skill.toml", "train.jsonl", "test.jsonl"):
-            shutil.copyfile(source / file, beside / file)
+        for file, data in files.items():
+            (beside / file).write_bytes(data)
         sync_folder(beside)
         os.replace(beside, final)
+        sync_path(final.parent)
+        sync_path(self.folder)
         return final
 
     def taught(self, name: str = "champion") -> dict[str, Path]:
@@ -181,15 +265,37 @@ class Workspace:
         for version in self.lineage(name)[1:]:
             info = self.version(version)
             found.pop(info["skill"], None)
-            found[info["skill"]] = self.folder / "skills" / f"{info['skill']}@{info['hashes']['skill'][:8]}"
+            found[info["skill"]] = self._kept(info["skill"], info["hashes"]["skill"])
         return found
+
+    def _kept(self, name: str, content: str) -> Path:
+        """Raises InputError for a name that would lead out of the folder."""
+        folder = f"{name}@{content[:8]}"
+        if not _SKILL_FOLDER.fullmatch(folder):
+            raise InputError(f"{self.folder}: {folder!r} is no name of a kept skill")
+        return self.folder / "skills" / folder
 
     def run_folder(self, stage: str) -> Path:
         return self.folder / "runs" / stage
 
+    def unfinished(self) -> list[str]:
+        """Stages that have begun and given no version yet, in order."""
+        closed = {self.version(name)["stage"] for name in self.versions()}
+        begun = (path.parent.name for path in (self.folder / "runs").glob("[!.]*/stage.json"))
+        return sorted(stage for stage in begun if stage not in closed)
+
+    def remove_run(self, stage: str) -> None:
+        """Drop a stage's run folder. One rename hides it first: a half-removed run could be taken for a whole one."""
+        folder = self.run_folder(stage)
+        hidden = folder.with_name(f".{stage}.removed")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer at a time. The kernel frees the lock of a process that died. Raises InputError naming the holder."""
+        """One writer at a time, who finds aliases that agree with the ledger. The kernel frees the lock of a process
+        that died. Raises InputError naming the holder."""
         path = self.folder / ".lock"
         with path.open("a+") as file:
             try:
@@ -203,81 +309,15 @@ class Workspace:
             file.write(str(os.getpid()))
             file.flush()
             try:
+                self._heal()
                 yield
             finally:
                 file.truncate(0)
 
     def _write_json(self, name: str, value: Any) -> None:
-        replace_text(self.folder / name, json.dumps(value) + "\n")
+        replace_text(self.folder / name, to_json(value) + "\n")
 
 
-def now() -> str:
-    """UTC to the second, as written into ledger and versions."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, never half of either."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    sync_path(beside)
-    os.replace(beside, path)
-    sync_path(path.parent)
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_json(path: Path) -> Any:
-    """Raises InputError naming file and place when it is missing or no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged, not valid JSON: {error}") from error
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Raises InputError naming the first line that is no JSON object."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: damaged, not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: damaged, expected a JSON object")
-        rows.append(row)
-    return rows
-
-
-def files_sha256(paths: Sequence[Path]) -> str:
-    """One sha256 over several files' names and bytes."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def code_state() -> dict[str, Any]:
-    """Version of this package and, in a checkout, its commit and whether files differ from it."""
-    state: dict[str, Any] = {"perdure": __version__, "commit": None, "dirty": None}
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return state
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(root)]
-        state["commit"] = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-        state["dirty"] = bool(status.strip())
-    return state
+def _of_content(entry: Any) -> Any:
+    """An entry of version.json without the state of the code, which may change between two calls."""
+    return {key: value for key, value in entry.items() if key != "code"} if isinstance(entry, dict) else entry

@@ -1,0 +1,30 @@
+"""Known sources as skill folders: one file each. This dict is the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from perdure.importers import bfcl, home_assistant, jsonl, sst2, tldr
+from perdure.types import InputError
+
+IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
+    "home-assistant": home_assistant.build,
+    "bfcl": bfcl.build,
+    "sst2": sst2.build,
+    "tldr": tldr.build,
+}
+"""Source -> builder of (folder to make, seed). Each raises InputError when its data package is missing."""
+
+
+def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str, test_share: float) -> Path:
+    """Make a skill folder from a known source, or from a JSONL ``file``. Raises InputError for an unknown source."""
+    if source == "jsonl":
+        if file is None:
+            raise InputError("perdure import jsonl: name the demonstrations with --file rows.jsonl")
+        return jsonl.build(target, seed, file, grader, test_share)
+    if source not in IMPORTERS:
+        raise InputError(f"unknown source {source!r}: use {', '.join(IMPORTERS)} or jsonl")
+    if file is not None:
+        raise InputError(f"perdure import {source} reads its data package; --file is for jsonl only")
+    return IMPORTERS[source](target, seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 300, 160
+WIDTH, HEIGHT = 240, 150
 """Of a line chart in SVG units; on the page a unit is about a CSS pixel."""
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 22
 """Margins around the plot."""
@@ -131,7 +131,7 @@ def nice_ticks(low: float, high: float, count: int = 3) -> list[float]:
 
 
 def share_axis(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float, tuple[Tick, ...]]:
-    """An axis of shares in steps of 10 or 20 % around all intervals: its ends (0..1) and its ticks in percent of width."""
+    """An axis of shares around all intervals, in steps of 10 or 20 %: its ends (0..1) and its ticks."""
     low, high = math.floor(10 * min(lows)) / 10, math.ceil(10 * max(highs) - 1e-9) / 10
     tenths = range(round(10 * low), round(10 * high) + 1, 2 if high - low > 0.55 else 1)
     return low, high, tuple(Tick(on_axis(t / 10, low, high), f"{10 * t}%") for t in tenths)

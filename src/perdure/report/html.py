@@ -11,12 +11,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from perdure import __version__
+from perdure.files import replace_text
 from perdure.report import sections, words
-from perdure.report.files import Record, read_compared, read_record
 from perdure.report.numbers import summarise
+from perdure.report.record import Record, read_compared, read_record
 from perdure.report.samples import samples
 from perdure.types import InputError
-from perdure.workspace import replace_text
 
 HERE = Path(__file__).parent
 MAX_EVENTS = 200
@@ -50,9 +50,10 @@ def render(record: Record, compared: dict[str, Record]) -> str:
         "curves": sections.curves(record, compared),
         "samples": samples(record, numbers),
         "costs": sections.costs(numbers),
-        "preflights": [run for run in record.runs.values() if run.preflight],
+        "preflights": sections.preflights(record),
         "versions": sections.versions(record),
         "settings": sections.settings(record.config),
+        "overrides": sections.overrides(record),
         "events": record.ledger[-MAX_EVENTS:],
         "as_of": str(record.ledger[-1].get("time", "")) if record.ledger else "",
         "package_version": __version__,
@@ -74,12 +75,13 @@ def environment() -> Environment:
     )
     made.filters |= {
         "percent": words.percent,
+        "interval": words.interval,
         "points": words.points,
         "duration": words.seconds,
         "tokens": words.count,
         "plural": words.plural,
         "method": words.method_label,
-        "number": sections.number,
+        "model": words.model_label,
     }
     return made
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure import retention
-from perdure.report.files import Probe, Record, Run, Score, Version, read_compared, read_record
+from perdure.report.record import Probe, Record, Run, Score, Version, read_compared, read_record
 from perdure.stats import paired_difference
 from perdure.types import InputError
 from perdure.workspace import BASE
@@ -57,11 +57,15 @@ def _describe(record: Record) -> dict[str, Any]:
         "lineage": record.lineage(record.champion)[::-1],
         "skills": skills,
         "stages": [_stage(record, *pair) for pair in zip(candidates, champions[1:], strict=True)],
-        "unfinished": [_unfinished(record, run) for run in _open_runs(record, candidates)],
+        "unfinished": [_unfinished(run) for run in _open_runs(record, candidates)],
+        "not_started": _not_started(record, candidates),
+        "gate_enforced": record.config.gate.enforce,
         "rows": champions,
         "accuracy_matrix": matrix,
         "intervals": [[_interval(row.get(skill)) for skill in skills] for row in rows],
+        "n_matrix": [[row[skill].n if skill in row else None for skill in skills] for row in rows],
         "n": [_n(rows, record, skill) for skill in skills],
+        "content_changed": [skill for skill in skills if _changed([row.get(skill) for row in rows])],
         "taught_by": taught_by,
         "learned_at": [_learned_at(record, version, champions) for version in taught_by],
         "final_accuracy": list(matrix[-1]),
@@ -130,19 +134,25 @@ def _open_runs(record: Record, candidates: Sequence[Version]) -> list[Run]:
     return [run for stage, run in record.runs.items() if stage not in done]
 
 
-def _unfinished(record: Record, run: Run) -> dict[str, Any]:
+def _unfinished(run: Run) -> dict[str, Any]:
     steps = [line["step"] for line in run.metrics() if isinstance(line.get("step"), int)]
-    ready = run.preflight.ready if run.preflight else None
+    planned = run.info.config.get("train", {}).get("steps")
     return {
         "stage": run.stage,
         "skill": run.info.skill,
         "method": run.info.method,
         "parent": run.info.parent,
         "steps": max(steps, default=0),
-        "steps_planned": record.config.train.steps,
-        "ready": ready,
-        "advice": list(run.preflight.advice) if run.preflight else [],
+        "steps_planned": planned if isinstance(planned, int) else None,
     }
+
+
+def _not_started(record: Record, candidates: Sequence[Version]) -> list[dict[str, Any]]:
+    """Skills that the preflight turned away and that were not trained since: the ledger alone tells of them."""
+    tried = {version.skill for version in candidates}
+    refused = [line for line in record.ledger if line.get("event") == "refuse" and not line.get("version")]
+    last = {line["skill"]: str(line.get("reason", "")) for line in refused if isinstance(line.get("skill"), str)}
+    return [{"skill": skill, "reason": reason} for skill, reason in last.items() if skill not in tried]
 
 
 # Cells
@@ -156,8 +166,13 @@ def _interval(score: Score | None) -> list[float] | None:
     return None if score is None or score.low is None or score.high is None else [score.low, score.high]
 
 
+def _changed(cells: Sequence[Score | None]) -> bool:
+    """Whether the cells of a column were not all measured on the same content of the skill and as many rows."""
+    return len({(cell.skill_hash, cell.n) for cell in cells if cell}) > 1
+
+
 def _n(rows: Sequence[dict[str, Score]], record: Record, skill: str) -> int | None:
-    """Test rows of a skill, where it was measured last: in the champion, else in an earlier row, else in a candidate."""
+    """Test rows of a skill where it was measured last: in the champion, else in an earlier row, else elsewhere."""
     newest = [*reversed(rows), *(record.scores(name) for name in reversed(record.versions))]
     return next((scores[skill].n for scores in newest if skill in scores), None)
 

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perdure.report.files import Item, Record
+from perdure.report.record import Item, Record
 from perdure.workspace import BASE
 
 MAX_CHARACTERS = 700
 """Of one text on the page."""
-SHARES = (("gained", 2), ("lost", 1), ("wrong", 1), ("right", 1))
-"""How many of each kind to show; what one kind lacks goes to the kinds in this order."""
+SHARES = (("gained", 2), ("lost", 2), ("wrong", 1), ("right", 1))
+"""At most so many of each kind are shown."""
+CHANGES = {(False, True): "gained", (True, False): "lost", (False, False): "wrong", (True, True): "right"}
+"""Right before?, right after? -> kind."""
+AT_LEAST = 4
+"""Samples of a skill; what the kinds above lack is filled up in their order."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +70,24 @@ def _of_skill(record: Record, skill: str, taught_by: str | None, tried: str) -> 
 
 
 def choose(pairs: Sequence[Sample]) -> tuple[Sample, ...]:
-    """About five pairs as SHARES says, in that order."""
+    """A few pairs, by kind in the order of SHARES."""
     kinds = {kind: [pair for pair in pairs if pair.change == kind] for kind, _ in SHARES}
     taken = {kind: min(number, len(kinds[kind])) for kind, number in SHARES}
     for kind, _ in SHARES:
-        spare = sum(number for _, number in SHARES) - sum(taken.values())
+        spare = max(0, AT_LEAST - sum(taken.values()))
         taken[kind] += min(spare, len(kinds[kind]) - taken[kind])
-    return tuple(pair for kind, _ in SHARES for pair in kinds[kind][: taken[kind]])
+    return tuple(pair for kind, _ in SHARES for pair in spread(kinds[kind], taken[kind]))
+
+
+def spread(pairs: Sequence[Sample], number: int) -> list[Sample]:
+    """``number`` of the pairs at even distances: neighbours in a file are often alike."""
+    return [pairs[place * len(pairs) // number] for place in range(number)]
 
 
 def _sample(old: Item, new: Item) -> Sample:
-    if old.right:
-        change = "right" if new.right else "lost"
-    else:
-        change = "gained" if new.right else "wrong"
-    texts = (new.prompt, new.expected, old.completion, new.completion)
-    return Sample(change, *(clipped(text) for text in texts), old.right, new.right)
+    change = CHANGES[old.right, new.right]
+    prompt, expected = clipped(new.prompt), clipped(new.expected)
+    return Sample(change, prompt, expected, clipped(old.completion), clipped(new.completion), old.right, new.right)
 
 
 def clipped(text: str, limit: int = MAX_CHARACTERS) -> str:

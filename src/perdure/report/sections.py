@@ -8,16 +8,16 @@ from typing import Any
 
 from perdure.config import RunConfig
 from perdure.report.charts import LineChart, Series, line_chart, on_axis, share_axis, stacked
-from perdure.report.files import Record, Run
 from perdure.report.numbers import PHASES
-from perdure.report.words import interval, method_label, percent, points, safe_line
+from perdure.report.record import Record, Run
+from perdure.report.words import interval, listed, method_label, percent, points, safe_line
 from perdure.workspace import BASE
 
 CURVES = (
     ("Validation accuracy", "validation_accuracy", True, True),
-    ("Probability of a demonstration token", "demonstration_probability", True, False),
+    ("Demonstration probability", "demonstration_probability", True, False),
     ("Loss", "loss", False, False),
-    ("KL from the stage's start, per token", "kl_start", False, True),
+    ("KL from the start", "kl_start", False, True),
 )
 """Title, key in metrics.jsonl, a share?, measured only now and then?"""
 CLEAR = 0.025
@@ -37,8 +37,9 @@ def matrix(numbers: dict[str, Any]) -> list[dict[str, Any]]:
             cells = [_cell(stage["scores"].get(skill)) for skill in skills]
             prior = numbers["prior_average"]["versions"].get(stage["version"])
             flag = stage["decision"] if stage["decision"] != "promoted" else "rolled back"
-            rows.append({"kind": "candidate", "label": f"Candidate: {label}", "version": stage["version"],
-                         "flag": flag or "not judged", "cells": cells, "prior": _plain_cell(prior)})  # fmt: skip
+            rows.append({"kind": "candidate", "label": f"Candidate: {label}", "skill": label,
+                         "version": stage["version"], "flag": flag or "not judged", "cells": cells,
+                         "prior": _plain_cell(prior)})  # fmt: skip
         rows.append(_champion_row(numbers, number, f"After {label}", stage))
     return rows
 
@@ -50,9 +51,11 @@ def _champion_row(numbers: dict[str, Any], row: int, label: str, stage: dict[str
         pair = numbers["intervals"][row][place] or (None, None)
         score = {"accuracy": numbers["accuracy_matrix"][row][place], "low": pair[0], "high": pair[1]}
         taught = bool(stage and stage["in_force"] and stage["skill"] == skill)
-        cells.append(_cell(score | {"n": numbers["n"][place]}, taught))
-    stays = bool(stage and version == numbers["rows"][row - 1])
-    return {"kind": "champion", "label": label, "version": version, "flag": "stays" if stays else "",
+        cells.append(_cell(score | {"n": numbers["n_matrix"][row][place]}, taught))
+    flag = "stays" if stage and version == numbers["rows"][row - 1] else ""
+    if stage and stage["in_force"] and stage["decision"] == "refused":
+        flag = "refused, but served"
+    return {"kind": "champion", "label": label, "version": version, "flag": flag,
             "cells": cells, "prior": _plain_cell(numbers["prior_average"]["versions"].get(version))}  # fmt: skip
 
 
@@ -60,9 +63,9 @@ def _cell(score: Mapping[str, Any] | None, taught: bool = False) -> dict[str, An
     accuracy = score["accuracy"] if score else None
     if score is None or accuracy is None:
         return _plain_cell(None)
-    pair = [score["low"], score["high"]] if score["low"] is not None and score["high"] is not None else None
-    hover = f"{percent(accuracy, 1)}, 95% interval {interval(pair, 1)}, n = {score['n'] or '?'}"
-    shown = {"text": percent(accuracy), "interval": interval(pair) if pair else ""}
+    pair = (score["low"], score["high"])
+    hover = f"{percent(accuracy, 1)}, 95% interval {interval(pair, 1) or 'unknown'}, n = {score['n'] or 'unknown'}"
+    shown = {"text": percent(accuracy), "interval": interval(pair)}
     return _plain_cell(accuracy) | shown | {"title": hover + (", taught in this stage" if taught else ""),
                                             "taught": taught}  # fmt: skip
 
@@ -92,13 +95,15 @@ def comparison(numbers: dict[str, Any]) -> dict[str, Any] | None:
             row[f"{key}_best"] = len(values) > 1 and row[key] is not None and math.isclose(row[key], best(values))
     skills = [_skill_row(runs, numbers, place) for place in range(len(numbers["skills"]))]
     partial = [s for s in numbers["skills"] if s not in learned]
-    return {"rows": rows, "skills": skills, "methods": [row["label"] for row in rows], "left_out": partial}
+    free = [row["label"] for row, run in zip(rows, runs.values(), strict=True) if not run["gate_enforced"]]
+    return {"rows": rows, "skills": skills, "methods": [row["label"] for row in rows], "left_out": partial,
+            "not_enforced": listed(free) if free else ""}  # fmt: skip
 
 
 def _common(runs: Mapping[str, dict[str, Any]], key: str) -> list[str]:
     """Skills for which every run has a value of ``key``."""
-    found = [{s for s, value in zip(run["skills"], run[key], strict=True) if value is not None} for run in runs.values()]
-    return sorted(set.intersection(*found))
+    found = [dict(zip(run["skills"], run[key], strict=True)) for run in runs.values()]
+    return [skill for skill in found[0] if all(values.get(skill) is not None for values in found)]
 
 
 def _value(run: dict[str, Any], key: str, skill: str) -> float | None:
@@ -114,6 +119,7 @@ def _method_row(run: dict[str, Any], name: str, learned: Sequence[str], measured
         "label": method_label(name or run["method"]),
         "taught": sum(row is not None for row in run["learned_at"]),
         "refused": sum(stage["decision"] == "refused" for stage in run["stages"]),
+        "served": any(stage["decision"] == "refused" and stage["in_force"] for stage in run["stages"]),
         "learned": mean("accuracy_when_learned", learned),
         "final": mean("final_accuracy", measured),
         "retention": run["mean_retention"],
@@ -210,7 +216,7 @@ def curves(record: Record, compared: Mapping[str, Record]) -> list[dict[str, Any
     for run in record.runs.values():
         lines = run.metrics()
         rivals = {name: _rival(other, run.info.skill) for name, other in compared.items()}
-        warm = max((line["step"] for line in lines if line.get("phase") == "warm_start"), default=0)
+        warm = max((number(line.get("step")) or 0 for line in lines if line.get("phase") == "warm_start"), default=0.0)
         charts = [_chart(spec, run, lines, rivals, warm) for spec in CURVES]
         if any(charts):
             shown.append({"stage": run.stage, "method": method_label(run.info.method), "skill": run.info.skill,
@@ -296,6 +302,34 @@ def settings(config: RunConfig) -> list[dict[str, Any]]:
             for key, value in values.items()]}
         for section, values in sections.items()
     ]  # fmt: skip
+
+
+def overrides(record: Record) -> list[dict[str, Any]]:
+    """Versions that were made with other settings than perdure.toml has now: their values that differ."""
+    now = _flat(record.config.model_dump(mode="json"))
+    found = []
+    for name, version in record.versions.items():
+        used = _flat(version.config)
+        differing = [f"{key} = {_setting(value)}" for key, value in used.items() if now.get(key, value) != value]
+        if differing:
+            found.append({"version": name, "settings": differing})
+    return found
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    inner = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {key: value for key, value in config.items() if key not in sections} | inner
+
+
+def preflights(record: Record) -> dict[str, Any]:
+    """Runs with a preflight, and its advice: a line once, with the skills it is about."""
+    runs = [run for run in record.runs.values() if run.preflight]
+    advice: dict[str, list[str]] = {}
+    for run in runs:
+        for line in run.preflight.advice if run.preflight else ():
+            advice.setdefault(line, []).append(run.info.skill or run.stage)
+    return {"runs": runs, "advice": {line: list(dict.fromkeys(skills)) for line, skills in advice.items()}}
 
 
 def _setting(value: Any) -> str:

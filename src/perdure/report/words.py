@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 NOT_MEASURED = "–"
@@ -16,9 +17,7 @@ _SEQUENCES = re.compile(
     re.DOTALL,
 )
 # Control characters but tab and newline; marks that turn the direction of the text around; halves of surrogate pairs.
-_CONTROLS = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb]"
-)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb]")
 
 
 def safe_text(text: str) -> str:
@@ -46,9 +45,11 @@ def percent(value: float | None, digits: int = 0) -> str:
     return f"{value:.{digits}%}"
 
 
-def interval(pair: list[float] | None, digits: int = 0) -> str:
-    """[0.8, 0.95] as ``80–95%``."""
-    return NOT_MEASURED if pair is None else f"{100 * pair[0]:.{digits}f}–{100 * pair[1]:.{digits}f}%"
+def interval(pair: Sequence[float | None] | None, digits: int = 0) -> str:
+    """(0.8, 0.95) as ``80–95%``; nothing where an end is missing."""
+    if pair is None or pair[0] is None or pair[1] is None:
+        return ""
+    return f"{100 * pair[0]:.{digits}f}–{100 * pair[1]:.{digits}f}%"
 
 
 def points(value: float | None, digits: int = 1) -> str:
@@ -85,6 +86,11 @@ def method_label(name: str | None) -> str:
     """``sdft`` as people write it."""
     name = safe_line(name or "")
     return name.upper() if name in ("sdft", "sft") else name or NOT_MEASURED
+
+
+def model_label(source: str) -> str:
+    """The model as people know it; ``embedded`` says little."""
+    return "SmolLM2-135M-Instruct (embedded)" if source == "embedded" else safe_line(source)
 
 
 def plural(number: int, noun: str) -> str:
@@ -141,13 +147,13 @@ def _taught_names(summary: dict[str, Any]) -> set[str]:
 
 
 def _running(summary: dict[str, Any]) -> str:
-    parts = []
+    parts = [
+        f" {safe_line(skill['skill'])} was not trained: the check before training advised against it."
+        for skill in summary["not_started"]
+    ]
     for run in summary["unfinished"]:
-        name = safe_line(run["skill"] or run["stage"])
-        if run["ready"] is False:
-            parts.append(f" {name} was not started: the check before training advised against it.")
-        else:
-            parts.append(f" {name} is under way, {run['steps']} of at most {run['steps_planned']} steps done.")
+        most = f" of at most {run['steps_planned']}" if run["steps_planned"] else ""
+        parts.append(f" {safe_line(run['skill'] or run['stage'])} is under way, {run['steps']}{most} steps done.")
     return "".join(parts)
 
 
@@ -159,11 +165,13 @@ def _kept(summary: dict[str, Any]) -> str:
     else:
         i = min(ratios, key=lambda i: ratios[i])
         then, now = percent(summary["accuracy_when_learned"][i]), percent(summary["final_accuracy"][i])
-        what = f"{safe_line(summary['skills'][i])} was at {then} when taught and is at {now} now"
+        what = f"{safe_line(summary['skills'][i])}, {then} when taught, {now} now"
         share = f"{100 * summary['mean_retention']:.0f}%"
-        skills = f"Earlier skills keep {share} of their accuracy on average" if len(ratios) > 1 else ""
-        skills = f"{skills} (the least kept, {what})" if skills else f"{what}, {share} of it kept"
-    return f"{skills[0].upper() + skills[1:]}; {_prior(summary)}."
+        if len(ratios) == 1:
+            skills = f"The earlier skill keeps {share} of its accuracy ({what})"
+        else:
+            skills = f"Earlier skills keep {share} of their accuracy on average (lowest: {what})"
+    return f"{skills}; {_prior(summary)}."
 
 
 def _prior(summary: dict[str, Any]) -> str:
@@ -183,11 +191,13 @@ def _cost(summary: dict[str, Any]) -> str:
     if not summary["stages"]:
         return "No stage is finished, so nothing has been paid for yet."
     total, tokens = summary["seconds"], summary["tokens"]["total"]
-    text = f"It took {seconds(total['total'])}, of which {seconds(total['train'])} for training"
-    text += f", and {count(tokens)} tokens" if tokens else ""
-    number, refused = len(summary["stages"]), sum(s["decision"] == "refused" for s in summary["stages"])
-    verdict = {0: "none was", 1: "one was"}.get(refused, f"{refused} were")
-    return f"{text}, in {plural(number, 'stage')}; {verdict} refused by the gate."
+    text = f"It took {seconds(total['total'])}, {seconds(total['train'])} of it training,"
+    text += f" and {count(tokens)} tokens" if tokens else ""
+    number, refused = len(summary["stages"]), [s["in_force"] for s in summary["stages"] if s["decision"] == "refused"]
+    many = {0: "none", 1: "one"}.get(len(refused), str(len(refused)))
+    verdict = ("refused" if refused else "not refused") if number == 1 else f"{many} of them refused"
+    served = " but served all the same" if any(refused) else ""
+    return f"{text} for {plural(number, 'stage')}, {verdict} by the gate{served}."
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -1,4 +1,4 @@
-"""Batched decoding with a Hugging Face model: sorted by length, finished rows dropped, sampler log-probabilities kept."""
+"""Batched decoding with a transformers model: rows sorted by length, finished ones dropped, log-probabilities kept."""
 
 from __future__ import annotations
 

@@ -1,33 +1,37 @@
 """Load and validate a skill folder: ``skill.toml``, ``train.jsonl``, ``test.jsonl``.
 
-Both files are read to the end before anything is said, and every bad line is reported as ``file:line``.
+All three files are read to the end before anything is said, and every problem is reported as ``file:line``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perdure.config import parse
-from perdure.skills.graders import make_grader
+from perdure.config import parse_toml, problems_of
+from perdure.skills.graders import GRADERS, grader_problems, make_grader
+from perdure.skills.graders.text import expected_text
 from perdure.types import Example, InputError, Message
 
 FILES = ("skill.toml", "train.jsonl", "test.jsonl")
 _ROLES = ("system", "user", "assistant", "tool")
 _KEYS = {"messages", "tools", "prompt", "completion", "document", "id", "metadata"}
+_DEPTH = 64
+"""Levels of a row's JSON. Far beyond any data, far below what a recursive walk can take."""
 
 
 class SkillSettings(BaseModel):
     """``skill.toml``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     description: str = ""
@@ -35,12 +39,12 @@ class SkillSettings(BaseModel):
     source: str = ""
     grader: str = "exact"
     grader_options: dict[str, Any] = {}
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     system: str | None = None
     """Goes in front of rows without a system turn."""
     tools: tuple[dict[str, Any], ...] = ()
     """For rows without their own."""
-    retention_budget: float | None = Field(None, ge=0, le=1)
+    retention_budget: float | None = Field(default=None, ge=0, le=1)
     """Accuracy that this skill may lose when later ones are learned; the workspace's budget where absent."""
 
 
@@ -62,41 +66,93 @@ class Skill:
 
 
 def load_skill(folder: Path) -> Skill:
-    """Read a skill. Raises one InputError that lists every bad line of both files."""
+    """Read a skill. Raises one InputError that lists every problem of the three files."""
+    files = skill_files(folder)
+    problems: list[str] = []
+    settings = _settings(folder / "skill.toml", files["skill.toml"], problems)
+    # Rows are checked whatever the settings: their problems are to be known in the same run.
+    of_rows = settings or SkillSettings(name="unknown")
+    train, test = (read_rows(folder / name, of_rows, problems, files[name]) for name in FILES[1:])
+    problems += _overlap(train, test)
+    grade = None
+    if settings:
+        grade = make_grader(settings.grader, settings.grader_options, where=str(folder / "skill.toml"))
+        problems += _not_gradable(settings.grader, grade, (*train, *test))
+    if problems:
+        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
+        raise InputError(f"{folder}: {count}:\n" + "\n".join(problems))
+    assert settings is not None and grade is not None
+    return Skill(settings, folder, content_hash(files), train, test, grade)
+
+
+def skill_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of the three files. Raises InputError for one that is missing or that lies outside the folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such skill folder")
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: a skill folder needs {', '.join(FILES)}; missing: {', '.join(missing)}")
-    settings = _settings(folder / "skill.toml")
-    grade = make_grader(settings.grader, settings.grader_options, where=str(folder / "skill.toml"))
-    problems: list[str] = []
-    parts = [_read_rows(folder / name, settings, problems) for name in FILES[1:]]
-    if not problems:
-        problems += _overlap(*parts)
-    if problems:
-        raise InputError(f"{folder}: {len(problems)} problems:\n" + "\n".join(problems))
+    for name in FILES:
+        check_inside(folder, folder / name)
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def content_hash(files: Mapping[str, bytes]) -> str:
+    """Hex sha256 over the names and bytes of the three files."""
     digest = hashlib.sha256()
     for name in FILES:
-        data = (folder / name).read_bytes()
-        digest.update(f"{name} {len(data)}\n".encode() + data)
-    return Skill(settings, folder, digest.hexdigest(), *parts, grade)
+        digest.update(f"{name} {len(files[name])}\n".encode() + files[name])
+    return digest.hexdigest()
 
 
-def _settings(path: Path) -> SkillSettings:
+def check_inside(folder: Path, path: Path) -> None:
+    """Raises InputError for a path that leads out of ``folder``, be it through a symbolic link."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from error
-    return parse(SkillSettings, raw, where=str(path))
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise InputError(f"{path}: cannot be followed: {error}") from error
+    if not target.is_relative_to(folder.resolve()):
+        raise InputError(f"{path}: leads out of its folder, to {target}; put the file itself there")
 
 
-def _read_rows(path: Path, settings: SkillSettings, problems: list[str]) -> tuple[Example, ...]:
+def _settings(path: Path, data: bytes, problems: list[str]) -> SkillSettings | None:
+    """None where they cannot be used; the reasons are then among the problems."""
+    try:
+        settings = SkillSettings.model_validate(parse_toml(data, path))
+    except ValidationError as error:
+        problems += [f"{path}:{_line_of(data, key)}: {key}: {text}" for key, text in problems_of(error)]
+        return None
+    except InputError as error:
+        problems.append(str(error))
+        return None
+    found = grader_problems(settings.grader, settings.grader_options)
+    problems += [f"{path}:{_line_of(data, key)}: {text}" for key, text in found]
+    return None if found else settings
+
+
+def _line_of(data: bytes, key: str) -> int:
+    """The line of ``skill.toml`` that sets a (dotted) key, or the nearest one above it that is written; else 1."""
+    lines = data.decode("utf-8").split("\n")
+    for part in reversed(key.split(".")):
+        pattern = re.compile(rf"(?:^|[\s{{,.\[\"']){re.escape(part)}[\"']?\s*[=\]]")
+        for number, line in enumerate(lines, 1):
+            if pattern.search(line):
+                return number
+    return 1
+
+
+def read_rows(
+    path: Path, settings: SkillSettings, problems: list[str], data: bytes | None = None
+) -> tuple[Example, ...]:
+    """The good rows of a file; what is wrong with the others is added to the problems. ``data`` is what the file holds
+    where it has been read already."""
+    data = path.read_bytes() if data is None else data
     examples: list[Example] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    rows = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    if not rows:
+        problems.append(f"{path}:1: empty; expected one JSON object a line")
+    for number, line in rows:
         origin = f"{path}:{number}"
         try:
             example = parse_row(_json(line), settings, origin, default_id=f"{path.stem}-{number}")
@@ -105,10 +161,8 @@ def _read_rows(path: Path, settings: SkillSettings, problems: list[str]) -> tupl
             continue
         if example.id in seen:
             problems.append(f"{origin}: the id {example.id!r} was used in line {seen[example.id]} already")
-        seen[example.id] = number
+        seen.setdefault(example.id, number)
         examples.append(example)
-    if not examples and not any(problem.startswith(f"{path}:") for problem in problems):
-        problems.append(f"{path}: empty; expected one JSON object a line")
     return tuple(examples)
 
 
@@ -123,11 +177,30 @@ def _json(line: bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-    return row
+    _check_values(row)
+    # Tables exported to JSON write null where a row has nothing.
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not valid JSON")
+    raise ValueError(f"not valid JSON: {name} is no number")
+
+
+def _check_values(row: dict[str, Any]) -> None:
+    """Raises ValueError for what JSON can say and nothing can write again: infinities, half characters, depth."""
+    level: list[Any] = [row]
+    for _ in range(_DEPTH):
+        for value in level:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number is too large")
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise ValueError("a text holds half of a surrogate pair, which is no character")
+        inner = [list(v.keys()) + list(v.values()) if isinstance(v, dict) else v for v in level
+                 if isinstance(v, (dict, list))]  # fmt: skip
+        level = [value for values in inner for value in values]
+        if not level:
+            return
+    raise ValueError(f"nested too deeply; at most {_DEPTH} levels")
 
 
 def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default_id: str) -> Example:
@@ -139,8 +212,8 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
         _check_message(message)
     if messages[-1]["role"] not in ("user", "tool"):
         raise ValueError(f"the turn before the demonstration must be a user or tool turn, not {messages[-1]['role']!r}")
-    if not demonstration.get("content") and not demonstration.get("tool_calls"):
-        raise ValueError("the demonstration is empty; expected text in 'content' or 'tool_calls'")
+    if demonstration["role"] != "assistant":
+        raise ValueError(f"the demonstration must be an assistant turn, not {demonstration['role']!r}")
     if settings.system is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": settings.system}, *messages)
     document, metadata = row.get("document"), row.get("metadata", {})
@@ -152,7 +225,7 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("'tools' must be a list of objects")
     name = row.get("id", default_id)
-    if not isinstance(name, (str, int)) or isinstance(name, bool):
+    if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
         raise ValueError("'id' must be a text or a whole number")
     return Example(str(name), messages, demonstration, tuple(tools), document, metadata, origin)
 
@@ -183,24 +256,52 @@ def _as_turns(value: Any, key: str, role: str) -> tuple[Message, ...]:
 def _check_message(message: Any) -> None:
     if not isinstance(message, dict):
         raise ValueError(f"every message must be an object, found {type(message).__name__}")
-    if message.get("role") not in _ROLES:
-        raise ValueError(f"unknown role {message.get('role')!r}; expected one of {', '.join(_ROLES)}")
-    content = message.get("content")
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in _ROLES:
+        raise ValueError(f"unknown role {role!r}; expected one of {', '.join(_ROLES)}")
     if content is not None and not isinstance(content, str):
         raise ValueError(f"'content' must be a text, found {type(content).__name__}")
-    if not content and not message.get("tool_calls"):
-        raise ValueError(f"the {message['role']} turn is empty; expected text in 'content'")
+    if calls is not None and role != "assistant":
+        raise ValueError(f"only an assistant turn may hold 'tool_calls', not a {role} turn")
+    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
+        raise ValueError('\'tool_calls\' must be a list of {"function": {"name": text, "arguments": object or text}}')
+    # A tool may have nothing to say.
+    if not content and not calls and not (role == "tool" and content == ""):
+        raise ValueError(f"the {role} turn is empty; expected text in 'content'")
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    return isinstance(function.get("arguments", {}), (dict, str))
 
 
 def _overlap(train: tuple[Example, ...], test: tuple[Example, ...]) -> list[str]:
     """Test rows whose prompt is also a training prompt: they would measure memory."""
-    known = {_key(example): example.origin for example in train}
+    known = {prompt_key(example): example.origin for example in train}
     return [
-        f"{example.origin}: the same prompt is in the training rows ({known[_key(example)]}); keep it in one file"
+        f"{example.origin}: the same prompt is in the training rows ({known[prompt_key(example)]}); keep it in one file"
         for example in test
-        if _key(example) in known
+        if prompt_key(example) in known
     ]
 
 
-def _key(example: Example) -> str:
+def prompt_key(example: Example) -> str:
     return json.dumps([example.messages, example.tools], sort_keys=True, ensure_ascii=False)
+
+
+def _not_gradable(name: str, grade: Callable[[str, Example], float], examples: tuple[Example, ...]) -> list[str]:
+    """Rows whose own demonstration would not be graded as right: no answer to them ever could be."""
+    if name not in GRADERS:  # the user's own code may cost money a call, or judge otherwise
+        return []
+    problems = []
+    for example in examples:
+        try:
+            score = grade(expected_text(example), example)
+        except ValueError as error:
+            problems.append(f"{example.origin}: the grader {name!r} cannot grade this row: {error}")
+            continue
+        if score < 1:
+            problems.append(f"{example.origin}: the grader {name!r} gives the demonstration itself {score:g}, not 1")
+    return problems

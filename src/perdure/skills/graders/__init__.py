@@ -76,7 +76,7 @@ def _fits(value: Any, default: Any) -> bool:
     if type(default) not in _KINDS:
         return True
     if isinstance(default, float):
-        return type(value) in (int, float) and math.isfinite(value) and value >= 0
+        return type(value) in (int, float) and 0 <= value < math.inf
     return type(value) is type(default)
 
 

@@ -39,9 +39,11 @@ def json_values(text: str) -> Iterator[Any]:
         if text[start] in "{[":
             try:
                 value, start = decoder.raw_decode(text, start)
-            except (ValueError, RecursionError):  # a bracket that opens no JSON
+            except ValueError:  # a bracket that opens no JSON
                 start += 1
                 continue
+            except RecursionError:  # no call and no demonstration is as deep; every next bracket would take as long
+                return
             yield value
         else:
             start += 1

@@ -4,7 +4,6 @@ names the file and the place, never a half-right number. ``docs/formats.md`` des
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perdure.config import RunConfig
+from perdure.files import read_json, read_jsonl
 from perdure.types import InputError
-from perdure.workspace import BASE, Workspace, read_json, read_jsonl
+from perdure.workspace import BASE, Workspace
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -33,6 +33,8 @@ class Score(_Record):
     low: Share | None = None
     high: Share | None = None
     n: int | None = None
+    skill_hash: str | None = None
+    """Of the skill's content that was measured; skills only."""
 
 
 class Probe(_Record):
@@ -64,6 +66,7 @@ class Version(_Record):
     method: str | None = None
     created: str = ""
     hashes: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     scores: dict[str, Score] = {}
     probe: Probe | None = None
     teacher_accuracy: Share | None = None
@@ -110,7 +113,7 @@ class StageInfo(_Record):
     skill: str | None = None
     method: str | None = None
     parent: str | None = None
-    created: str = ""
+    config: dict[str, Any] = {}
 
 
 class Item(_Record):
@@ -145,7 +148,8 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of ``metrics.jsonl``, steps and validations in the order written; empty when there are none."""
-        return _read_growing(self.folder / "metrics.jsonl")
+        path = self.folder / "metrics.jsonl"
+        return read_jsonl(path, growing=True) if path.exists() else []
 
 
 @dataclass(frozen=True)
@@ -214,12 +218,8 @@ def read_record(folder: Path) -> Record:
     if not names:
         raise InputError(f"{folder}: no version is left under versions/")
     versions = {name: _read(Version, folder / "versions" / name / "version.json") for name in names}
-    aliases = read_json(folder / "aliases.json")
-    if not isinstance(aliases, dict):
-        raise InputError(f"{folder / 'aliases.json'}: damaged, expected a JSON object")
-    ledger = folder / "ledger.jsonl"
-    events = tuple(read_jsonl(ledger)) if ledger.exists() else ()
-    return Record(folder, workspace.config(), aliases, versions, _read_runs(folder / "runs"), events)
+    runs = _read_runs(folder / "runs")
+    return Record(folder, workspace.config(), workspace.aliases(), versions, runs, tuple(workspace.ledger()))
 
 
 def read_compared(folder: Path) -> dict[str, Record]:
@@ -248,7 +248,8 @@ def _read_optional(kind: type[Kind], path: Path) -> Kind | None:
 def _read_runs(folder: Path) -> dict[str, Run]:
     if not folder.is_dir():
         return {}
-    paths = sorted((path for path in folder.iterdir() if path.is_dir()), key=_stage_order)
+    # A hidden one is being removed.
+    paths = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_stage_order)
     return {path.name: _read_run(path) for path in paths}
 
 
@@ -265,20 +266,3 @@ def _stage_order(path: Path) -> tuple[int, str]:
     """``s02-...`` before ``s10-...`` before ``s100-...``; anything else last."""
     number = path.name.split("-", 1)[0].removeprefix("s")
     return (int(number) if number.isdecimal() else 10**9, path.name)
-
-
-def _read_growing(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that a run may be writing right now: a last line without its newline is not there yet."""
-    if not path.exists():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    rows = []
-    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: damaged, not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: damaged, expected a JSON object")
-        rows.append(row)
-    return rows

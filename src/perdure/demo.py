@@ -1,0 +1,59 @@
+"""``perdure demo``: the embedded model learns three real skills in a row, with settings measured for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from perdure.config import RunConfig, parse
+from perdure.curriculum import learn
+from perdure.importers import IMPORTERS
+from perdure.report.html import write_report
+from perdure.report.numbers import summary
+from perdure.reporting import Reporter
+from perdure.stages import create_workspace
+from perdure.types import InputError
+from perdure.workspace import Workspace
+
+SKILLS = {"smart-home": "home-assistant", "sentiment": "sst2", "tool-call": "bfcl"}
+"""Skill -> importer, in the order taught."""
+
+SETTINGS: dict[str, Any] = {
+    "context": {"candidates": ["inline", "turns:1", "turns:2"]},
+    "train": {"steps": 60, "learning_rate": 1e-4},
+}
+"""Departures from the defaults. docs/log.md says how each was measured."""
+
+
+def run_demo(folder: Path, compare: str | None, reporter: Reporter) -> tuple[dict[str, Any], Path]:
+    """Make or continue the demo's workspace; returns the report's numbers and the report.
+
+    With ``compare`` the same chain runs with that method in a workspace below, where the gate records its verdicts but
+    does not refuse, so that both methods take all three steps. Raises InputError for an unknown method."""
+    if compare not in (None, "sft"):
+        raise InputError(f"--compare {compare}: the method to compare with is sft")
+    workspace = _workspace(folder, SETTINGS)
+    sources = [_skill(folder / "imported", name, reporter) for name in SKILLS]
+    with workspace.lock():
+        learn(workspace, sources, workspace.config(), reporter)
+    if compare:
+        train = SETTINGS["train"] | {"method": compare}
+        other = _workspace(folder / "compare" / compare, SETTINGS | {"train": train, "gate": {"enforce": False}})
+        with other.lock():
+            learn(other, sources, other.config(), reporter)
+    return summary(folder), write_report(folder)
+
+
+def _workspace(folder: Path, settings: dict[str, Any]) -> Workspace:
+    if (folder / "perdure.toml").is_file():
+        return Workspace.open(folder)
+    return create_workspace(folder, parse(RunConfig, settings, where="the demo's settings"))
+
+
+def _skill(folder: Path, name: str, reporter: Reporter) -> Path:
+    """The skill's folder, imported on the first call."""
+    target = folder / name
+    if not target.is_dir():
+        reporter.note(f"Importing {name} ({SKILLS[name]}).")
+        IMPORTERS[SKILLS[name]](target, 0)
+    return target

@@ -1,0 +1,103 @@
+"""Files that are read back after a kill: written whole or not at all, read with errors that name the place."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from perdure import __version__
+from perdure.checkpoint import sync_path
+from perdure.types import InputError
+
+
+def now() -> str:
+    """UTC to the second, as written into ledger and versions."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one, never half of either."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    sync_path(beside)
+    os.replace(beside, path)
+    sync_path(path.parent)
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError naming file and place when it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, not valid JSON: {error}") from error
+
+
+def read_jsonl(path: Path, growing: bool = False) -> list[dict[str, Any]]:
+    """Raises InputError naming the first line that is no JSON object.
+
+    ``growing``: the file is one that lines are appended to; a last line without its end is not written yet."""
+    try:
+        # Not splitlines(): a text may hold U+2028 and other signs that it takes for the end of a line.
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if growing or not lines[-1]:
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: damaged, not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: damaged, expected a JSON object")
+        rows.append(row)
+    return rows
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that others can read too. Raises ValueError for NaN and infinities."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def line_sha256(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """One sha256 over several files' names and bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def code_state() -> dict[str, Any]:
+    """Version of this package and, in a checkout, its commit and whether files differ from it."""
+    state: dict[str, Any] = {"perdure": __version__, "commit": None, "dirty": None}
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return state
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(root)]
+        state["commit"] = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        state["dirty"] = bool(status.strip())
+    return state

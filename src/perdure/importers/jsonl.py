@@ -1,0 +1,39 @@
+"""A JSONL file of your own: one demonstration a line, split into training and test rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+from perdure.importers.base import Row, write_skill
+from perdure.skills.base import SkillSettings, prompt_key, read_rows
+from perdure.types import InputError
+
+
+def build(target: Path, seed: int, file: Path, grader: str, test_share: float) -> Path:
+    """Write the skill folder. Rows with the same prompt stay on one side. Raises InputError listing every bad line."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", target.name.lower()).strip("-")
+    settings = {"name": name, "source": str(file.name), "grader": grader}
+    problems: list[str] = []
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    data = file.read_bytes()
+    examples = read_rows(file, data, SkillSettings(name=name, grader=grader, max_new_tokens=4096), problems)
+    if problems:
+        raise InputError(f"{file}: {len(problems)} problems:\n" + "\n".join(problems))
+    lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+    groups: dict[str, list[Row]] = {}
+    for example, row in zip(examples, lines, strict=True):
+        groups.setdefault(prompt_key(example), []).append(row)
+    if len(groups) < 2:
+        raise InputError(f"{file}: {len(groups)} distinct prompts; at least 2 are needed to hold some out")
+    order = list(groups.values())
+    random.Random(f"{seed}/jsonl").shuffle(order)
+    held_out = min(len(order) - 1, max(1, round(len(order) * test_share)))
+    test, train = ([row for group in part for row in group] for part in (order[:held_out], order[held_out:]))
+    longest = max(len(json.dumps(row.get("completion") or row["messages"][-1])) for row in lines)
+    # A token is at least one byte of the answer; most are three or four. Room is cheap: decoding ends at the turn's end.
+    settings["max_new_tokens"] = max(16, longest // 2)  # type: ignore[assignment]
+    return write_skill(target, settings, train, test)

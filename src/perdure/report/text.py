@@ -1,0 +1,191 @@
+"""The report's numbers for a terminal. Foreign text passes ``safe_text`` and is never read as rich markup: every cell
+is a ``Text``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from perdure.report import sections
+from perdure.report.words import count, interval, percent, points, safe_line, safe_text, seconds, sentences
+
+__all__ = ["preflight_tables", "render", "safe_text", "score_table"]
+
+NAME_WIDTH, LABEL_WIDTH = 16, 26
+"""Longest skill name and row label in characters; longer ones are cut with an ellipsis."""
+
+
+def render(summary: dict[str, Any], console: Console) -> None:
+    """Print accuracy matrix, methods side by side, prior capabilities and the three closing sentences."""
+    if summary["skills"]:
+        _matrix(summary, console)
+    if comparison := sections.comparison(summary):
+        _comparison(comparison, console)
+    if summary["prior"]:
+        _prior(summary, console)
+    console.print()
+    for sentence in sentences(summary):
+        console.print(Text(sentence))
+
+
+def preflight_tables(results: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print what ``perdure check`` measured: ``results`` are the contents of ``preflight.json``."""
+    for found in results:
+        chosen = found["template"]
+        table = _table(found["skill"], ["Context template", "Right", "95% interval", "Tokens", "KL", "Leaks"])
+        for row in found["templates"]:
+            style = "bold" if row["template"] == chosen else ""
+            name = row["template"] + (" (chosen)" if row["template"] == chosen else "")
+            cells = [percent(row["accuracy"]), interval([row["low"], row["high"]]), f"{row['tokens']:.0f}",
+                     f"{row['kl']:.2f}", percent(row["leak_share"])]  # fmt: skip
+            _row(table, [name, *cells], style)
+        console.print(table)
+        console.print(Text(_preflight_line(found)))
+        for line in found["advice"]:
+            console.print(Text(safe_line(line), style="" if found["ready"] else "yellow"))
+
+
+def _preflight_line(found: Mapping[str, Any]) -> str:
+    cost = found.get("cost") or {}
+    tokens = sum((cost.get("tokens") or {}).values())
+    student, teacher = percent(found["student_accuracy"]), percent(found["teacher_accuracy"])
+    text = f"Without the demonstration {student}, with it {teacher}, gap {points(found['gap'])} points"
+    text += f" on {found['n']} training rows."
+    if tokens:
+        text += f" Training will take about {seconds(cost['seconds'])} and {count(tokens)} tokens."
+    return text
+
+
+def score_table(result: Mapping[str, Any], console: Console) -> None:
+    """Print one version's scores: ``result`` is ``{"version", "scores", "probe"}``, as ``perdure eval --json`` says."""
+    table = _table(str(result["version"]), ["Measured on", "Right", "95% interval", "Rows"])
+    tasks = (result["probe"] or {"tasks": {}})["tasks"]
+    for name, score in (result["scores"] | {f"prior: {task}": score for task, score in tasks.items()}).items():
+        cells = [percent(score["accuracy"], 1), interval([score["low"], score["high"]]), str(score["n"])]
+        _row(table, [name, *cells])
+    if result["probe"]:
+        _row(table, ["prior, average", percent(result["probe"]["average"], 1)], "bold")
+    console.print(table)
+
+
+# Sections of ``render``
+
+
+def _matrix(summary: dict[str, Any], console: Console) -> None:
+    rows = sections.matrix(summary)
+    names = [*summary["skills"], *(["prior"] if summary["prior"] else [])]
+    for number, places in enumerate(_fitting(names, console.width)):
+        title = "Accuracy after each stage" + (" (continued)" if number else "")
+        table = _table(title, ["Served model", *(names[place] for place in places)], label_width=LABEL_WIDTH)
+        for row in rows:
+            cells = [*row["cells"], row["prior"]]
+            turned_away = row["kind"] == "candidate"
+            table.add_row(_label(row), *(_cell(cells[place], turned_away) for place in places))
+        console.print(table)
+    key = "[ ] taught in this stage"
+    if any(row["kind"] == "candidate" for row in rows):
+        key += "; struck: a candidate that did not become the champion"
+    console.print(Text(key, style="dim"))
+
+
+def _label(row: Mapping[str, Any]) -> Text:
+    """The version first, as it is what the other commands ask for."""
+    label = Text(f"{row['version']} ", style="dim")
+    if row["kind"] == "candidate":
+        return label.append(safe_line(row["skill"]), style="strike").append(f" {row['flag']}", style="red")
+    if row["flag"] == "stays":
+        return label.append("stays")
+    label.append(safe_line(row["label"][0].lower() + row["label"][1:]), style="not dim")
+    return label.append(f", {row['flag']}") if row["flag"] else label
+
+
+def _fitting(names: Sequence[str], width: int) -> Iterable[list[int]]:
+    """Columns in groups that fit ``width`` characters beside the row labels; at least one in each."""
+    group: list[int] = []
+    room = width - LABEL_WIDTH - 3
+    for place, name in enumerate(names):
+        need = max(7, min(len(safe_line(name)), NAME_WIDTH)) + 2
+        if group and need > room:
+            yield group
+            group, room = [], width - LABEL_WIDTH - 3
+        group.append(place)
+        room -= need
+    yield group
+
+
+def _cell(cell: Mapping[str, Any], turned_away: bool) -> Text:
+    text = f"[{cell['text']}]" if cell["taught"] else f" {cell['text']} "
+    if cell["level"] is None:
+        return Text(text, style="dim")
+    if turned_away:  # appended, so that the padding of the cell is not struck too
+        return Text(" ").append(cell["text"], style="dim strike").append(" ")
+    return Text(text, style=_heat(cell["level"], bold=cell["taught"]))
+
+
+def _heat(level: float, bold: bool) -> Style:
+    """One hue from pale to deep, dark text turning to white where the fill gets deep."""
+    pale, deep = (236, 242, 248), (18, 86, 143)
+    red, green, blue = (round(p + (d - p) * level) for p, d in zip(pale, deep, strict=True))
+    return Style(color="white" if level > 0.6 else "black", bgcolor=f"#{red:02x}{green:02x}{blue:02x}", bold=bold)
+
+
+def _comparison(comparison: Mapping[str, Any], console: Console) -> None:
+    columns = ["Method", "Skills", "Taught", "Now", "Retention", "Prior", "Change", "Time", "Tokens"]
+    table = _table("Methods side by side (bold: best of its column)", columns)
+    for row in comparison["rows"]:
+        shown = {"learned": percent(row["learned"], 1), "final": percent(row["final"], 1),
+                 "retention": percent(row["retention"], 1), "prior_final": percent(row["prior_final"], 1),
+                 "prior_change": points(row["prior_change"]), "seconds": seconds(row["seconds"]),
+                 "tokens": count(row["tokens"])}  # fmt: skip
+        cells = [Text(text, style="bold" if row[f"{key}_best"] else "") for key, text in shown.items()]
+        table.add_row(Text(row["label"]), Text(str(row["taught"])), *cells)
+    console.print(table)
+    if comparison["not_enforced"]:
+        note = f"For {comparison['not_enforced']} the gate records its verdicts but turns nothing away."
+        console.print(Text(note, style="dim"))
+
+
+def _prior(summary: dict[str, Any], console: Console) -> None:
+    table = _table("Prior capabilities", ["Task", "Base", "95% interval", "Now", "95% interval", "Change", "Items"])
+    for task, scores in summary["prior"].items():
+        base, final = scores["base"], scores["final"]
+        change = final["accuracy"] - base["accuracy"] if base and final else None
+        n = str((final or base or {}).get("n") or "–")
+        _row(table, [task, *_score(base), *_score(final), points(change), n])
+    before, after = summary["prior_average"]["base"], summary["prior_average"]["final"]
+    change = None if before is None or after is None else after - before
+    _row(table, ["average", percent(before, 1), "", percent(after, 1), "", points(change), ""], "bold")
+    console.print(table)
+
+
+def _score(score: Mapping[str, Any] | None) -> tuple[str, str]:
+    if score is None:
+        return percent(None), ""
+    return percent(score["accuracy"], 1), interval([score["low"], score["high"]])
+
+
+# Tables
+
+
+def _table(title: str, columns: Sequence[str], label_width: int | None = None) -> Table:
+    """A plain table after an empty line, numbers to the right of a left-aligned first column."""
+    heading = Text("\n" + safe_line(title), style="bold")
+    table = Table(title=heading, title_justify="left", title_style="not italic", box=None, padding=(0, 1),
+                  pad_edge=False, collapse_padding=True)  # fmt: skip
+    for place, name in enumerate(columns):
+        header = Text(safe_line(name), style="dim", overflow="ellipsis", no_wrap=True)
+        if place == 0:
+            table.add_column(header, width=label_width, min_width=8, overflow="fold")
+        else:
+            table.add_column(header, justify="right", max_width=NAME_WIDTH, no_wrap=True)
+    return table
+
+
+def _row(table: Table, cells: Sequence[str], style: str = "") -> None:
+    table.add_row(*(Text(safe_line(cell)) for cell in cells), style=style)

@@ -1,0 +1,103 @@
+"""Which stage a skill is in: finished, unfinished, refused or new. The workspace's files say so, nothing else does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perdure.config import RunConfig
+from perdure.models import load
+from perdure.session import weights_sha256
+from perdure.skills.base import Skill, load_skill
+from perdure.types import InputError
+from perdure.workspace import Workspace, now, read_json, replace_text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a skill's stage ended."""
+
+    skill: str
+    stage: str
+    version: str | None
+    """None when the preflight refused and nothing was trained."""
+    decision: str
+    """``promoted`` or ``refused``."""
+    reasons: tuple[str, ...]
+
+
+def create_workspace(folder: Path, config: RunConfig) -> Workspace:
+    """Make a workspace whose champion is the configured base model, loaded once to see that it can be.
+
+    Raises InputError for a model that cannot be loaded or a folder that is not empty; nothing is left behind then."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already there and not empty; choose another folder")
+    return Workspace.create(folder, config, weights_sha256(load(config.model).model))
+
+
+def load_all(folders: Sequence[Path]) -> list[Skill]:
+    problems, skills = [], []
+    for folder in folders:
+        try:
+            skills.append(load_skill(folder))
+        except InputError as error:
+            problems.append(str(error))
+    names = [skill.name for skill in skills]
+    if twice := {name for name in names if names.count(name) > 1}:
+        problems.append(f"the same skill name is given twice: {', '.join(sorted(twice))}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return skills
+
+
+def settings_hash(config: RunConfig) -> str:
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
+    """The stage that taught this very content: on the champion's lineage, or refused from it under the same settings."""
+    champion = workspace.resolve("champion")
+    lineage = workspace.lineage()
+    for name in reversed(workspace.versions()):
+        info = workspace.version(name)
+        if info["skill"] != skill.name or info["hashes"]["skill"] != skill.content_hash:
+            continue
+        refused_alike = info["parent"] == champion and info["hashes"]["config"] == settings_hash(config)
+        if name in lineage or refused_alike:
+            verdict = info["verdict"]
+            decision = "promoted" if name in lineage else verdict["decision"]
+            return Outcome(skill.name, info["stage"], name, decision, tuple(verdict["reasons"]))
+    return None
+
+
+def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool) -> tuple[str, bool]:
+    """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
+    parent = workspace.resolve("champion")
+    closed = {workspace.version(name)["stage"] for name in workspace.versions()}
+    folders = sorted(workspace.folder.glob("runs/s*"))
+    for folder in folders:
+        if folder.name in closed or not (folder / "stage.json").is_file():
+            continue
+        info = read_json(folder / "stage.json")
+        if info["skill_hash"] != skill.content_hash or info["parent"] != parent:
+            continue
+        if restart:
+            workspace.remove_run(folder.name)
+        elif info["config"] == config.model_dump(mode="json"):
+            return folder.name, True
+        else:
+            raise InputError(
+                f"{folder}: an unfinished run of {skill.name} has other settings; give the same ones to go on with it, "
+                "or --restart to begin anew"
+            )
+    numbers = [int(f.name[1:3]) for f in workspace.folder.glob("runs/s*")]
+    name = f"s{max(numbers, default=0) + 1:02d}-{skill.name}"
+    folder = workspace.run_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {"stage": name, "skill": skill.name, "skill_hash": skill.content_hash, "method": config.train.method,
+            "parent": parent, "seed": config.seed, "config": config.model_dump(mode="json"), "created": now()}  # fmt: skip
+    replace_text(folder / "stage.json", json.dumps(info, indent=1) + "\n")
+    return name, False

@@ -1,0 +1,175 @@
+"""The batched decode against transformers' own, against a training forward, and against the distribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from fakes import example, loaded, renderer, tiny_model
+from scipy.stats import chisquare
+
+from perdure.rollout.base import SamplingParams
+from perdure.rollout.local import LocalEngine, choose
+from perdure.types import Completion, Prompt
+
+QUESTIONS = ("say small cat", "x", "a question that is a good deal longer than the others", "say old dog", "hm?")
+
+
+def prompts(*questions: str) -> list[Prompt]:
+    return [renderer().student_prompt(example(q, None)) for q in questions or QUESTIONS]
+
+
+def engine(model: Any = None, end_ids: tuple[int, ...] | None = None, batch_tokens: int = 8192) -> LocalEngine:
+    """Random weights hardly ever say <|end|>: ``end_ids`` makes other tokens end a row as well."""
+    lm = loaded(model or tiny_model(scale=0.4))
+    if end_ids:
+        lm = type(lm)(lm.model, lm.tokenizer, end_ids, lm.window)
+    return LocalEngine(lm, lm.model, batch_tokens)
+
+
+def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [c.token_ids for c in completions]
+
+
+GREEDY = SamplingParams(16, temperature=0)
+EARLY_ENDS = tuple(range(0, 285, 9))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_transformers_token_by_token(tied: bool) -> None:
+    """Each row alone through ``generate``, with several tokens that end a turn; here all rows in one batch."""
+    model = tiny_model(scale=0.4, tied=tied)
+    got = engine(model, EARLY_ENDS).generate(prompts(), GREEDY, [0] * 5)
+    for prompt, completion in zip(prompts(), got, strict=True):
+        ids = torch.tensor([prompt.token_ids])
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
+                                eos_token_id=list(EARLY_ENDS), pad_token_id=280)[0, ids.shape[1]:]  # fmt: skip
+        assert completion.token_ids == tuple(wanted.tolist())
+        assert completion.finished is (wanted[-1].item() in EARLY_ENDS)
+    lengths = {len(c.token_ids) for c in got}
+    assert len(lengths) > 1 and any(c.finished for c in got)  # rows ended at different places, so some were dropped
+
+
+def test_the_closing_token_is_kept_and_counts() -> None:
+    model = tiny_model(scale=0.4)
+    (whole,) = engine(model).generate(prompts("x"), GREEDY, [0])
+    end = next(token for token in whole.token_ids if token != whole.token_ids[0])
+    (cut,) = engine(model, (end,)).generate(prompts("x"), GREEDY, [0])
+    first = whole.token_ids.index(end)
+    assert cut.token_ids == whole.token_ids[: first + 1] and cut.finished and not whole.finished
+    (exact,) = engine(model, (end,)).generate(prompts("x"), SamplingParams(first + 1, 0), [0])
+    assert exact == cut
+    (short,) = engine(model, (end,)).generate(prompts("x"), SamplingParams(first, 0), [0])
+    assert short.token_ids == cut.token_ids[:-1] and not short.finished
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_a_row_does_not_depend_on_its_neighbours(temperature: float) -> None:
+    params, seeds = SamplingParams(16, temperature), [11, 12, 13, 14, 15]
+    eng = engine(end_ids=EARLY_ENDS)
+    together = eng.generate(prompts(), params, seeds)
+    alone = [eng.generate([p], params, [s])[0] for p, s in zip(prompts(), seeds, strict=True)]
+    assert tokens(together) == tokens(alone)
+    backwards = eng.generate(prompts()[::-1], params, seeds[::-1])
+    assert tokens(backwards[::-1]) == tokens(together)
+    for small in (64, 1):
+        parts = engine(end_ids=EARLY_ENDS, batch_tokens=small).generate(prompts(), params, seeds)
+        assert tokens(parts) == tokens(together)
+    if temperature:
+        other = eng.generate(prompts(), params, [11, 99, 13, 14, 15])
+        assert [a == b for a, b in zip(tokens(other), tokens(together), strict=True)] == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_sampler_logprobs_are_those_of_a_training_forward(temperature: float) -> None:
+    """The whole row, unpadded and without a cache; greedy reports the distribution at temperature 1."""
+    model = tiny_model(scale=0.4)
+    completions = engine(model, EARLY_ENDS).generate(prompts(), SamplingParams(16, temperature), [1, 2, 3, 4, 5])
+    for prompt, completion in zip(prompts(), completions, strict=True):
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt.token_ids) - 1 : -1]
+        logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+        wanted = logprobs.gather(-1, torch.tensor(completion.token_ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(completion.sampler_logprobs), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_finished_rows_cost_nothing_more() -> None:
+    """Rows in each forward pass: never more than are still unfinished."""
+    model = tiny_model(scale=0.4)
+    eng = engine(model, EARLY_ENDS)
+    sizes: list[int] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    got = eng.generate(prompts(), GREEDY, [0] * 5)
+    handle.remove()
+    lengths = [len(c.token_ids) for c in got]
+    assert sizes == [sum(length > t for length in lengths) for t in range(max(lengths))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_distribution(temperature: float) -> None:
+    """2,000 seeds on a vocabulary of 8: counts of the first two tokens against the enumerated probabilities."""
+    model = tiny_model(scale=0.5, vocab=8)
+    eng = engine(model, end_ids=(7,))
+    prompt = Prompt(example("x", None), (1, 2, 3))
+    n = 2000
+    got = eng.generate([prompt] * n, SamplingParams(2, temperature), list(range(n)))
+    counts = Counter(c.token_ids for c in got)
+
+    def distribution(*ids: int) -> list[float]:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+        return (logits / temperature).softmax(-1).tolist()
+
+    expected: dict[tuple[int, ...], float] = {}
+    for first, p in enumerate(distribution(*prompt.token_ids)):
+        if first == 7:
+            expected[(7,)] = p
+            continue
+        for second, q in enumerate(distribution(*prompt.token_ids, first)):
+            expected[(first, second)] = p * q
+    assert counts.keys() <= expected.keys()
+    common = [key for key, p in expected.items() if p * n >= 5]
+    observed = [counts[key] for key in common] + [n - sum(counts[key] for key in common)]
+    wanted = [expected[key] * n for key in common]
+    assert len(common) > 10
+    assert chisquare(observed, [*wanted, n - sum(wanted)]).pvalue > 0.01
+
+
+def test_choosing_inverts_the_cumulative_distribution() -> None:
+    # probabilities 0.2, 0, 0.5, 0.3 -> edges 0.2, 0.2, 0.7, 1
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(6, 4)
+    uniforms = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 1e-16], dtype=torch.float64)
+    chosen, logprobs = choose(logits, 1.0, uniforms)
+    assert chosen.tolist() == [0, 0, 2, 2, 3, 3]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3, 0.3]))
+
+
+def test_order_and_progress() -> None:
+    heard: list[tuple[int, int]] = []
+    got = engine(batch_tokens=64).generate(prompts(), GREEDY, [0] * 5, lambda new, done: heard.append((new, done)))
+    assert [done for _, done in heard] == sorted({done for _, done in heard}) and heard[-1][1] == 5
+    assert len(heard) > 1 and sum(new for new, _ in heard) == sum(len(c.token_ids) for c in got)
+    assert engine().generate([], GREEDY, []) == []
+
+
+def test_impossible_requests_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 prompts but 1 seeds"):
+        engine().generate(prompts(), GREEDY, [0])
+    for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 1, "temperature": -1.0}):
+        with pytest.raises(ValueError, match="must be"):
+            SamplingParams(**bad)  # type: ignore[arg-type]
+
+
+def test_decoding_follows_the_weights_it_was_given() -> None:
+    """The engine holds no copy: when its owner syncs the working copy, the next answer is the new model's."""
+    first, second = tiny_model(scale=0.4), tiny_model(seed=1, scale=0.4)
+    eng = engine(first)
+    before = tokens(eng.generate(prompts(), GREEDY, [0] * 5))
+    first.load_state_dict(second.state_dict())
+    after = tokens(eng.generate(prompts(), GREEDY, [0] * 5))
+    assert after == tokens(engine(second).generate(prompts(), GREEDY, [0] * 5)) != before
