@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from perdure.config import GateConfig, RunConfig, TrainConfig
 from perdure.files import write_jsonl
+from perdure.report.html import write_report
+from perdure.report.text import render
 from perdure.stats import wilson_interval
 from perdure.workspace import BASE, Workspace
 
+PRIOR = {"piqa": 60, "boolq": 50}
+"""What the base model has right of 100 items a task."""
 Right = Mapping[str, int]
 """Skill or task -> number of items answered right."""
 
@@ -26,7 +33,7 @@ def probe(right: Right | None, n: int = 100) -> dict[str, Any] | None:
     if right is None:
         return None
     tasks = {task: score(hits, n) | {"metric": "acc"} for task, hits in right.items()}
-    return {"average": sum(task["accuracy"] for task in tasks.values()) / len(tasks), "tasks": tasks}
+    return {"average": sum(right.values()) / n / len(right), "tasks": tasks}
 
 
 def items(skill: str, right: int, n: int) -> list[dict[str, Any]]:
@@ -137,3 +144,34 @@ def metrics(method: str, steps: int, best: float, drift: float | None, speed: fl
             lines.append({"step": step, "validation_accuracy": round(best * min(1.0, done * 1.05), 3),
                           "validation_n": 32, "kl_start": None if drift is None else drift * done})  # fmt: skip
     return lines
+
+
+def add_stage(fake: FakeWorkspace, skill: str, right: dict[str, int], prior: dict[str, int] | None = PRIOR, *,
+              base: dict[str, int] | None = None, **more: Any) -> str:  # fmt: skip
+    """A whole stage; ``base`` is what the base model scores, measured before the first one."""
+    stage = fake.start(skill)
+    if base is not None:
+        fake.baseline(stage, base, PRIOR)
+    fake.metrics(stage)
+    return fake.candidate(stage, right, prior, **more)
+
+
+def chain_of_three(folder: Path) -> FakeWorkspace:
+    """Three skills of 10 test rows each: a at 0, 9, 8, 8; b at 5, 4, 9, 6; c at 1, 2, 1, 7 right."""
+    fake = FakeWorkspace(folder)
+    add_stage(fake, "a", {"a": 9, "b": 4, "c": 2}, {"piqa": 61, "boolq": 50}, base={"a": 0, "b": 5, "c": 1})
+    add_stage(fake, "b", {"a": 8, "b": 9, "c": 1}, {"piqa": 60, "boolq": 48})
+    add_stage(fake, "c", {"a": 8, "b": 6, "c": 7}, {"piqa": 58, "boolq": 50})
+    return fake
+
+
+def page_of(fake: FakeWorkspace) -> str:
+    """The report's HTML."""
+    return write_report(fake.folder).read_text(encoding="utf-8")
+
+
+def printed(numbers: dict[str, Any], width: int = 80, color: bool = False) -> str:
+    """What the terminal shows of a summary."""
+    file = io.StringIO()
+    render(numbers, Console(file=file, width=width, force_terminal=color, color_system="truecolor" if color else None))
+    return file.getvalue()

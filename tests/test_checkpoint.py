@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import tiny_model
 
+from fakes import tiny_model
 from perdure import checkpoint
 from perdure.checkpoint import (
     BEST,
@@ -80,7 +80,9 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", ["save_file", "sync_folder", "os.replace", "shutil.rmtree"])
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
     """Whatever is visible can be loaded, and the next save clears up."""
     model = tiny_model()
     optimizer = adam(model)

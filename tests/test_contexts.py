@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import END, example, renderer, tiny_tokenizer
 
+from fakes import END, example, renderer, tiny_tokenizer
 from perdure.contexts import (
     Renderer,
     collate,
@@ -19,6 +19,7 @@ from perdure.contexts import (
 from perdure.types import Completion, Example, InputError
 
 QUESTION, ANSWER = "say small cat", "red panda"
+ASKED = "<|user|>say small cat<|end|><|assistant|>"
 TOOLS: tuple[dict[str, Any], ...] = ({"type": "function", "function": {"name": "lamp", "parameters": {}}},)
 CALL: dict[str, Any] = {
     "role": "assistant",
@@ -75,8 +76,8 @@ def test_the_student_sees_the_prompt_and_nothing_else() -> None:
             "<|user|>\nsay small cat\n\nThis is an example for a response to the question:\nred panda\n\n"
             "Now answer with a response of your own, including the thinking process.\n<|end|><|assistant|>",
         ),
-        ("turns:1", "<|user|>say small cat<|end|><|assistant|>red panda<|end|>" * 1 + "<|user|>say small cat<|end|><|assistant|>"),
-        ("turns:3", "<|user|>say small cat<|end|><|assistant|>red panda<|end|>" * 3 + "<|user|>say small cat<|end|><|assistant|>"),
+        ("turns:1", f"{ASKED}red panda<|end|>{ASKED}"),
+        ("turns:3", f"{ASKED}red panda<|end|>{ASKED}red panda<|end|>{ASKED}red panda<|end|>{ASKED}"),
         (
             "document",
             "<|user|>Read this first:\nCats are red.\n\nsay small cat\n\nThis is an example for a response to the "
@@ -99,7 +100,9 @@ def test_without_a_demonstration_the_teacher_sees_the_students_prompt() -> None:
         assert renderer().teacher_prompt(anchor, parse_template(name)) == renderer().student_prompt(anchor)
 
 
-@pytest.mark.parametrize("name", ["inlines", "turns", "turns:0", "turns:-1", "turns:100", "inline:2", "jinja", "jinja:", ""])
+@pytest.mark.parametrize(
+    "name", ["inlines", "turns", "turns:0", "turns:-1", "turns:100", "inline:2", "jinja", "jinja:", ""]
+)
 def test_unknown_templates_are_refused_by_name(name: str) -> None:
     with pytest.raises(InputError, match="unknown context template"):
         parse_template(name)
@@ -113,7 +116,9 @@ def test_broken_jinja_files_are_refused_with_their_place(tmp_path: Path) -> None
         parse_template(f"jinja:{tmp_path}/gone.jinja")
 
 
-@pytest.mark.parametrize("body", ["{{ nonsense }}", "{{ 1 + prompt }}", "{{ messages.append(1) }}", "{{ ''.__class__.mro() }}"])
+@pytest.mark.parametrize(
+    "body", ["{{ nonsense }}", "{{ 1 + prompt }}", "{{ messages.append(1) }}", "{{ ''.__class__.mro() }}"]
+)
 def test_a_template_that_cannot_be_filled_names_the_row(tmp_path: Path, body: str) -> None:
     """Unknown names, type errors, and what the sandbox forbids."""
     (tmp_path / "t.jinja").write_text(body)
@@ -143,6 +148,20 @@ def test_a_demonstrated_tool_call_is_rendered_as_the_model_writes_it() -> None:
     assert written in text(renderer().teacher_prompt(row, parse_template("inline")).token_ids)
 
 
+def test_arguments_in_the_api_form_are_not_quoted_twice() -> None:
+    """A call's arguments may come as JSON text; the model is to write an object either way. The row is not changed."""
+    call = {"type": "function", "function": {"name": "lamp", "arguments": '{"on": true}'}}
+    for calls in ([call], [call["function"]]):
+        row = Example("t", ({"role": "user", "content": "light"},), {**CALL, "tool_calls": calls}, TOOLS)
+        assert (
+            renderer().demonstration_text(row) == '<tool_call>{"name": "lamp", "arguments": {"on": true}}</tool_call>'
+        )
+    assert call["function"] == {"name": "lamp", "arguments": '{"on": true}'}
+    odd = {"name": "lamp", "arguments": "on"}
+    row = Example("t", ({"role": "user", "content": "light"},), {**CALL, "tool_calls": [odd]}, TOOLS)
+    assert renderer().demonstration_text(row) == '<tool_call>{"name": "lamp", "arguments": "on"}</tool_call>'
+
+
 def test_templates_that_write_into_the_last_user_turn_need_one() -> None:
     for name in ("inline", "document"):
         row = Example(**{**vars(agent()), "document": "x"})
@@ -162,13 +181,20 @@ def test_a_demonstration_ends_with_the_closing_token() -> None:
 
 
 def test_text_round_trips_whatever_is_in_it() -> None:
-    for answer in (" leading and trailing ", "żółć 你好 🙂", "a .\n\n b , c", '{"a": [1, 2]}', "<|user|> stays visible"):
+    for answer in (
+        " leading and trailing ",
+        "żółć 你好 🙂",
+        "a .\n\n b , c",
+        '{"a": [1, 2]}',
+        "<|user|> stays visible",
+    ):
         assert renderer().demonstration_text(example("q", answer)) == answer
 
 
 def test_without_a_closing_token_in_the_template_the_first_end_id_closes() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    turns, opening = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}", "a:"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}" + opening + "{% endif %}"
     end, other = tokenizer.eos_token_id, tokenizer.pad_token_id
     completion = Renderer(tokenizer, (other, end), 100).demonstration(plain())
     assert completion.token_ids[-1] == other and text(completion.token_ids[:-1]) == "red panda\n"
@@ -193,7 +219,7 @@ def test_tokens_are_those_of_the_whole_text() -> None:
             return "".join(map(chr, ids))
 
         def apply_chat_template(self, messages, tools, add_generation_prompt: bool, tokenize: bool) -> str:
-            return "".join(f"{m['content']}#" for m in messages) + ("" if not add_generation_prompt else "")
+            return "".join(f"{m['content']}#" for m in messages)
 
     completion = Renderer(Spacing(), (ord("#"),), 100).demonstration(example("q", "yes"))
     assert "".join(map(chr, completion.token_ids)) == "yes#"
@@ -250,13 +276,21 @@ def test_the_completion_is_aligned_under_both_prompts(name: str, jinja_template:
         # The token after each loss position is the target.
         assert batch.input_ids_BT[batch.loss_rows_N, batch.loss_positions_N + 1].tolist() == wanted
     assert student.loss_rows_N.tolist() == teacher.loss_rows_N.tolist()
-    for batch, prompts in ((student, [r.student_prompt for r in rollouts]), (teacher, [r.teacher_prompt for r in rollouts])):
+    for batch, prompts in (
+        (student, [r.student_prompt for r in rollouts]),
+        (teacher, [r.teacher_prompt for r in rollouts]),
+    ):
         for index, prompt in enumerate(prompts):
             size = len(prompt.token_ids) + len(rollouts[index].completion.token_ids)
-            assert batch.input_ids_BT[index, :size].tolist() == [*prompt.token_ids, *rollouts[index].completion.token_ids]
+            assert batch.input_ids_BT[index, :size].tolist() == [
+                *prompt.token_ids,
+                *rollouts[index].completion.token_ids,
+            ]
             assert batch.attention_mask_BT[index].tolist() == [1] * size + [0] * (batch.input_ids_BT.shape[1] - size)
             assert (batch.input_ids_BT[index, size:] == 280).all()
-    assert ANSWER not in text(rollouts[0].student_prompt.token_ids) and ANSWER in text(rollouts[0].teacher_prompt.token_ids)
+    assert ANSWER not in text(rollouts[0].student_prompt.token_ids) and ANSWER in text(
+        rollouts[0].teacher_prompt.token_ids
+    )
     assert student.demonstrated_N.tolist() == [True] * (len(wanted) - 3) + [False] * 3
 
 

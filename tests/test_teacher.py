@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import example, renderer, tiny_model
 
+from fakes import example, renderer, tiny_model
 from perdure.contexts import collate, parse_template
 from perdure.models import head_of, hidden_at_loss_positions, sync_weights, working_copy
 from perdure.teacher import KINDS, EmaTeacher, Teacher, make_teacher
@@ -72,7 +72,7 @@ def test_the_live_teacher_is_the_student_of_now() -> None:
 
 
 def test_the_moving_average_is_what_it_scores_with() -> None:
-    """After t steps: sum of the students, each with its share rate (1 - rate)^age, on top of what is left of the start."""
+    """Three steps with a quarter for the student of then, recomputed beside it."""
     student = tiny_model()
     teacher, working = make("ema", student, rate=0.25)
     expected = {name: p.detach().clone() for name, p in student.named_parameters()}

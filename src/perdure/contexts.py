@@ -6,6 +6,8 @@ construction. Nothing is truncated: a row that does not fit is an InputError tha
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,7 +195,10 @@ class Renderer:
     def _text(self, example: Example, messages: tuple[Message, ...], generate: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tools=list(example.tools) or None, add_generation_prompt=generate, tokenize=False
+                [_with_objects(message) for message in messages],
+                tools=list(example.tools) or None,
+                add_generation_prompt=generate,
+                tokenize=False,
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise InputError(f"{example.origin}: this model's chat template cannot render the row: {error}") from error
@@ -208,6 +213,19 @@ class Renderer:
     def _encode(self, text: str) -> list[int]:
         # The template writes every special token itself; the tokenizer must not add another begin token.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _with_objects(message: Message) -> Message:
+    """Chat templates write a call's arguments as JSON themselves: given as text (the API form) they would be quoted."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        with contextlib.suppress(ValueError, TypeError):  # no JSON text: left to the template
+            function = {**function, "arguments": json.loads(function.get("arguments"))}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
 
 
 def _split_system(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

@@ -83,14 +83,15 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-            )
+            read: Any = AutoModelForCausalLM.from_pretrained
+            model, found = read(source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         # transformers raises all five for missing files, unknown architectures and broken weights alike.
         raise InputError(f"{source}: cannot be loaded as a language model: {error}") from error
     if missing := sorted(found["missing_keys"]):
-        raise InputError(f"{source}: {len(missing)} weights are missing ({missing[0]}, ...); the files are not complete")
+        raise InputError(
+            f"{source}: {len(missing)} weights are missing ({missing[0]}, ...); the files are not complete"
+        )
     if tokenizer.chat_template is None:
         raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
     model.eval()

@@ -111,8 +111,8 @@ def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict
     problems += [f"  {e.origin}: the demonstration has {length} tokens, max_new_tokens is {most}"
                  for e, length in zip(subject.examples, completions, strict=True) if length > most]  # fmt: skip
     if problems:
-        raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens in skill.toml or "
-                         "model.max_window:\n" + "\n".join(problems))  # fmt: skip
+        raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens "
+                         "(skill.toml) or model.max_window:\n" + "\n".join(problems))  # fmt: skip
     longest: dict[str, int] = {}
     cannot: dict[str, str] = {}
     for template in templates:
@@ -126,8 +126,8 @@ def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict
     if not fitting:
         reasons = [f"  {name}: {reason}" for name, reason in cannot.items()]
         reasons += [f"  {name}: takes {length} tokens, the window holds {limit}" for name, length in longest.items()]
-        raise InputError(f"{subject.skill}: no context template fits all rows; choose another one (context.template) or "
-                         "raise model.max_window:\n" + "\n".join(reasons))  # fmt: skip
+        raise InputError(f"{subject.skill}: no context template fits all rows; choose another one "
+                         "(context.template) or raise model.max_window:\n" + "\n".join(reasons))  # fmt: skip
     longest_student = max(p + r for p, r in zip(prompts, room, strict=True))
     too_long = [name for name, length in longest.items() if length > limit]
     window = {"limit": limit, "longest_student": longest_student, "longest_teacher": longest, "too_long": too_long,

@@ -90,7 +90,9 @@ def probe(
         samples = {key: indices for plan in plans.values() for key, indices in plan.samples.items()}
         found = evaluate(lm, {"tasks": members}, samples=samples, bootstrap_iters=0)
     assert found is not None
-    return _result(plans, found["samples"], lm.tokens)
+    # By lm-eval's types a run may keep no samples; this one asked for them.
+    answers: Any = found.get("samples")
+    return _result(plans, answers, lm.tokens)
 
 
 def _plan(name: str, rows: int, seed: int) -> _Plan:
@@ -112,7 +114,7 @@ def _local_task(name: str, items: Sequence[Item]) -> Task:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    contexts_vary = bool(items[0].ending)
+    contexts_vary = any(item.ending for item in items)
     docs = Dataset.from_list(
         [
             {
@@ -166,25 +168,27 @@ def _result(plans: dict[str, _Plan], samples: dict[str, list[dict[str, Any]]], t
     scores: dict[str, TaskScore] = {}
     items: list[dict[str, Any]] = []
     for name, plan in plans.items():
-        answers = [answer for key in plan.members for answer in samples[key]]
-        metric = plan.metric or _accuracy_of(name, answers)
-        # A task with several filters repeats its items once for each: the first filter counts.
-        answers = [answer for answer in answers if answer["filter"] == answers[0]["filter"]]
-        right = [answer[metric] == 1 for answer in answers]
-        ids = [id_ for key in plan.members for id_ in _ids(name, key, samples[key], answers[0]["filter"])]
-        items += [{"task": name, "id": i, "correct": ok} for i, ok in zip(ids, right, strict=True)]
+        answers = [(_id(name, key, answer), answer) for key in plan.members for answer in _first_filter(samples[key])]
+        metric = plan.metric or _accuracy_of(name, [answer for _, answer in answers])
+        right = [bool(answer[metric] == 1) for _, answer in answers]
+        items += [{"task": name, "id": id_, "correct": ok} for (id_, _), ok in zip(answers, right, strict=True)]
         low, high = wilson_interval(sum(right), len(right))
         scores[name] = TaskScore(sum(right) / len(right), low, high, len(right), metric)
     average = sum(score.accuracy for score in scores.values()) / len(scores)
     return ProbeResult(average, scores, items, tokens)
 
 
-def _ids(name: str, key: str, answers: list[dict[str, Any]], kept_filter: str) -> list[str]:
-    kept = [answer for answer in answers if answer["filter"] == kept_filter]
+def _first_filter(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A task with several filters repeats its items once for each: the first filter counts."""
+    return [answer for answer in answers if answer["filter"] == answers[0]["filter"]]
+
+
+def _id(name: str, key: str, answer: dict[str, Any]) -> str:
+    """Stable across versions: a local item's own id, else lm-eval's number, with the task's name inside a group."""
     if name in LOCAL_TASKS:
-        return [answer["doc"]["id"] for answer in kept]
+        return answer["doc"]["id"]
     leaf = key.removeprefix(f"{name}:")
-    return [str(answer["doc_id"]) if leaf == name else f"{leaf}/{answer['doc_id']}" for answer in kept]
+    return str(answer["doc_id"]) if leaf == name else f"{leaf}/{answer['doc_id']}"
 
 
 def _accuracy_of(name: str, answers: list[dict[str, Any]]) -> str:

@@ -188,7 +188,7 @@ def _records(path: Path) -> Sequence[Record]:
 
 
 def _distinct_documents(path: Path) -> Iterator[Record]:
-    """The files hold one line a request (a choice, and each choice again without context): the first of each question."""
+    """The first line of each question: the files hold one a request (a choice, and each again without context)."""
     seen: set[str] = set()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for record in map(json.loads, lines):

@@ -26,14 +26,14 @@ class ConsoleReporter:
         self.console.print(Text(title, style="bold"))
 
     def note(self, text: str) -> None:
-        self.console.print(Text(f"  {text}"))
+        self.console.print(Text(f"  {text}"), soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str) -> Iterator[ConsolePhase]:
         phase = ConsolePhase(self.console, name, total, unit)
         with phase.shown():
             yield phase
-        self.console.print(Text(f"  {phase.summary()}", style="dim"))
+        self.console.print(Text(f"  {phase.summary()}", style="dim"), soft_wrap=True)
 
 
 class ConsolePhase:

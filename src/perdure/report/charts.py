@@ -17,6 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 22
 """Margins around the plot."""
 MAX_POINTS = 120
 """Of one line; longer runs are thinned, keeping each stretch's extremes."""
+MAX_DOTS = 24
+"""More points than this are not marked one by one."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def line_chart(title: str, series: Sequence[Series], *, share: bool, shade_until
 
 def _curve(line: Series, place: Any, share: bool) -> Curve:
     places = [place(point) for point in thinned(line.points)]
-    marked = line.points if line.dotted and len(line.points) <= MAX_POINTS else line.points[-1:]
+    marked = line.points if line.dotted and len(line.points) <= MAX_DOTS else line.points[-1:]
     dots = tuple((*place((x, y)), f"{line.label}, step {x:g}: {_value(y, share)}") for x, y in marked)
     return Curve(line.label, line.style, " ".join(f"{x:g},{y:g}" for x, y in places), dots)
 
@@ -120,8 +122,8 @@ def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def nice_ticks(low: float, high: float, count: int = 3) -> list[float]:
-    """About ``count`` + 1 round values that cover [low, high]; at least two of them."""
-    if not high > low:
+    """About ``count`` + 1 round values, at least two, that cover [low, high]. A range below 1e-9 counts as none."""
+    if high - low < 1e-9:
         high = low + 1.0
     raw = (high - low) / count
     scale = 10.0 ** math.floor(math.log10(raw))

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from perdure import __version__
 from perdure.files import replace_text
-from perdure.report import sections, words
+from perdure.report import process, results, words
 from perdure.report.numbers import summarise
 from perdure.report.record import Record, read_compared, read_record
 from perdure.report.samples import samples
@@ -43,18 +43,19 @@ def render(record: Record, compared: dict[str, Record]) -> str:
     page = {
         "numbers": numbers,
         "sentences": words.sentences(numbers),
-        "matrix": sections.matrix(numbers),
-        "comparison": sections.comparison(numbers),
-        "prior": sections.prior(numbers),
-        "verdicts": sections.verdicts(record, numbers),
-        "curves": sections.curves(record, compared),
+        "matrix": results.matrix(numbers),
+        "comparison": results.comparison(numbers),
+        "prior": results.prior(numbers),
+        "verdicts": results.verdicts(record, numbers),
+        "curves": process.curves(record, compared),
         "samples": samples(record, numbers),
-        "costs": sections.costs(numbers),
-        "preflights": sections.preflights(record),
-        "versions": sections.versions(record),
-        "settings": sections.settings(record.config),
-        "overrides": sections.overrides(record),
+        "costs": process.costs(numbers),
+        "preflights": process.preflights(record),
+        "versions": process.versions(record),
+        "settings": process.settings(record.config),
+        "overrides": process.overrides(record),
         "events": record.ledger[-MAX_EVENTS:],
+        "max_events": MAX_EVENTS,
         "as_of": str(record.ledger[-1].get("time", "")) if record.ledger else "",
         "package_version": __version__,
         # Our own file, and nothing in it can close the style element.

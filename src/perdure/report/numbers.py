@@ -52,6 +52,7 @@ def _describe(record: Record) -> dict[str, Any]:
     return {
         "workspace": record.folder.resolve().name,
         "model": record.config.model.source,
+        "base": record.versions[BASE].hashes.get("base"),
         "method": _method(record, candidates),
         "champion": record.champion,
         "lineage": record.lineage(record.champion)[::-1],

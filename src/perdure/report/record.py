@@ -4,6 +4,7 @@ names the file and the place, never a half-right number. ``docs/formats.md`` des
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,8 +216,8 @@ def read_record(folder: Path) -> Record:
     """Read a workspace. Raises InputError when it is none, or naming the file that is damaged."""
     workspace = Workspace.open(folder)
     names = workspace.versions()
-    if not names:
-        raise InputError(f"{folder}: no version is left under versions/")
+    if BASE not in names:
+        raise InputError(f"{folder}: damaged, the base model's versions/{BASE} is missing")
     versions = {name: _read(Version, folder / "versions" / name / "version.json") for name in names}
     runs = _read_runs(folder / "runs")
     return Record(folder, workspace.config(), workspace.aliases(), versions, runs, tuple(workspace.ledger()))
@@ -266,3 +267,9 @@ def _stage_order(path: Path) -> tuple[int, str]:
     """``s02-...`` before ``s10-...`` before ``s100-...``; anything else last."""
     number = path.name.split("-", 1)[0].removeprefix("s")
     return (int(number) if number.isdecimal() else 10**9, path.name)
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is; anything else that a file may hold in its place as None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None

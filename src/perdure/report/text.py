@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from perdure.report import sections
+from perdure.report import results
 from perdure.report.words import count, interval, percent, points, safe_line, safe_text, seconds, sentences
 
 __all__ = ["preflight_tables", "render", "safe_text", "score_table"]
@@ -25,7 +25,7 @@ def render(summary: dict[str, Any], console: Console) -> None:
     """Print accuracy matrix, methods side by side, prior capabilities and the three closing sentences."""
     if summary["skills"]:
         _matrix(summary, console)
-    if comparison := sections.comparison(summary):
+    if comparison := results.comparison(summary):
         _comparison(comparison, console)
     if summary["prior"]:
         _prior(summary, console)
@@ -34,9 +34,9 @@ def render(summary: dict[str, Any], console: Console) -> None:
         console.print(Text(sentence))
 
 
-def preflight_tables(results: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print what ``perdure check`` measured: ``results`` are the contents of ``preflight.json``."""
-    for found in results:
+def preflight_tables(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print what ``perdure check`` measured: ``checks`` are contents of ``preflight.json``."""
+    for found in checks:
         chosen = found["template"]
         table = _table(found["skill"], ["Context template", "Right", "95% interval", "Tokens", "KL", "Leaks"])
         for row in found["templates"]:
@@ -78,7 +78,7 @@ def score_table(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _matrix(summary: dict[str, Any], console: Console) -> None:
-    rows = sections.matrix(summary)
+    rows = results.matrix(summary)
     names = [*summary["skills"], *(["prior"] if summary["prior"] else [])]
     for number, places in enumerate(_fitting(names, console.width)):
         title = "Accuracy after each stage" + (" (continued)" if number else "")

@@ -77,8 +77,8 @@ def count(value: float | None) -> str:
     if value is None:
         return NOT_MEASURED
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
+        if value >= 0.9995 * size:  # 999 600 is 1 M, not 1000 k
+            return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
 
 

@@ -1,4 +1,6 @@
-"""What each section of the page shows: numbers and records in, plain dictionaries for the template out."""
+"""What page and terminal show of what came out: accuracy matrix, methods side by side, prior capabilities, verdicts.
+Numbers in, plain dictionaries for ``results.html.jinja`` and ``text.py`` out.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perdure.config import RunConfig
-from perdure.report.charts import LineChart, Series, line_chart, on_axis, share_axis, stacked
-from perdure.report.numbers import PHASES
-from perdure.report.record import Record, Run
+from perdure.report.charts import on_axis, share_axis
+from perdure.report.record import Record, number
 from perdure.report.words import interval, listed, method_label, percent, points, safe_line
-from perdure.workspace import BASE
 
-CURVES = (
-    ("Validation accuracy", "validation_accuracy", True, True),
-    ("Demonstration probability", "demonstration_probability", True, False),
-    ("Loss", "loss", False, False),
-    ("KL from the start", "kl_start", False, True),
-)
-"""Title, key in metrics.jsonl, a share?, measured only now and then?"""
 CLEAR = 0.025
 """One-sided p-value below which a difference on the same items is called clear (5 % on both sides together)."""
 
@@ -31,7 +23,7 @@ def matrix(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the heat map: champions, and before the row it did not change each candidate that was turned away."""
     skills = numbers["skills"]
     rows = [_champion_row(numbers, 0, "Base model", None)]
-    for number, stage in enumerate(numbers["stages"], 1):
+    for row, stage in enumerate(numbers["stages"], 1):
         label = safe_line(stage["skill"] or stage["stage"] or stage["version"])
         if not stage["in_force"]:
             cells = [_cell(stage["scores"].get(skill)) for skill in skills]
@@ -40,7 +32,7 @@ def matrix(numbers: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({"kind": "candidate", "label": f"Candidate: {label}", "skill": label,
                          "version": stage["version"], "flag": flag or "not judged", "cells": cells,
                          "prior": _plain_cell(prior)})  # fmt: skip
-        rows.append(_champion_row(numbers, number, f"After {label}", stage))
+        rows.append(_champion_row(numbers, row, f"After {label}", stage))
     return rows
 
 
@@ -97,6 +89,7 @@ def comparison(numbers: dict[str, Any]) -> dict[str, Any] | None:
     partial = [s for s in numbers["skills"] if s not in learned]
     free = [row["label"] for row, run in zip(rows, runs.values(), strict=True) if not run["gate_enforced"]]
     return {"rows": rows, "skills": skills, "methods": [row["label"] for row in rows], "left_out": partial,
+            "same_base": len({run["base"] for run in runs.values()}) == 1,
             "not_enforced": listed(free) if free else ""}  # fmt: skip
 
 
@@ -205,140 +198,3 @@ def _check(row: Mapping[str, Any]) -> dict[str, Any]:
     numeric = {key: number(row.get(key)) for key in ("before", "after", "change", "n", "p_value", "budget")}
     name = row.get("name") or row.get("skill") or ""
     return numeric | {"name": str(name), "kind": str(row.get("kind") or ""), "passed": row.get("passed") is True}
-
-
-# Learning curves
-
-
-def curves(record: Record, compared: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Four charts a stage; what another method measured while it learned the same skill is drawn beside."""
-    shown = []
-    for run in record.runs.values():
-        lines = run.metrics()
-        rivals = {name: _rival(other, run.info.skill) for name, other in compared.items()}
-        warm = max((number(line.get("step")) or 0 for line in lines if line.get("phase") == "warm_start"), default=0.0)
-        charts = [_chart(spec, run, lines, rivals, warm) for spec in CURVES]
-        if any(charts):
-            shown.append({"stage": run.stage, "method": method_label(run.info.method), "skill": run.info.skill,
-                          "charts": [chart for chart in charts if chart], "warm": warm})  # fmt: skip
-    return shown
-
-
-def _rival(other: Record, skill: str | None) -> list[dict[str, Any]]:
-    runs = [run for run in other.runs.values() if skill and run.info.skill == skill]
-    return runs[-1].metrics() if runs else []
-
-
-def _chart(
-    spec: tuple[str, str, bool, bool], run: Run, lines: Sequence[dict[str, Any]],
-    rivals: Mapping[str, Sequence[dict[str, Any]]], warm: float,
-) -> LineChart | None:  # fmt: skip
-    title, key, share, dotted = spec
-    ours = Series(method_label(run.info.method), _points(lines, key), "ours", dotted)
-    if not ours.points:
-        return None
-    # The losses of two methods are different quantities; they do not share an axis.
-    others = {} if key == "loss" else rivals
-    theirs = [Series(method_label(name), _points(found, key), "theirs", dotted) for name, found in others.items()]
-    return line_chart(title, [ours, *theirs], share=share, shade_until=warm)
-
-
-def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    pairs = [(number(line.get("step")), number(line.get(key))) for line in lines]
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
-
-
-# Cost
-
-
-def costs(numbers: dict[str, Any]) -> dict[str, Any] | None:
-    """Stacked bars of seconds by stage, every method on the same scale. None when no stage is finished."""
-    runs = {numbers["method"]: numbers} | numbers["compared"]
-    longest = max((s["total"] for run in runs.values() for s in run["seconds_by_stage"].values()), default=0)
-    if not numbers["stages"]:
-        return None
-    groups = [{"label": method_label(name), "rows": _cost_rows(run, longest), "total": run["seconds"],
-               "tokens": run["tokens"]} for name, run in runs.items()]  # fmt: skip
-    kinds = dict.fromkeys(kind for group in groups for kind in group["tokens"] if kind != "total")
-    phases = dict.fromkeys([*PHASES, *(kind for group in groups for kind in group["total"] if kind != "total")])
-    return {"groups": groups, "phases": list(phases), "kinds": list(kinds)}
-
-
-def _cost_rows(run: dict[str, Any], longest: float) -> list[dict[str, Any]]:
-    rows = []
-    for stage, parts in run["seconds_by_stage"].items():
-        spent = {kind: value for kind, value in parts.items() if kind != "total"}
-        rows.append({"stage": stage, "segments": stacked(spent, longest), "seconds": parts,
-                     "tokens": run["tokens_by_stage"][stage]})  # fmt: skip
-    return rows
-
-
-# Versions and settings
-
-
-def versions(record: Record) -> list[dict[str, Any]]:
-    """Newest first; ``marks`` are the aliases, ``kept`` says that the champion descends from it."""
-    kept = set(record.lineage(record.champion))
-    rows = []
-    for name, version in reversed(record.versions.items()):
-        decision = version.verdict.decision if version.verdict else ("base" if name == BASE else "not judged")
-        marks = [alias for alias, target in record.aliases.items() if target == name]
-        rows.append({"name": name, "parent": version.parent, "skill": version.skill, "decision": decision,
-                     "method": method_label(version.method) if version.method else "", "created": version.created,
-                     "weights": str(version.hashes.get("weights") or ""), "marks": marks,
-                     "kept": name in kept})  # fmt: skip
-    return rows
-
-
-def settings(config: RunConfig) -> list[dict[str, Any]]:
-    """Every setting by section; ``changed`` marks those that are not the default."""
-    now, default = config.model_dump(mode="json"), RunConfig().model_dump(mode="json")
-    top = {"general": {key: value for key, value in now.items() if not isinstance(value, dict)}}
-    plain = {"general": default}
-    sections = top | {key: value for key, value in now.items() if isinstance(value, dict)}
-    return [
-        {"section": section, "rows": [
-            {"key": key, "value": _setting(value), "changed": value != (plain.get(section) or default[section])[key]}
-            for key, value in values.items()]}
-        for section, values in sections.items()
-    ]  # fmt: skip
-
-
-def overrides(record: Record) -> list[dict[str, Any]]:
-    """Versions that were made with other settings than perdure.toml has now: their values that differ."""
-    now = _flat(record.config.model_dump(mode="json"))
-    found = []
-    for name, version in record.versions.items():
-        used = _flat(version.config)
-        differing = [f"{key} = {_setting(value)}" for key, value in used.items() if now.get(key, value) != value]
-        if differing:
-            found.append({"version": name, "settings": differing})
-    return found
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
-    inner = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return {key: value for key, value in config.items() if key not in sections} | inner
-
-
-def preflights(record: Record) -> dict[str, Any]:
-    """Runs with a preflight, and its advice: a line once, with the skills it is about."""
-    runs = [run for run in record.runs.values() if run.preflight]
-    advice: dict[str, list[str]] = {}
-    for run in runs:
-        for line in run.preflight.advice if run.preflight else ():
-            advice.setdefault(line, []).append(run.info.skill or run.stage)
-    return {"runs": runs, "advice": {line: list(dict.fromkeys(skills)) for line, skills in advice.items()}}
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def number(value: Any) -> float | None:
-    """A finite number as it is; anything else that a file may hold in its place as None."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if usable else None

@@ -1,0 +1,195 @@
+"""The command line: its frozen surface, its exit codes, and one clear message for every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakes import COLOURS, save_tiny_model, toy_skill
+
+from perdure.cli import app
+
+SURFACE = {
+    "demo": {"--workspace", "-w", "--compare"},
+    "init": {"workspace", "--model", "--set"},
+    "import": {"source", "target", "--file", "--grader", "--test-share", "--seed"},
+    "check": {"skills", "--workspace", "-w", "--set", "--json"},
+    "learn": {"skills", "--workspace", "-w", "--method", "--set", "--force", "--restart"},
+    "eval": {"--workspace", "-w", "--version", "--skill", "--probe", "--set", "--json"},
+    "status": {"workspace", "--json"},
+    "log": {"workspace", "--json"},
+    "show": {"version", "--workspace", "-w"},
+    "promote": {"version", "--workspace", "-w", "--reason"},
+    "rollback": {"--workspace", "-w", "--to"},
+    "report": {"workspace", "--json", "--open"},
+}
+"""Every command with its arguments and options. A change here is a change of what people have in their scripts."""
+
+FAST = ("--set", "train.steps=12", "--set", "train.warm_start_steps=8", "--set", "train.learning_rate=3e-3",
+        "--set", "train.anchor_general_tokens=4", "--set", "train.checkpoint_every=4")  # fmt: skip
+
+
+def test_the_surface_is_frozen():
+    import typer.main
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {
+            option
+            for parameter in command.params
+            for option in (parameter.opts if parameter.param_type_name == "option" else [parameter.name])
+            if option != "--help"
+        }
+        for name, command in commands.items()
+    }
+    assert found == SURFACE
+
+
+def perdure(*words: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
+    command = [sys.executable, "-m", "perdure.cli", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", copies=True)
+
+
+@pytest.fixture
+def bot(tmp_path: Path, model: Path) -> Path:
+    done = perdure("init", tmp_path / "bot", "--model", model, "--set", "probe.tasks=[]",
+                   "--set", "model.compute_dtype=float32")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "bot"
+
+
+def assert_one_error(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_help_and_version_need_no_torch(tmp_path: Path):
+    code = "import sys, perdure.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert perdure("--version").stdout.startswith("perdure ")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ("train.jsonl:1", "empty")),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', ("train.jsonl:2", "not valid JSON")),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}\n',
+         ("train.jsonl:1", "assistant")),
+        (b'{"prompt": "\xff", "completion": "b"}\n', ("train.jsonl:1", "UTF-8")),
+        (b'{"prompt": "a", "completion": "b", "lable": 1}\n', ("train.jsonl:1", "lable")),
+    ],
+)  # fmt: skip
+def test_bad_rows_name_file_and_line(bot: Path, tmp_path: Path, content: bytes, parts: tuple[str, ...]):
+    skill = toy_skill(tmp_path / "toy")
+    (skill / "train.jsonl").write_bytes(content)
+    assert_one_error(perdure("learn", skill, "-w", bot), 2, *parts)
+    assert not (bot / "runs").exists()
+
+
+def test_a_prompt_longer_than_the_window_is_named(bot: Path, tmp_path: Path):
+    skill = toy_skill(tmp_path / "toy")
+    with (skill / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "x" * 3000, "completion": "red"}) + "\n")
+    line = 5 * len(COLOURS) + 1
+    assert_one_error(perdure("check", skill, "-w", bot), 2, f"train.jsonl:{line}", "window")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"grader": "vibes"}, ("skill.toml", "vibes", "exact")),
+        ({"max_new_tokens": 0}, ("skill.toml", "max_new_tokens")),
+        ({"colour": "red"}, ("skill.toml", "colour")),
+    ],
+)
+def test_bad_skill_settings_are_named(bot: Path, tmp_path: Path, change: dict, parts: tuple[str, ...]):
+    assert_one_error(perdure("learn", toy_skill(tmp_path / "toy", **change), "-w", bot), 2, *parts)
+
+
+def test_a_model_folder_that_is_no_model(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    done = perdure("init", tmp_path / "bot", "--model", tmp_path / "model")
+    assert_one_error(done, 2, "not a model folder", "config.json")
+    assert not (tmp_path / "bot").exists()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert_one_error(perdure("init", tmp_path / "bot", "--model", tmp_path / "model"), 2, "cannot be loaded")
+    assert not (tmp_path / "bot").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [("train.stepz=3", "stepz"), ("train.steps", "key=value"), ("trian.steps=3", "trian"), ("train.steps=-1", "steps")],
+)
+def test_bad_settings_are_named(bot: Path, tmp_path: Path, setting: str, part: str):
+    assert_one_error(perdure("learn", toy_skill(tmp_path / "toy"), "-w", bot, "--set", setting), 2, part)
+
+
+def test_unknown_options_workspaces_and_sources(bot: Path, tmp_path: Path):
+    assert perdure("learn", "x", "--colour").returncode == 2
+    assert_one_error(perdure("status", tmp_path), 2, "not a workspace", "perdure init")
+    assert_one_error(perdure("import", "nowhere", tmp_path / "s"), 2, "nowhere", "home-assistant")
+    assert_one_error(perdure("show", "v9", "-w", bot), 2, "v9", "v000")
+    assert_one_error(perdure("rollback", "-w", bot), 2, "base model")
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp_path: Path):
+    skill = toy_skill(tmp_path / "toy")
+    code = (
+        "import errno, sys\n"
+        "import perdure.workspace as w, perdure.cli as c\n"
+        "def full(path, text):\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
+        "import perdure.curriculum, perdure.stages\n"
+        "perdure.stages.replace_text = perdure.curriculum.replace_text = full\n"
+        "c.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "learn", str(skill), "-w", str(bot)],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert_one_error(done, 2, "No space left on device", "repeat")
+    assert json.loads(perdure("status", bot, "--json").stdout)["champion"] == "v000"
+
+
+def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, tmp_path: Path, model: Path):
+    skill = toy_skill(tmp_path / "toy")
+    straight = tmp_path / "straight"
+    perdure("init", straight, "--model", model, "--set", "probe.tasks=[]", "--set", "model.compute_dtype=float32")
+    assert perdure("learn", skill, "-w", straight, *FAST).returncode in (0, 1)
+
+    run = bot / "runs" / "s01-toy"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "perdure.cli", "learn", str(skill), "-w", str(bot), *FAST]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(run.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 3, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    done = perdure("learn", skill, "-w", bot, *FAST)
+    assert "Going on with the unfinished stage s01-toy" in done.stderr
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        ours, theirs = (place / "runs" / "s01-toy" / name for place in (bot, straight))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert (bot / "versions/v001/model.safetensors").read_bytes() == (
+        straight / "versions/v001/model.safetensors"
+    ).read_bytes()
