@@ -1,4 +1,4 @@
-"""A module imports only what is listed before it: DESIGN section 3, read from top to bottom, is the order of the code."""
+"""A module imports only what is listed before it: the order of DESIGN section 3, read from top to bottom."""
 
 import ast
 import sys

@@ -32,9 +32,11 @@ QUESTIONS = [
 SENTENCES = [
     Item("0", "", ("The cow is bigger than the hen, so the cow", "The cow is bigger than the hen, so the hen"), 1,
          ending="is small."),
-    Item("1", "", ("She took the red one, as the red one", "She took the red one, as the blue one"), 0, ending="was new."),
-    Item("2", "", ("East or west? The east", "East or west? The west"), 0, ending="is where the sun is in the morning."),
-    Item("3", "", ("It is cold in the north, so the north", "It is cold in the north, so the south"), 1, ending="is warm."),
+    Item("1", "", ("She took the red one, as the red one", "She took the red one, as the blue one"), 0,
+         ending="was new."),
+    Item("2", "", ("East or west? The east", "East or west? The west"), 0, ending="is where the sun rises."),
+    Item("3", "", ("It is cold in the north, so the north", "It is cold in the north, so the south"), 1,
+         ending="is warm."),
 ]  # fmt: skip
 LOCAL = {"hellaswag": QUESTIONS, "arc_easy": QUESTIONS, "winogrande": SENTENCES}
 
@@ -52,15 +54,12 @@ def local_items(monkeypatch):
 
 
 def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
-    """Sum of log p over the continuation's tokens, a position at a time."""
+    """Sum of log p over the continuation's tokens: one text, one forward pass, the whole vocabulary."""
     before, ids = tokenizer.encode(context), tokenizer.encode(context + continuation)
     assert ids[: len(before)] == before
-    total = 0.0
-    for place in range(len(before), len(ids)):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids[:place]])).logits[0, -1].double()
-        total += float(logits[ids[place]] - logits.logsumexp(-1))
-    return total
+    with torch.no_grad():
+        logprobs_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logprobs_TV[place - 1, ids[place]]) for place in range(len(before), len(ids)))
 
 
 def naive(model, tokenizer, name: str, item: Item) -> bool:

@@ -1,4 +1,4 @@
-"""Which items are sampled and how they are worded. Every record here is written by hand in the form of the real ones."""
+"""Which items are sampled and how they are worded. Every record is written by hand in the form of the real ones."""
 
 import gzip
 import hashlib

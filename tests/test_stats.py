@@ -13,7 +13,7 @@ from perdure.stats import mcnemar_one_sided, paired_bootstrap_difference, paired
 bools = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
-def wilson_by_formula(k: int, n: int, confidence: float) -> tuple[float, float]:
+def wilson_by_formula(k: int, n: int, confidence: float):
     z = norm.ppf(0.5 + confidence / 2)
     share, middle = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -25,6 +25,7 @@ def test_wilson_known_value():
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
 
 
+@settings(deadline=None)  # the first call loads scipy
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
 def test_wilson_is_the_formula_and_holds_the_share(pair, confidence):
     k, n = pair
@@ -61,6 +62,7 @@ def test_mcnemar_without_a_change_says_nothing():
     assert mcnemar_one_sided([True, False], [True, False]) == 1.0
 
 
+@settings(deadline=None)
 @given(bools)
 def test_mcnemar_is_the_binomial_tail_and_symmetric(items):
     before, after = zip(*items, strict=True)

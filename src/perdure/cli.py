@@ -35,9 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One language model learns skill after skill from demonstrations and keeps what it knew.",
 )
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False)
 """Results."""
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, markup=False)
 """Progress and errors."""
 
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
@@ -116,7 +116,7 @@ def init(
 
 @app.command("import")
 def import_skill(
-    source: Annotated[str, typer.Argument(help="home-assistant, bfcl, sst2, tldr or jsonl.")],
+    source: Annotated[str, typer.Argument(help="home-assistant, bfcl, mmlu, sst2, tldr or jsonl.")],
     target: Annotated[Path, typer.Argument(help="Skill folder to make.")],
     file: Annotated[Path | None, typer.Option("--file", help="jsonl only: the demonstrations.")] = None,
     grader: Annotated[str, typer.Option(help="jsonl only: how answers are graded.")] = "exact",

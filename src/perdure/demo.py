@@ -15,12 +15,19 @@ from perdure.stages import create_workspace
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
-SKILLS = {"smart-home": "home-assistant", "sentiment": "sst2", "tool-call": "bfcl"}
+SKILLS = {"smart-home": "home-assistant", "sentiment": "sst2", "routing": "mmlu"}
 """Skill -> importer, in the order taught."""
 
 SETTINGS: dict[str, Any] = {
     "context": {"candidates": ["inline", "turns:1", "turns:2"]},
-    "train": {"steps": 60, "learning_rate": 1e-4},
+    "train": {
+        "steps": 48,
+        "learning_rate": 1e-4,
+        "warm_start_steps": 24,
+        "validate_every": 12,
+        "validation_max": 24,
+        "checkpoint_every": 24,
+    },
 }
 """Departures from the defaults. docs/log.md says how each was measured."""
 

@@ -86,19 +86,24 @@ class Scores:
             self.items[name] = {row["id"]: row["score"] >= 1 for row in read_jsonl(folder / f"{name}.jsonl")}
         if entry["probe"]:
             self.probe = entry["probe"]
+            self.items = {name: items for name, items in self.items.items() if not name.startswith(f"{PROBE}/")}
             for row in read_jsonl(folder / f"{PROBE}.jsonl"):
                 self.items.setdefault(f"{PROBE}/{row['task']}", {})[row["id"]] = row["correct"]  # type: ignore[index]
 
 
 def known_scores(workspace: Workspace, version: str) -> Scores:
-    """Everything measured of ``version`` so far, in its own folder and in the baselines of the stages that began at it."""
+    """Everything measured of ``version``: in its own folder, then in the baselines of stages that began at it.
+
+    A baseline is measured later, where the version's own score is missing or of other rows, so it counts."""
     scores = Scores()
-    for file in sorted(workspace.folder.glob("runs/*/baseline.json")):
-        entry = read_json(file)
-        if entry["version"] == version:
-            scores.read(entry, file.parent / "baseline")
     if version != BASE:
         scores.read(workspace.version(version), workspace.version_folder(version) / "evaluation")
+    for stage in workspace.stages():
+        folder = workspace.run_folder(stage)
+        if (folder / "baseline.json").is_file():
+            entry = read_json(folder / "baseline.json")
+            if entry["version"] == version:
+                scores.read(entry, folder / "baseline")
     return scores
 
 

@@ -58,7 +58,7 @@ def settings_hash(config: RunConfig) -> str:
 
 
 def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
-    """The stage that taught this very content: on the champion's lineage, or refused from it under the same settings."""
+    """The stage that taught this very content: on the champion's lineage, or refused under the same settings."""
     champion = workspace.resolve("champion")
     lineage = workspace.lineage()
     for name in reversed(workspace.versions()):
@@ -77,27 +77,27 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool) 
     """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
     parent = workspace.resolve("champion")
     closed = {workspace.version(name)["stage"] for name in workspace.versions()}
-    folders = sorted(workspace.folder.glob("runs/s*"))
-    for folder in folders:
-        if folder.name in closed or not (folder / "stage.json").is_file():
+    for stage in workspace.stages():
+        folder = workspace.run_folder(stage)
+        if stage in closed or not (folder / "stage.json").is_file():
             continue
         info = read_json(folder / "stage.json")
         if info["skill_hash"] != skill.content_hash or info["parent"] != parent:
             continue
         if restart:
-            workspace.remove_run(folder.name)
+            workspace.remove_run(stage)
         elif info["config"] == config.model_dump(mode="json"):
-            return folder.name, True
+            return stage, True
         else:
             raise InputError(
                 f"{folder}: an unfinished run of {skill.name} has other settings; give the same ones to go on with it, "
                 "or --restart to begin anew"
             )
-    numbers = [int(f.name[1:3]) for f in workspace.folder.glob("runs/s*")]
-    name = f"s{max(numbers, default=0) + 1:02d}-{skill.name}"
+    name = workspace.next_stage(skill.name)
     folder = workspace.run_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     info = {"stage": name, "skill": skill.name, "skill_hash": skill.content_hash, "method": config.train.method,
-            "parent": parent, "seed": config.seed, "config": config.model_dump(mode="json"), "created": now()}  # fmt: skip
+            "parent": parent, "seed": config.seed, "created": now(),
+            "config": config.model_dump(mode="json")}  # fmt: skip
     replace_text(folder / "stage.json", json.dumps(info, indent=1) + "\n")
     return name, False

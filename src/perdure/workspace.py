@@ -26,6 +26,7 @@ from perdure.types import InputError
 
 BASE = "v000"
 _VERSION = re.compile(r"v[0-9]{3,}")
+_STAGE = re.compile(r"s([0-9]{2,})-")
 _SKILL_FOLDER = re.compile(r"[a-z0-9][a-z0-9_-]*@[0-9a-f]{8}")
 _SAME = ("version", "parent", "stage", "skill", "method", "seed", "hashes")
 """Entries of version.json that say what a version is; the others say when it was made and what that cost."""
@@ -278,11 +279,22 @@ class Workspace:
     def run_folder(self, stage: str) -> Path:
         return self.folder / "runs" / stage
 
+    def stages(self) -> list[str]:
+        """Names of all run folders, in the order they were begun."""
+        names = (path.name for path in (self.folder / "runs").glob("s*") if _STAGE.match(path.name))
+        return sorted(names, key=_stage_number)
+
+    def next_stage(self, skill: str) -> str:
+        """A name for a new stage: one more than the last one that has a folder or a version."""
+        closed = (self.version(name)["stage"] for name in self.versions())
+        numbers = [_stage_number(name) for name in (*self.stages(), *closed) if name]
+        return f"s{max(numbers, default=0) + 1:02d}-{skill}"
+
     def unfinished(self) -> list[str]:
         """Stages that have begun and given no version yet, in order."""
         closed = {self.version(name)["stage"] for name in self.versions()}
-        begun = (path.parent.name for path in (self.folder / "runs").glob("[!.]*/stage.json"))
-        return sorted(stage for stage in begun if stage not in closed)
+        begun = (stage for stage in self.stages() if (self.run_folder(stage) / "stage.json").is_file())
+        return [stage for stage in begun if stage not in closed]
 
     def remove_run(self, stage: str) -> None:
         """Drop a stage's run folder. One rename hides it first: a half-removed run could be taken for a whole one."""
@@ -321,3 +333,9 @@ class Workspace:
 def _of_content(entry: Any) -> Any:
     """An entry of version.json without the state of the code, which may change between two calls."""
     return {key: value for key, value in entry.items() if key != "code"} if isinstance(entry, dict) else entry
+
+
+def _stage_number(stage: str) -> int:
+    match = _STAGE.match(stage)
+    assert match, stage
+    return int(match[1])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from perdure.importers import bfcl, home_assistant, jsonl, sst2, tldr
+from perdure.importers import bfcl, home_assistant, jsonl, mmlu, sst2, tldr
 from perdure.types import InputError
 
 IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
     "home-assistant": home_assistant.build,
     "bfcl": bfcl.build,
+    "mmlu": mmlu.build,
     "sst2": sst2.build,
     "tldr": tldr.build,
 }

@@ -183,22 +183,22 @@ class Record:
         return chain
 
     def scores(self, version: str) -> dict[str, Score]:
-        """Every skill's score of a version: its own, filled up with what a later stage measured of it."""
-        found: dict[str, Score] = {}
+        """Every skill's score of a version: its own, then what a later stage measured of it anew."""
+        found = dict(self.versions[version].scores)
         for baseline in self._baselines(version):
             found |= baseline.scores
-        return found | self.versions[version].scores
+        return found
 
     def probe(self, version: str) -> Probe | None:
         """Prior capabilities of a version; None where nobody measured them."""
-        own = self.versions[version].probe
-        return own or next((b.probe for b in self._baselines(version) if b.probe), None)
+        probes = [self.versions[version].probe, *(b.probe for b in self._baselines(version))]
+        return next((found for found in reversed(probes) if found), None)
 
     def items(self, version: str, skill: str) -> dict[str, Item]:
         """Per-item results of a version on a skill by id; empty where none were kept."""
         folders = [self.folder / "versions" / version / "evaluation"]
         folders += [run.folder / "baseline" for run in self._baseline_runs(version)]
-        for folder in folders:
+        for folder in reversed(folders):
             # Looked up, not joined: a skill's name in a damaged file must not lead out of the folder.
             path = {p.stem: p for p in folder.glob("*.jsonl")}.get(skill)
             if path is not None:
