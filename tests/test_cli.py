@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import COLOURS, save_tiny_model, toy_skill
 
+from fakes import COLOURS, save_tiny_model, toy_skill
 from perdure.cli import app
 
 SURFACE = {

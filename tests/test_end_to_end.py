@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from fakes import NUMBERS, save_tiny_model, toy_skill
 from test_cli import perdure
 
@@ -50,7 +51,9 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(bot: Path, tmp_path: P
             ours, theirs = (place / "runs" / stage / name for place in (bot, again))
             assert ours.read_bytes() == theirs.read_bytes()
     for version in ("v001", "v002"):
-        ours, theirs = (json.loads((place / "versions" / version / "version.json").read_text()) for place in (bot, again))
+        ours, theirs = (
+            json.loads((place / "versions" / version / "version.json").read_text()) for place in (bot, again)
+        )
         assert ours["hashes"]["weights"] == theirs["hashes"]["weights"]
 
 

@@ -22,7 +22,8 @@ WEIGHTS = bytes(range(256)) * 16
 
 
 def info(version: str, parent: str, skill: str = "toy", content: str = "c" * 64, **changed) -> dict:
-    return {"version": version, "parent": parent, "stage": f"s-{skill}", "skill": skill, "method": "sdft", "seed": 0,
+    return {"version": version, "parent": parent, "stage": f"s{int(version[1:]):02d}-{skill}", "skill": skill,
+            "method": "sdft", "seed": 0,
             "created": "2026-01-01T00:00:00Z", "hashes": {"base": "b", "skill": content},
             "scores": {}} | changed  # fmt: skip
 
@@ -337,12 +338,20 @@ def test_a_version_cannot_name_a_skill_outside(workspace, name, content):
         workspace.taught("v001")
 
 
-def test_unfinished_stages(grown):
-    for stage in ("s-skill1", "s-skill9", "s-skill4", ".s-skill5.removed"):
+def test_stages_in_the_order_they_were_begun(grown):
+    for stage in ("s100-skill8", "s09-skill9", "s04-skill4", "s01-skill1", ".s05-skill5.removed", "scratch"):
         grown.run_folder(stage).mkdir(parents=True)
         (grown.run_folder(stage) / "stage.json").write_text("{}", encoding="utf-8")
-    grown.run_folder("s-skill8").mkdir()  # not begun
-    assert grown.unfinished() == ["s-skill4", "s-skill9"]
+    grown.run_folder("s07-skill7").mkdir()  # not begun
+    assert grown.stages() == ["s01-skill1", "s04-skill4", "s07-skill7", "s09-skill9", "s100-skill8"]
+    assert grown.unfinished() == ["s04-skill4", "s09-skill9", "s100-skill8"]  # s01 gave v001
+    assert grown.next_stage("new") == "s101-new"
+
+
+def test_a_new_stage_does_not_take_the_number_of_a_version(workspace):
+    assert workspace.next_stage("toy") == "s01-toy"
+    workspace.add_version(info("v001", "v000", stage="s07-toy"), write_weights)
+    assert workspace.next_stage("toy") == "s08-toy"  # although the run folder is gone
 
 
 def test_a_run_is_removed_whole(workspace):

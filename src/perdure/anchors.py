@@ -57,4 +57,6 @@ def _sample(session: Session, rows: Sequence[Example], most: int, seed: int,
     seeds = [derive_seed(seed, "anchor", row.origin) for row in rows]
     completions = session.engine.generate(prompts, SamplingParams(most), seeds, lambda t, d: progress(t, d) and None)
     template = parse_template("turns:1")  # unused: without a demonstration both roles see the same prompt
-    return [session.renderer.rollout(row, completion, template) for row, completion in zip(rows, completions, strict=True)]
+    return [
+        session.renderer.rollout(row, completion, template) for row, completion in zip(rows, completions, strict=True)
+    ]

@@ -40,7 +40,9 @@ out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
 """Progress and errors."""
 
-WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", "-w", envvar="PERDURE_WORKSPACE", help="Workspace folder.")
+]
 WorkspaceArgument = Annotated[Path, typer.Argument(envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting as in perdure.toml: train.steps=80")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -81,7 +83,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which one.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which one.")
+    ] = False,
 ) -> None:
     pass
 

@@ -1,4 +1,4 @@
-"""Skills in order: preflight -> train -> evaluate all -> gate -> promote or refuse. Every step can be taken up again."""
+"""Skills in order: preflight -> train -> evaluate all -> gate -> promote or refuse. Any step can be taken up again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from perdure.measure import (
     write_items,
 )
 from perdure.models import save
-from perdure.preflight import Subject, preflight
+from perdure.preflight import Subject, check_windows, preflight
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, permutation
@@ -105,13 +105,13 @@ def _learn_one(workspace: Workspace, skill: Skill, scope: dict[str, Skill], conf
     run = _Run(workspace, config, reporter, skill, scope, stage, parent, session)
     if (run.folder / "seconds.json").is_file():
         run.seconds = read_json(run.folder / "seconds.json")
-    before = _baseline(run)
     check = _check(run)
     if check and not check["ready"] and not force:
         workspace.append("refuse", stage=stage, skill=skill.name, parent=parent, reason=check["advice"][0])
         workspace.remove_run(stage)
         hint = "--force trains anyway."
         return Outcome(skill.name, stage, None, "refused", (*check["advice"], hint))
+    before = _baseline(run)
     state = _train(run, check)
     return _judge(run, before, check, state)
 
@@ -142,8 +142,9 @@ def subject_of(session: Session, skill: Skill) -> Subject:
 
 
 def _check(run: _Run) -> dict[str, Any] | None:
-    """The preflight's result; None for a method that has no teacher with a demonstration."""
+    """The preflight's result; None for a method that has no teacher with a demonstration. Every row must fit."""
     if run.config.train.method != "sdft":
+        check_windows(subject_of(run.session, run.skill), [])
         return None
     file = run.folder / "preflight.json"
     if not file.is_file():
@@ -169,7 +170,9 @@ def describe_preflight(check: dict[str, Any]) -> str:
     )
 
 
-def split_validation(examples: tuple[Example, ...], share: float, most: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:  # fmt: skip
+def split_validation(
+    examples: tuple[Example, ...], share: float, most: int, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Training and validation rows: a seeded choice, at least one row left to train on."""
     count = min(most, int(len(examples) * share))
     chosen = set(permutation(derive_seed(seed, "validation"), len(examples))[:count])
@@ -292,7 +295,9 @@ def _describe(run: _Run, name: str, check: dict[str, Any] | None, state: LoopSta
     }
 
 
-def check_skills(workspace: Workspace, folders: Sequence[Path], config: RunConfig, reporter: Reporter) -> list[dict[str, Any]]:  # fmt: skip
+def check_skills(
+    workspace: Workspace, folders: Sequence[Path], config: RunConfig, reporter: Reporter
+) -> list[dict[str, Any]]:
     """The preflight of each skill on the champion; nothing is written."""
     skills = load_all(folders)
     champion = workspace.resolve("champion")

@@ -108,7 +108,7 @@ def known_scores(workspace: Workspace, version: str) -> Scores:
 
 
 def current(scores: Scores, skill: Skill, config: RunConfig) -> bool:
-    """Whether a score is of the very rows that would be measured now: content and ``eval.rows`` may have changed since."""
+    """Whether a score is of the rows that would be measured now: content and ``eval.rows`` may have changed since."""
     score = scores.skills.get(skill.name)
     rows = len(skill.test[: config.eval.rows or None])
     return score is not None and score["skill_hash"] == skill.content_hash and score["n"] == rows

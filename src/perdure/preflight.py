@@ -123,7 +123,7 @@ def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict
         else:
             longest[template.name] = max(p + r for p, r in zip(teachers, room, strict=True))
     fitting = [t for t in templates if longest.get(t.name, limit + 1) <= limit]
-    if not fitting:
+    if templates and not fitting:
         reasons = [f"  {name}: {reason}" for name, reason in cannot.items()]
         reasons += [f"  {name}: takes {length} tokens, the window holds {limit}" for name, length in longest.items()]
         raise InputError(f"{subject.skill}: no context template fits all rows; choose another one "

@@ -7,13 +7,13 @@ Words used here, S stages and J skills:
 - ``learned_at[j]`` is the row in which skill j was taught, 1..S. Several skills may share a row, a row may teach none.
 - "now" is the last row.
 
-Definitions. Lopez-Paz and Ranzato (2017, GEM) compare the last row with the diagonal: ``backward_transfer`` is the mean of
-R[S, j] - R[learned_at[j], j] over the earlier skills, and ``forward_transfer`` compares the row just before a skill is taught
-with a model that learned nothing. ``forgetting`` here is the *signed* per-skill form of the former with the sign turned: at
-learning minus now, so that an improvement is negative. Chaudhry et al. (2018) instead take the best accuracy *ever* reached
-minus now: that is ``max_forgetting``, which is never negative.
+Definitions. Lopez-Paz and Ranzato (2017, GEM) compare the last row with the diagonal: ``backward_transfer`` is the mean
+of R[S, j] - R[learned_at[j], j] over the earlier skills, and ``forward_transfer`` compares the row just before a skill is
+taught with a model that learned nothing. ``forgetting`` here is the *signed* per-skill form of the former with the sign
+turned: at learning minus now, so that an improvement is negative. Chaudhry et al. (2018) instead take the best accuracy
+*ever* reached minus now: that is ``max_forgetting``, which is never negative.
 
-A skill taught in the last row has had no time to be forgotten. Means over "earlier skills" leave it out, as the papers do.
+A skill taught in the last row has had no time to be forgotten. Means over "earlier skills" leave it out, as in the papers.
 A value that depends on an unmeasured cell is NaN; means skip NaN and are NaN when nothing is left.
 """
 
@@ -75,7 +75,7 @@ def forward_transfer(matrix: ArrayLike, learned_at: Sequence[int]) -> float:
 
 
 def retention(matrix: ArrayLike, learned_at: Sequence[int]) -> Array:
-    """Accuracy now divided by accuracy when learned, [J]; above 1 where a skill improved, NaN where it was learned to 0."""
+    """Accuracy now divided by accuracy when learned, [J]; above 1 where it improved, NaN where it was learned to 0."""
     values, rows = _checked(matrix, learned_at)
     learned = _diagonal(values, rows)
     ratio = np.full(len(rows), np.nan)

@@ -50,7 +50,7 @@ def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 1
     train = [row for name in names for row in by_function[name]]
     settings = {
         "name": "tool-call",
-        "description": "A function's signature and a request to one tool call as JSON; test functions were never trained.",
+        "description": "A function's signature and a request to one JSON tool call; test functions were never trained.",
         "licence": "Apache-2.0",
         "source": PACKAGE,
         "grader": "tool_call",

@@ -34,7 +34,7 @@ SLOTS: dict[str, tuple[Any, ...]] = {
     "timer_minutes": tuple(range(2, 60)),
     "timer_hours": tuple(range(2, 13)),
 }
-"""What a home fills in: the grammar leaves rooms and items open, and its number ranges are narrowed to common values."""
+"""What a home fills in: the grammar leaves rooms and items open, its number ranges are narrowed to common values."""
 INTENTS = (
     "HassClimateGetTemperature",
     "HassClimateSetTemperature",
@@ -62,30 +62,32 @@ class _CannotFill(Exception):
 def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 120) -> Path:
     """Write the skill folder. Raises InputError when the package or hassil is missing."""
     file = package_file(PACKAGE, "home_assistant_intents", "data/en.json", FILE_SHA256)
-    grammar = _Grammar(json.loads(file.read_text(encoding="utf-8")))
+    grammar = Grammar(json.loads(file.read_text(encoding="utf-8")))
     templates = {intent: grammar.templates(intent) for intent in INTENTS}
     rng = random.Random(f"{seed}/home-assistant")
-    held_out = {intent: _hold_out(sentences, rng) for intent, sentences in templates.items()}
-    train = _rows(grammar, {i: [t for t in templates[i] if t not in held_out[i]] for i in INTENTS}, train_rows, rng, set())
+    held_out = {intent: hold_out(sentences, rng) for intent, sentences in templates.items()}
+    train = _rows(
+        grammar, {i: [t for t in templates[i] if t not in held_out[i]] for i in INTENTS}, train_rows, rng, set()
+    )
     test = _rows(grammar, held_out, test_rows, rng, {row["prompt"] for row in train})
     settings = {
         "name": "smart-home",
-        "description": "Spoken home commands to intent and slots as JSON; test sentences follow templates never trained.",
+        "description": "Home commands to intent and slots as JSON; test sentences follow templates never trained.",
         "licence": "Apache-2.0 (package), CC BY 4.0 (sentences)",
         "source": PACKAGE,
         "grader": "json",
-        "max_new_tokens": 32,
+        "max_new_tokens": 40,
         "system": SYSTEM,
     }
     return write_skill(target, settings, train, test)
 
 
-def _hold_out(sentences: list[Template], rng: random.Random) -> list[Template]:
+def hold_out(sentences: list[Template], rng: random.Random) -> list[Template]:
     count = max(1, round(len(sentences) * IN_TEST)) if len(sentences) > 1 else 0
     return rng.sample(sentences, count)
 
 
-def _rows(grammar: _Grammar, templates: Mapping[str, list[Template]], count: int, rng: random.Random,
+def _rows(grammar: Grammar, templates: Mapping[str, list[Template]], count: int, rng: random.Random,
           known: set[str]) -> list[Row]:  # fmt: skip
     """``count`` distinct commands not in ``known``, the intents in turn."""
     intents = [intent for intent in INTENTS if templates[intent]]
@@ -114,7 +116,7 @@ class Template:
         self.lists = lists
 
 
-class _Grammar:
+class Grammar:
     """Home Assistant's sentences, parsed by hassil."""
 
     def __init__(self, raw: dict[str, Any]):

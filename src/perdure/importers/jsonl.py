@@ -34,6 +34,6 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float) -
     held_out = min(len(order) - 1, max(1, round(len(order) * test_share)))
     test, train = ([row for group in part for row in group] for part in (order[:held_out], order[held_out:]))
     longest = max(len(json.dumps(row.get("completion") or row["messages"][-1])) for row in lines)
-    # A token is at least one byte of the answer; most are three or four. Room is cheap: decoding ends at the turn's end.
+    # A token is at least one byte of the answer; most are three or four. Room is cheap: decoding ends with the turn.
     settings["max_new_tokens"] = max(16, longest // 2)  # type: ignore[assignment]
     return write_skill(target, settings, train, test)

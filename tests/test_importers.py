@@ -1,0 +1,138 @@
+"""Importers on the pinned data packages: whole skill folders, disjoint by construction, the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perdure.importers import IMPORTERS, base, run_importer
+from perdure.importers.bfcl import signature
+from perdure.importers.tldr import plain
+from perdure.skills.base import Skill, load_skill
+from perdure.types import InputError
+
+
+@pytest.fixture(scope="module", params=sorted(IMPORTERS))
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Skill]:
+    folder = IMPORTERS[request.param](tmp_path_factory.mktemp("skills") / request.param, 0)
+    return request.param, load_skill(folder)
+
+
+def answer(example) -> str:
+    return example.demonstration["content"]
+
+
+def test_a_skill_has_enough_rows_and_its_own_demonstrations_are_right(imported: tuple[str, Skill]):
+    _, skill = imported
+    assert len(skill.train) >= 400
+    assert len(skill.test) == 120
+    assert all(skill.grade(answer(example), example) == 1 for example in (*skill.train, *skill.test))
+    assert skill.settings.licence
+    assert "==" in skill.settings.source
+
+
+def test_a_wrong_answer_is_wrong(imported: tuple[str, Skill]):
+    _, skill = imported
+    first = skill.test[0]
+    others = [example for example in skill.test if answer(example) != answer(first)]
+    assert others
+    assert skill.grade(answer(others[0]), first) == 0
+    assert skill.grade("I am not sure what you mean.", first) == 0
+
+
+def test_what_test_rows_hold_out(imported: tuple[str, Skill]):
+    """Each source holds out whole groups, so that passing the test rows takes generalisation."""
+    source, skill = imported
+    group = {
+        "bfcl": lambda e: e.messages[-1]["content"].split("(", 1)[0],
+        "tldr": lambda e: e.metadata["tool"],
+    }.get(source, lambda e: e.messages[-1]["content"])
+    assert not {group(e) for e in skill.train} & {group(e) for e in skill.test}
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(imported: tuple[str, Skill], tmp_path: Path):
+    source, skill = imported
+    assert load_skill(IMPORTERS[source](tmp_path / "again", 0)).content_hash == skill.content_hash
+    assert load_skill(IMPORTERS[source](tmp_path / "other", 1)).content_hash != skill.content_hash
+
+
+def test_labels_are_balanced_enough_to_be_no_giveaway(imported: tuple[str, Skill]):
+    source, skill = imported
+    if source not in ("sst2", "mmlu"):
+        pytest.skip("not a classification")
+    labels = [answer(example) for example in skill.test]
+    assert max(labels.count(label) for label in set(labels)) / len(labels) <= {"sst2": 0.6, "mmlu": 0.2}[source]
+
+
+def test_home_assistant_holds_out_sentence_templates():
+    from perdure.importers import home_assistant as source
+
+    grammar = json.loads(base.package_file(source.PACKAGE, "home_assistant_intents", "data/en.json",
+                                           source.FILE_SHA256).read_text(encoding="utf-8"))  # fmt: skip
+    templates = source.Grammar(grammar).templates("HassTurnOn")
+    import random
+
+    held_out = source.hold_out(templates, random.Random(0))
+    assert 0 < len(held_out) < len(templates)
+    text, slots = source.Grammar(grammar).draw(held_out[0], random.Random(1))
+    assert text
+    assert all(isinstance(value, (str, int)) for value in slots.values())
+
+
+def test_a_folder_that_is_there_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "skill").mkdir()
+    (tmp_path / "skill" / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="already there"):
+        IMPORTERS["sst2"](tmp_path / "skill", 0)
+    assert (tmp_path / "skill" / "mine.txt").read_text() == "keep"
+
+
+def test_missing_and_changed_packages_say_what_to_install(tmp_path: Path):
+    with pytest.raises(InputError, match="pip install --no-deps nothing==1"):
+        base.package_file("nothing==1", "no_such_module", "x", "0")
+    with pytest.raises(InputError, match=r"sha256 is .* expected 00.*--force-reinstall"):
+        base.package_file("pytest==9", "pytest", "__init__.py", "00")
+
+
+def test_overlap_of_train_and_test_is_refused_and_nothing_is_left(tmp_path: Path):
+    row = {"prompt": "a", "completion": "b"}
+    with pytest.raises(InputError, match="same prompt"):
+        base.write_skill(tmp_path / "s", {"name": "s"}, [row], [row])
+    assert list(tmp_path.iterdir()) == []
+
+
+def jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_jsonl_keeps_equal_prompts_on_one_side_and_both_row_forms(tmp_path: Path):
+    rows: list[dict] = [{"prompt": f"q{i // 2}", "completion": f"a{i}"} for i in range(40)]
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x" * 400}]
+    rows.append({"messages": turns})
+    run_importer("jsonl", tmp_path / "My Skill", 0, jsonl(tmp_path / "rows.jsonl", rows), "exact", 0.25)
+    skill = load_skill(tmp_path / "My Skill")
+    assert skill.name == "my-skill"
+    assert len(skill.train) + len(skill.test) == 41
+    assert len(skill.test) in (10, 9)
+    assert skill.settings.max_new_tokens >= 100
+
+
+def test_jsonl_reports_every_bad_line(tmp_path: Path):
+    file = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}, {"x": 1}])
+    with pytest.raises(InputError, match=r"(?s)rows.jsonl:2.*rows.jsonl:3"):
+        run_importer("jsonl", tmp_path / "s", 0, file, "exact", 0.2)
+    with pytest.raises(InputError, match="at least 2"):
+        run_importer("jsonl", tmp_path / "s", 0, jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}]),
+                     "exact", 0.2)  # fmt: skip
+    with pytest.raises(InputError, match="--file"):
+        run_importer("jsonl", tmp_path / "s", 0, None, "exact", 0.2)
+
+
+def test_how_functions_and_commands_are_written():
+    function = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}, "b": {}}, "required": ["a"]}}
+    assert signature(function) == "f(a: integer, b?: any)"
+    assert plain("tar {{[-x|--extract]}} {{path/to/file}}") == "tar --extract <path/to/file>"
+    assert plain("jj {{[b|bookmark]}} list") == "jj bookmark list"
