@@ -1,52 +1,30 @@
-"""Versions, ledger, aliases, kept skills; and what a kill at any point leaves behind."""
+"""Versions, aliases, kept skills, runs, and the files they lie in."""
 
 import json
-import os
 import shutil
-import signal
-import sys
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from perdure.config import GateConfig, RunConfig
 from perdure.skills.base import load_skill
 from perdure.types import InputError
-from perdure.workspace import Workspace, read_json, read_jsonl, replace_text, write_jsonl
-
-CONFIG = RunConfig(seed=3, gate=GateConfig(budget=0.1))
-WEIGHTS = bytes(range(256)) * 16
-
-
-def info(version: str, parent: str, skill: str = "toy", content: str = "c" * 64, **changed) -> dict:
-    return {"version": version, "parent": parent, "stage": f"s{int(version[1:]):02d}-{skill}", "skill": skill,
-            "method": "sdft", "seed": 0,
-            "created": "2026-01-01T00:00:00Z", "hashes": {"base": "b", "skill": content},
-            "scores": {}} | changed  # fmt: skip
-
-
-def write_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(WEIGHTS)
-    (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "toy.jsonl").write_text('{"id": "1"}\n', encoding="utf-8")
+from perdure.workspace import Workspace, read_json, read_jsonl, write_jsonl
+from toy_versions import CONFIG, WEIGHTS, grown_workspace, info, new_workspace, write_skill, write_weights
 
 
 @pytest.fixture
 def workspace(tmp_path) -> Workspace:
-    return Workspace.create(tmp_path / "bot", CONFIG, "base-hash")
+    return new_workspace(tmp_path / "bot")
 
 
 @pytest.fixture
-def grown(workspace) -> Workspace:
-    """v001 and v002 promoted one after the other, v003 refused."""
-    for number in (1, 2, 3):
-        workspace.add_version(info(f"v00{number}", f"v00{number - 1}", f"skill{number}"), write_weights)
-        if number < 3:
-            workspace.promote(f"v00{number}", "learned")
-    return workspace
+def grown(tmp_path) -> Workspace:
+    return grown_workspace(tmp_path / "grown")
+
+
+@pytest.fixture
+def skill(tmp_path):
+    return load_skill(write_skill(tmp_path / "source"))
 
 
 def test_a_new_workspace(workspace):
@@ -179,122 +157,7 @@ def test_links_that_lead_out_of_a_version_are_refused(grown, tmp_path):
         grown.version_folder("v002")
 
 
-# The ledger
-
-
-def test_the_ledger_only_grows_and_is_chained(grown):
-    path = grown.folder / "ledger.jsonl"
-    before = path.read_bytes()
-    grown.append("verdict", version="v003", reason="größer\u2028<b>")
-    assert path.read_bytes().startswith(before)
-    assert grown.verify_ledger() == len(grown.ledger()) == 4
-    assert grown.ledger()[-1]["reason"] == "größer\u2028<b>"
-
-
-@pytest.mark.parametrize("line", [1, 2, 3])
-def test_a_changed_line_is_found(grown, line):
-    path = grown.folder / "ledger.jsonl"
-    lines = path.read_bytes().split(b"\n")
-    grown.append("verdict", version="v003")
-    assert grown.verify_ledger() == 4
-    changed = path.read_bytes().split(b"\n")
-    changed[line - 1] = lines[line - 1].replace(b'"time"', b'"Time"')
-    path.write_bytes(b"\n".join(changed))
-    with pytest.raises(InputError, match=rf"ledger\.jsonl:{line + 1}: the chain is broken"):
-        grown.verify_ledger()
-
-
-def test_lines_taken_out_put_in_or_swapped_are_found(grown):
-    path = grown.folder / "ledger.jsonl"
-    first, second, third, _ = path.read_bytes().split(b"\n")
-    for lines, number in (([second, third], 1), ([first, third], 2), ([first, first, second], 2),
-                          ([first, third, second], 2), ([first, second, second], 3)):  # fmt: skip
-        path.write_bytes(b"\n".join(lines) + b"\n")
-        with pytest.raises(InputError, match=rf"ledger\.jsonl:{number}: the chain is broken"):
-            grown.verify_ledger()
-
-
-def test_a_damaged_line_is_named(grown):
-    path = grown.folder / "ledger.jsonl"
-    lines = path.read_bytes().split(b"\n")
-    for bad in (b"{", b"[]", b"", b"\xff", b"[" * 9000):
-        path.write_bytes(b"\n".join([lines[0], bad, *lines[2:]]))
-        with pytest.raises(InputError, match=r"ledger\.jsonl:2: damaged"):
-            grown.verify_ledger()
-        with pytest.raises(InputError, match=r"ledger\.jsonl:2: damaged"):
-            Workspace.open(grown.folder)
-
-
-def test_a_ledger_without_a_beginning_is_damage(workspace):
-    for write in (lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b'{"event": "verdict"}\n'), Path.unlink):
-        write(workspace.folder / "ledger.jsonl")
-        with pytest.raises(InputError, match=r"ledger\.jsonl"):
-            Workspace.open(workspace.folder)
-
-
-def test_a_torn_last_line_is_cut_off_by_the_next_append(grown):
-    path = grown.folder / "ledger.jsonl"
-    whole = path.read_bytes()
-    grown.append("verdict", version="v003")
-    last = path.read_bytes()[len(whole) :]
-    for cut in range(1, len(last)):
-        path.write_bytes(whole + last[:-cut])
-        again = Workspace.open(grown.folder)
-        assert len(again.ledger()) == 3 and again.verify_ledger() == 3  # it was never acknowledged
-        again.append("verdict", version="v003", cut=cut)
-        assert again.verify_ledger() == 4 and again.ledger()[-1]["cut"] == cut
-        assert path.read_bytes().startswith(whole)
-
-
-def test_a_torn_first_line(workspace):
-    path = workspace.folder / "ledger.jsonl"
-    path.write_bytes(path.read_bytes()[:10])
-    workspace.append("init", version="v000")
-    assert workspace.verify_ledger() == 1 and workspace.ledger()[0]["previous_line"] is None
-
-
-@pytest.mark.parametrize("aliases", [None, b"", b"{", b"[1]", b'{"champion": "v001", "previous": "v000"}', b"{}"])
-def test_open_heals_aliases_by_the_ledger(grown, aliases):
-    path = grown.folder / "aliases.json"
-    good = path.read_bytes()
-    path.unlink()
-    if aliases is not None:
-        path.write_bytes(aliases)
-    assert Workspace.open(grown.folder).aliases() == {"champion": "v002", "previous": "v001", "candidate": None}
-    assert path.read_bytes() == good
-    grown.rollback()
-    path.write_bytes(good)
-    assert Workspace.open(grown.folder).aliases() == {"champion": "v001", "previous": "v002", "candidate": None}
-
-
-def test_open_leaves_good_aliases_alone(grown):
-    grown.set_candidate("v003")
-    before = (grown.folder / "aliases.json").stat()
-    assert Workspace.open(grown.folder).aliases()["candidate"] == "v003"
-    assert (grown.folder / "aliases.json").stat().st_mtime_ns == before.st_mtime_ns
-    assert not (grown.folder / ".lock").exists()
-
-
-def test_the_lock_heals_too(grown):
-    (grown.folder / "aliases.json").write_text('{"champion": "v001", "previous": "v000"}', encoding="utf-8")
-    with grown.lock():
-        assert grown.aliases()["champion"] == "v002"
-
-
-# Skills
-
-
-@pytest.fixture
-def skill(tmp_path):
-    return load_skill(toy(tmp_path / "source", "toy"))
-
-
-def toy(folder: Path, name: str) -> Path:
-    folder.mkdir()
-    (folder / "skill.toml").write_text(f'name = "{name}"\n', encoding="utf-8")
-    for file in ("train", "test"):
-        (folder / f"{file}.jsonl").write_text(f'{{"prompt": "{file}", "completion": "a"}}\n', encoding="utf-8")
-    return folder
+# Skills and runs
 
 
 def test_a_kept_skill_is_a_copy(workspace, skill):
@@ -393,144 +256,3 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"bad\.json: damaged"):
         read_json(tmp_path / "bad.json")
-
-
-# Kills
-
-
-def child(action: Callable[[], object]) -> int:
-    """The process id of a child that runs ``action``; it ends with 0, or with 1 and its traceback on stderr."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python warns of forks beside threads; this child only writes files
-        pid = os.fork()
-    if pid:
-        return pid
-    try:
-        action()
-    except BaseException:
-        traceback.print_exc(file=sys.__stderr__)
-        os._exit(1)
-    os._exit(0)
-
-
-def killed_at(point: int, action: Callable[[], object]) -> bool:
-    """Run ``action`` in a child that dies at its n-th fsync, rename or half through its n-th file; False when it came
-    to its end before."""
-    calls = 0
-
-    def dying(real, half=None):
-        def call(*args, **options):
-            nonlocal calls
-            if calls == point:
-                if half:
-                    half(*args)
-                os._exit(9)
-            calls += 1
-            return real(*args, **options)
-
-        return call
-
-    def run():
-        os.fsync, os.replace = dying(os.fsync), dying(os.replace)
-        text, data = Path.write_text, Path.write_bytes
-        Path.write_text = dying(text, lambda p, value: data(p, value.encode()[: len(value) // 2]))
-        Path.write_bytes = dying(data, lambda p, value: data(p, value[: len(value) // 2]))
-        action()
-
-    code = os.waitstatus_to_exitcode(os.waitpid(child(run), 0)[1])
-    assert code in (0, 9), "the action failed by itself"
-    return code == 9
-
-
-def is_whole(workspace: Workspace) -> None:
-    """Opens, and everything visible is complete."""
-    again = Workspace.open(workspace.folder)
-    assert again.verify_ledger() >= 1
-    for name in again.versions()[1:]:
-        assert again.version(name)["version"] == name
-        assert (again.version_folder(name) / "model.safetensors").read_bytes() == WEIGHTS
-    assert again.aliases()["champion"] in again.versions()
-    for folder in (again.folder / "skills").glob("[!.]*"):
-        assert load_skill(folder).content_hash.startswith(folder.name.split("@")[1])
-
-
-def actions(workspace: Workspace, skill) -> dict[str, Callable[[], object]]:
-    return {
-        "add_version": lambda: workspace.add_version(info("v002", "v001", "new"), write_weights),
-        "promote": lambda: workspace.promote("v001", "learned"),
-        "rollback": lambda: workspace.rollback("v000"),
-        "keep_skill": lambda: workspace.keep_skill(skill.folder, skill.name, skill.content_hash),
-        "append": lambda: workspace.append("evaluation", version="v001"),
-    }
-
-
-def state(workspace: Workspace) -> tuple:
-    """What a reader sees, times and leftovers aside."""
-    kept = sorted(p.name for p in (workspace.folder / "skills").glob("[!.]*"))
-    events = [(e["event"], e["version"]) for e in workspace.ledger()]
-    return workspace.versions(), workspace.aliases(), kept, events
-
-
-@pytest.mark.parametrize("name", ["add_version", "promote", "rollback", "keep_skill", "append"])
-def test_a_kill_at_any_point_leaves_a_workspace_in_which_the_call_can_be_repeated(tmp_path, skill, name):
-    start = Workspace.create(tmp_path / "start", CONFIG, "base-hash")
-    start.add_version(info("v001", "v000", "old"), write_weights)
-    if name == "rollback":
-        start.promote("v001", "learned")
-    done = Workspace(shutil.copytree(start.folder, tmp_path / "done"))
-    actions(done, skill)[name]()
-    point = 0
-    while True:
-        workspace = Workspace(shutil.copytree(start.folder, tmp_path / f"at{point}"))
-        before = state(workspace)
-        action = actions(workspace, skill)[name]
-        if not killed_at(point, action):
-            break
-        is_whole(workspace)
-        workspace = Workspace.open(workspace.folder)
-        assert state(workspace) in (before, state(done))  # all of it or nothing
-        finished = state(workspace) == state(done)
-        if not (finished and name in ("rollback", "append")):  # these two say something new each time
-            action()
-        is_whole(workspace)
-        assert state(workspace) == state(done)
-        point += 1
-    assert point >= {"append": 1}.get(name, 4)
-
-
-def test_a_second_process_is_refused_and_a_dead_one_frees_the_lock(workspace):
-    ready, proceed = os.pipe(), os.pipe()
-
-    def hold():
-        with workspace.lock():
-            os.write(ready[1], b"x")
-            os.read(proceed[0], 1)
-
-    pid = child(hold)
-    os.read(ready[0], 1)
-    try:
-        with pytest.raises(InputError, match=rf"another perdure works here \(process {pid}\)"), workspace.lock():
-            pass
-        # A reader is not in the way of the writer, not even where it would have something to mend.
-        (workspace.folder / "aliases.json").write_text("{}", encoding="utf-8")
-        Workspace.open(workspace.folder)
-        assert (workspace.folder / "aliases.json").read_text(encoding="utf-8") == "{}"
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        for end in (*ready, *proceed):
-            os.close(end)
-    with workspace.lock():
-        assert (workspace.folder / ".lock").read_text(encoding="utf-8") == str(os.getpid())
-        assert workspace.aliases()["champion"] == "v000"
-    with workspace.lock():  # and it is free again
-        pass
-
-
-def test_replace_text_leaves_the_old_file_or_the_new_one(tmp_path):
-    path = tmp_path / "file"
-    for point in range(4):
-        path.write_text("old", encoding="utf-8")
-        killed = killed_at(point, lambda: replace_text(path, "new text"))
-        assert path.read_text(encoding="utf-8") in ("old", "new text")
-        assert killed or path.read_text(encoding="utf-8") == "new text"

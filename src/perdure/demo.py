@@ -19,15 +19,19 @@ SKILLS = {"smart-home": "home-assistant", "sentiment": "sst2", "routing": "mmlu"
 """Skill -> importer, in the order taught."""
 
 SETTINGS: dict[str, Any] = {
-    "context": {"candidates": ["inline", "turns:1", "turns:2"]},
+    "context": {"candidates": ["inline", "turns:1", "turns:2", "turns:3"]},
+    "preflight": {"rows": 24},
     "train": {
-        "steps": 48,
+        "steps": 44,
         "learning_rate": 1e-4,
-        "warm_start_steps": 24,
-        "validate_every": 12,
+        "warm_start_steps": 32,
+        "warm_start_until": 0.98,
+        "validate_every": 11,
         "validation_max": 24,
-        "checkpoint_every": 24,
+        "checkpoint_every": 22,
+        "patience": 4,
     },
+    "probe": {"rows": 80},
 }
 """Departures from the defaults. docs/log.md says how each was measured."""
 

@@ -1,0 +1,118 @@
+"""The ledger: append-only, chained, mended after a kill; and the aliases that follow it."""
+
+from pathlib import Path
+
+import pytest
+
+from perdure.types import InputError
+from perdure.workspace import Workspace
+from toy_versions import grown_workspace, new_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    return new_workspace(tmp_path / "bot")
+
+
+@pytest.fixture
+def grown(tmp_path) -> Workspace:
+    return grown_workspace(tmp_path / "grown")
+
+
+def test_the_ledger_only_grows_and_is_chained(grown):
+    path = grown.folder / "ledger.jsonl"
+    before = path.read_bytes()
+    grown.append("verdict", version="v003", reason="größer\u2028<b>")
+    assert path.read_bytes().startswith(before)
+    assert grown.verify_ledger() == len(grown.ledger()) == 4
+    assert grown.ledger()[-1]["reason"] == "größer\u2028<b>"
+
+
+@pytest.mark.parametrize("line", [1, 2, 3])
+def test_a_changed_line_is_found(grown, line):
+    path = grown.folder / "ledger.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    grown.append("verdict", version="v003")
+    assert grown.verify_ledger() == 4
+    changed = path.read_bytes().split(b"\n")
+    changed[line - 1] = lines[line - 1].replace(b'"time"', b'"Time"')
+    path.write_bytes(b"\n".join(changed))
+    with pytest.raises(InputError, match=rf"ledger\.jsonl:{line + 1}: the chain is broken"):
+        grown.verify_ledger()
+
+
+def test_lines_taken_out_put_in_or_swapped_are_found(grown):
+    path = grown.folder / "ledger.jsonl"
+    first, second, third, _ = path.read_bytes().split(b"\n")
+    for lines, number in (([second, third], 1), ([first, third], 2), ([first, first, second], 2),
+                          ([first, third, second], 2), ([first, second, second], 3)):  # fmt: skip
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        with pytest.raises(InputError, match=rf"ledger\.jsonl:{number}: the chain is broken"):
+            grown.verify_ledger()
+
+
+def test_a_damaged_line_is_named(grown):
+    path = grown.folder / "ledger.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    for bad in (b"{", b"[]", b"", b"\xff", b"[" * 9000):
+        path.write_bytes(b"\n".join([lines[0], bad, *lines[2:]]))
+        with pytest.raises(InputError, match=r"ledger\.jsonl:2: damaged"):
+            grown.verify_ledger()
+        with pytest.raises(InputError, match=r"ledger\.jsonl:2: damaged"):
+            Workspace.open(grown.folder)
+
+
+def test_a_ledger_without_a_beginning_is_damage(workspace):
+    for write in (lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b'{"event": "verdict"}\n'), Path.unlink):
+        write(workspace.folder / "ledger.jsonl")
+        with pytest.raises(InputError, match=r"ledger\.jsonl"):
+            Workspace.open(workspace.folder)
+
+
+def test_a_torn_last_line_is_cut_off_by_the_next_append(grown):
+    path = grown.folder / "ledger.jsonl"
+    whole = path.read_bytes()
+    grown.append("verdict", version="v003")
+    last = path.read_bytes()[len(whole) :]
+    for cut in range(1, len(last)):
+        path.write_bytes(whole + last[:-cut])
+        again = Workspace.open(grown.folder)
+        assert len(again.ledger()) == 3 and again.verify_ledger() == 3  # it was never acknowledged
+        again.append("verdict", version="v003", cut=cut)
+        assert again.verify_ledger() == 4 and again.ledger()[-1]["cut"] == cut
+        assert path.read_bytes().startswith(whole)
+
+
+def test_a_torn_first_line(workspace):
+    path = workspace.folder / "ledger.jsonl"
+    path.write_bytes(path.read_bytes()[:10])
+    workspace.append("init", version="v000")
+    assert workspace.verify_ledger() == 1 and workspace.ledger()[0]["previous_line"] is None
+
+
+@pytest.mark.parametrize("aliases", [None, b"", b"{", b"[1]", b'{"champion": "v001", "previous": "v000"}', b"{}"])
+def test_open_heals_aliases_by_the_ledger(grown, aliases):
+    path = grown.folder / "aliases.json"
+    good = path.read_bytes()
+    path.unlink()
+    if aliases is not None:
+        path.write_bytes(aliases)
+    assert Workspace.open(grown.folder).aliases() == {"champion": "v002", "previous": "v001", "candidate": None}
+    assert path.read_bytes() == good
+    grown.rollback()
+    path.write_bytes(good)
+    assert Workspace.open(grown.folder).aliases() == {"champion": "v001", "previous": "v002", "candidate": None}
+
+
+def test_open_leaves_good_aliases_alone(grown):
+    grown.set_candidate("v003")
+    before = (grown.folder / "aliases.json").stat()
+    assert Workspace.open(grown.folder).aliases()["candidate"] == "v003"
+    assert (grown.folder / "aliases.json").stat().st_mtime_ns == before.st_mtime_ns
+    assert not (grown.folder / ".lock").exists()
+
+
+def test_the_lock_heals_too(grown):
+    (grown.folder / "aliases.json").write_text('{"champion": "v001", "previous": "v000"}', encoding="utf-8")
+    with grown.lock():
+        assert grown.aliases()["champion"] == "v002"
