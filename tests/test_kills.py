@@ -136,7 +136,7 @@ def test_a_kill_at_any_point_leaves_a_workspace_in_which_the_call_can_be_repeate
         is_whole(workspace)
         assert state(workspace) == state(done)
         point += 1
-    assert point >= {"append": 2}.get(name, 8)
+    assert point >= {"append": 2}.get(name, 7)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_frees_the_lock(workspace):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fakes import example, loaded, renderer, tiny_model
 from perdure.rollout.base import SamplingParams
@@ -37,10 +38,21 @@ GREEDY = SamplingParams(16, temperature=0)
 EARLY_ENDS = tuple(range(0, 285, 9))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_greedy_equals_transformers_token_by_token(tied: bool) -> None:
+def absolute_positions() -> Any:
+    """A GPT-2: unlike rotary ones, its positions show when left padding has moved them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=285, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4)
+        return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [tiny_model(scale=0.4), tiny_model(scale=0.4, tied=False), absolute_positions()],
+    ids=["tied", "untied", "gpt2"],
+)
+def test_greedy_equals_transformers_token_by_token(model: Any) -> None:
     """Each row alone through ``generate``, with several tokens that end a turn; here all rows in one batch."""
-    model = tiny_model(scale=0.4, tied=tied)
     got = engine(model, EARLY_ENDS).generate(prompts(), GREEDY, [0] * 5)
     for prompt, completion in zip(prompts(), got, strict=True):
         ids = torch.tensor([prompt.token_ids])
@@ -141,11 +153,11 @@ def test_samples_follow_the_distribution(temperature: float) -> None:
 
 
 def test_choosing_inverts_the_cumulative_distribution() -> None:
-    # probabilities 0.2, 0, 0.5, 0.3 -> edges 0.2, 0.2, 0.7, 1
-    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(6, 4)
+    # upper edges 0, 0.2, 0.2, 0.7, 1: what has no probability is never chosen, not even at 0
+    logits = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3]]).log().expand(6, 5)
     uniforms = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 1e-16], dtype=torch.float64)
     chosen, logprobs = choose(logits, 1.0, uniforms)
-    assert chosen.tolist() == [0, 0, 2, 2, 3, 3]
+    assert chosen.tolist() == [1, 1, 3, 3, 4, 4]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3, 0.3]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from perdure.config import RunConfig, parse
 from perdure.curriculum import learn
 from perdure.importers import IMPORTERS
+from perdure.models import EMBEDDED_NAME, EMBEDDED_PACKAGE, embedded_is_ready
 from perdure.report.html import write_report
 from perdure.report.numbers import summary
 from perdure.reporting import Reporter
@@ -19,19 +20,18 @@ SKILLS = {"smart-home": "home-assistant", "sentiment": "sst2", "routing": "mmlu"
 """Skill -> importer, in the order taught."""
 
 SETTINGS: dict[str, Any] = {
-    "context": {"candidates": ["inline", "turns:1", "turns:2", "turns:3"]},
+    "context": {"candidates": ["inline", "turns:2", "turns:3"]},
     "preflight": {"rows": 24},
     "train": {
-        "steps": 44,
+        "steps": 40,
         "learning_rate": 1e-4,
-        "warm_start_steps": 32,
+        "warm_start_steps": 30,
         "warm_start_until": 0.98,
-        "validate_every": 11,
+        "validate_every": 10,
         "validation_max": 24,
-        "checkpoint_every": 22,
-        "patience": 4,
+        "checkpoint_every": 20,
     },
-    "probe": {"rows": 80},
+    "probe": {"rows": 64},
 }
 """Departures from the defaults. docs/log.md says how each was measured."""
 
@@ -43,6 +43,8 @@ def run_demo(folder: Path, compare: str | None, reporter: Reporter) -> tuple[dic
     does not refuse, so that both methods take all three steps. Raises InputError for an unknown method."""
     if compare not in (None, "sft"):
         raise InputError(f"--compare {compare}: the method to compare with is sft")
+    if not embedded_is_ready():
+        reporter.note(f"Preparing {EMBEDDED_NAME} from {EMBEDDED_PACKAGE}: once, about 20 s.")
     workspace = _workspace(folder, SETTINGS)
     sources = [_skill(folder / "imported", name, reporter) for name in SKILLS]
     with workspace.lock():

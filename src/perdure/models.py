@@ -215,8 +215,16 @@ def embedded_gguf() -> Path:
 
 def embedded_folder() -> Path:
     """The dequantised embedded model; made on the first call (some 20 seconds), reused afterwards."""
-    folder = cache_folder() / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:12]}"
-    return folder if (folder / "config.json").is_file() else dequantised(embedded_gguf(), folder)
+    return _embedded_place() if embedded_is_ready() else dequantised(embedded_gguf(), _embedded_place())
+
+
+def embedded_is_ready() -> bool:
+    """Whether it lies in the cache already."""
+    return (_embedded_place() / "config.json").is_file()
+
+
+def _embedded_place() -> Path:
+    return cache_folder() / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:12]}"
 
 
 def dequantised(gguf: Path, folder: Path) -> Path:

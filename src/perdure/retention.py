@@ -9,9 +9,9 @@ Words used here, S stages and J skills:
 
 Definitions. Lopez-Paz and Ranzato (2017, GEM) compare the last row with the diagonal: ``backward_transfer`` is the mean
 of R[S, j] - R[learned_at[j], j] over the earlier skills, and ``forward_transfer`` compares the row just before a skill
-is taught with a model that learned nothing. ``forgetting`` here is the *signed* per-skill form of the former with the sign
-turned: at learning minus now, so that an improvement is negative. Chaudhry et al. (2018) instead take the best accuracy
-*ever* reached minus now: that is ``max_forgetting``, which is never negative.
+is taught with a model that learned nothing. ``forgetting`` here is the *signed* per-skill form of the former with the
+sign turned: at learning minus now, so that an improvement is negative. Chaudhry et al. (2018) instead take the best
+accuracy *ever* reached minus now: that is ``max_forgetting``, which is never negative.
 
 A skill taught in the last row has had no time to be forgotten. Means over "earlier skills" leave it out too.
 A value that depends on an unmeasured cell is NaN; means skip NaN and are NaN when nothing is left.

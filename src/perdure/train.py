@@ -194,7 +194,7 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
         if config.method == "sft" and rollout.has_demonstration:
             # Its loss does not look at the teacher; the zeros only hold the place.
             result[index] = torch.zeros(loss_tokens(rollout, config), width, dtype=stage.dtype)
-        elif not stage.teacher.moves and recurs(stage, rollout):
+        elif not stage.teacher.moves and recurs(stage, config, rollout):
             key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
             if key not in kept:
                 (kept[key],) = score_group(stage, config, [rollout], state)
@@ -207,12 +207,19 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
     return [result[i] for i in range(len(rollouts))]
 
 
-def recurs(stage: Stage, rollout: Rollout) -> bool:
-    """True for a row that comes again with the same tokens: an anchor, or a completion that is the demonstration."""
-    example = rollout.student_prompt.example
-    return (
-        example.demonstration is None or stage.renderer.demonstration(example).token_ids == rollout.completion.token_ids
-    )
+def recurs(stage: Stage, config: TrainConfig, rollout: Rollout) -> bool:
+    """True for a row that comes again with the same tokens: an anchor, or a completion that is the demonstration where
+    the warm start goes through the examples more than once."""
+    if not rollout.has_demonstration:
+        return True
+    warm_rows = config.warm_start_steps * config.batch_size * (1 - config.anchor_share)
+    return warm_rows > len(stage.examples) and says_demonstration(stage, rollout)
+
+
+def says_demonstration(stage: Stage, rollout: Rollout) -> bool:
+    """Whether the completion is the demonstration, token by token."""
+    demonstration = stage.renderer.demonstration(rollout.student_prompt.example)
+    return demonstration.token_ids == rollout.completion.token_ids
 
 
 def score_group(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], state: LoopState) -> list[Tensor]:
@@ -279,7 +286,7 @@ def describe(stage: Stage, rollouts: Sequence[Rollout], phase: str) -> dict[str,
     described = {"completion_length": sum(len(r.completion.token_ids) for r in own) / max(1, len(own))}
     if phase != "on_policy" or not own:
         return described
-    same = [recurs(stage, r) for r in own]
+    same = [says_demonstration(stage, r) for r in own]
     leaks = [names_the_example(stage.renderer.text(r.completion)) for r in own]
     return described | {
         "truncated_share": sum(not r.completion.finished for r in own) / len(own),
