@@ -11,7 +11,6 @@ from dataclasses import replace
 from importlib import resources
 
 from perdure.config import TrainConfig
-from perdure.contexts import parse_template
 from perdure.rollout.base import SamplingParams
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session
@@ -28,18 +27,29 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     """Sample the answers at temperature 1; empty where ``anchor_share`` is 0."""
     if config.anchor_share == 0:
         return Anchors()
-    pools = [(general_prompts(), config.anchor_general_tokens)]
+    pools = [("general", general_prompts(), config.anchor_general_tokens)]
     for skill in earlier:
         chosen = permutation(derive_seed(seed, "anchors", skill.name), len(skill.train))[: config.anchor_rows]
         rows = [replace(skill.train[place], demonstration=None) for place in chosen]
-        pools.append((rows, skill.settings.max_new_tokens))
-    total = sum(len(rows) for rows, _ in pools)
-    sampled: list[list[Rollout]] = []
-    done = 0
-    for rows, most in pools:
-        sampled.append(_sample(session, rows, most, seed, lambda t, d, n=done: progress and progress(t, n + d, total)))
-        done += len(rows)
-    return Anchors(earlier=tuple(r for rollouts in sampled[1:] for r in rollouts), general=tuple(sampled[0]))
+        pools.append((skill.name, rows, skill.settings.max_new_tokens))
+    counter = _Counter(sum(len(rows) for _, rows, _ in pools), progress)
+    general, *of_earlier = [
+        _sample(session, rows, most, derive_seed(seed, "anchors of", name), counter) for name, rows, most in pools
+    ]
+    return Anchors(earlier=tuple(rollout for rollouts in of_earlier for rollout in rollouts), general=tuple(general))
+
+
+class _Counter:
+    """Turns the engine's progress within one call into progress over several calls."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.total = total
+        self.before = 0
+        self.progress = progress
+
+    def report(self, tokens: int, done: int) -> None:
+        if self.progress:
+            self.progress(tokens, self.before + done, self.total)
 
 
 def general_prompts() -> list[Example]:
@@ -51,12 +61,10 @@ def general_prompts() -> list[Example]:
     ]
 
 
-def _sample(session: Session, rows: Sequence[Example], most: int, seed: int,
-            progress: Callable[[int, int], object]) -> list[Rollout]:  # fmt: skip
+def _sample(session: Session, rows: Sequence[Example], most: int, seed: int, counter: _Counter) -> list[Rollout]:
     prompts = [session.renderer.student_prompt(row) for row in rows]
-    seeds = [derive_seed(seed, "anchor", row.origin) for row in rows]
-    completions = session.engine.generate(prompts, SamplingParams(most), seeds, lambda t, d: progress(t, d) and None)
-    template = parse_template("turns:1")  # unused: without a demonstration both roles see the same prompt
-    return [
-        session.renderer.rollout(row, completion, template) for row, completion in zip(rows, completions, strict=True)
-    ]
+    seeds = [derive_seed(seed, row.id) for row in rows]
+    completions = session.engine.generate(prompts, SamplingParams(most), seeds, counter.report)
+    counter.before += len(rows)
+    # No template: without a demonstration both roles see the same prompt.
+    return [session.renderer.rollout(row, completion, None) for row, completion in zip(rows, completions, strict=True)]

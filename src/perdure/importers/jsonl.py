@@ -20,7 +20,7 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float) -
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     data = file.read_bytes()
-    examples = read_rows(file, data, SkillSettings(name=name, grader=grader, max_new_tokens=4096), problems)
+    examples = read_rows(file, SkillSettings(name=name, grader=grader, max_new_tokens=4096), problems, data)
     if problems:
         raise InputError(f"{file}: {len(problems)} problems:\n" + "\n".join(problems))
     lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
