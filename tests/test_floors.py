@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 FLOORS = {
     "F0 words": ["", "types", "config"],
     "F1 math": ["losses", "ema", "retention", "stats", "seeds"],
-    "F2 text and weights": ["contexts", "models", "teacher", "likelihood"],
+    "F2 text and weights": ["files", "contexts", "models", "teacher", "likelihood"],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.*",
         "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.base",
@@ -25,7 +25,7 @@ FLOORS = {
         "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "train", "preflight",
         "anchors",
     ],
-    "F5 deciding": ["files", "gates", "workspace", "measure", "stages", "curriculum"],
+    "F5 deciding": ["gates", "workspace", "measure", "stages", "curriculum"],
     "F6 talking": [
         "report", "report.record", "report.numbers", "report.words", "report.charts", "report.samples",
         "report.results", "report.process", "report.text", "report.html",

@@ -48,7 +48,7 @@ WRITING = os.O_WRONLY | os.O_RDWR
 
 def killed_at(point: int, action: Callable[[], object]) -> bool:
     """Run ``action`` in a child that dies just before its n-th change of the file system (a file opened for writing, a
-    rename, a removal ...), its n-th fsync, or half through its n-th whole file. False when it came to its end before."""
+    rename, a removal ...), its n-th fsync, or half through its n-th whole file. False when it ended before."""
     calls = 0
 
     def reached() -> bool:

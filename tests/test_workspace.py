@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from perdure.files import read_json, read_jsonl, write_jsonl
 from perdure.skills.base import load_skill
 from perdure.types import InputError
-from perdure.workspace import Workspace, read_json, read_jsonl, write_jsonl
+from perdure.workspace import Workspace
 from toy_versions import CONFIG, WEIGHTS, grown_workspace, info, new_workspace, write_skill, write_weights
 
 

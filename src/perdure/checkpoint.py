@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from perdure.files import sync_folder, sync_path
+
 BEST = "best.safetensors"
 """In the run folder: the student's weights at the best validation so far."""
 _PREFIX = "checkpoint-"
@@ -111,18 +113,3 @@ def load_weights(student: Any, path: Path) -> None:
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(tensors[name])
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file or a folder's entry table."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync every file below ``folder`` and the folders themselves."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)

@@ -73,15 +73,11 @@ class TrainConfig(_Section):
     anchor_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of each batch without a demonstration: earlier skills' prompts and general ones."""
     anchor_earlier_share: float = Field(default=0.5, ge=0, le=1)
-    """Of the anchors, the share from earlier skills (when there are any)."""
-    anchor_rows: int = Field(default=64, ge=1)
-    """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
-    anchor_general_tokens: int = Field(default=64, ge=1)
-    """Longest answer to a general prompt, in tokens."""
+    """Of the anchors, the share from earlier skills; before there are any, these rows are demonstrations."""
     anchor_rows: int = Field(default=48, ge=1)
-    """Prompts of each earlier skill that anchors are drawn from."""
+    """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_general_tokens: int = Field(default=32, ge=1)
-    """Longest answer to a general prompt; the anchors' answers are sampled once a stage."""
+    """Longest answer to a general prompt, in tokens."""
     warm_start_steps: int = Field(default=40, ge=0)
     """At most this many first steps score the demonstration's own tokens instead of sampling."""
     warm_start_until: float = Field(default=0.8, gt=0, le=1)

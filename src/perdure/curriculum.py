@@ -14,6 +14,7 @@ from perdure.anchors import make_anchors
 from perdure.checkpoint import drop_training_state
 from perdure.config import RunConfig
 from perdure.contexts import parse_template
+from perdure.files import code_state, now, read_json, replace_text
 from perdure.gates import decide
 from perdure.measure import (
     PROBE,
@@ -37,7 +38,7 @@ from perdure.stages import Outcome, begin, finished, load_all, settings_hash
 from perdure.teacher import make_teacher
 from perdure.train import Stage, train
 from perdure.types import Example, InputError, Verdict
-from perdure.workspace import BASE, Workspace, code_state, now, read_json, replace_text
+from perdure.workspace import BASE, Workspace
 
 
 @dataclass

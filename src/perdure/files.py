@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from perdure import __version__
-from perdure.checkpoint import sync_path
 from perdure.types import InputError
 
 
@@ -29,6 +28,21 @@ def replace_text(path: Path, text: str) -> None:
     sync_path(beside)
     os.replace(beside, path)
     sync_path(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file or a folder's entry table."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file below ``folder`` and the folders themselves."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_path(path)
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:

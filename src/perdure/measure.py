@@ -13,13 +13,14 @@ from typing import Any
 
 from perdure.config import RunConfig
 from perdure.evaluate import evaluate
+from perdure.files import read_json, read_jsonl, write_jsonl
 from perdure.gates import Items
 from perdure.probe import ProbeResult, probe
 from perdure.reporting import Reporter
 from perdure.session import Session
 from perdure.skills.base import Skill
 from perdure.types import SkillScore
-from perdure.workspace import BASE, Workspace, read_json, read_jsonl, write_jsonl
+from perdure.workspace import BASE, Workspace
 
 PROBE = "probe"
 

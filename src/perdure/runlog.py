@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perdure.checkpoint import sync_path
+from perdure.files import sync_path
 from perdure.types import InputError
 
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perdure.config import RunConfig
+from perdure.files import now, read_json, replace_text
 from perdure.models import load
 from perdure.session import weights_sha256
 from perdure.skills.base import Skill, load_skill
 from perdure.types import InputError
-from perdure.workspace import Workspace, now, read_json, replace_text
+from perdure.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
 def batch_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | Rollout]:
     """The rows of one step: examples to learn, and anchors that come with their completion. Depends on (seed, step)."""
     anchors = round(config.batch_size * config.anchor_share)
-    earlier = round(anchors * config.anchor_earlier_share) if stage.anchors.general else anchors
-    earlier = earlier if stage.anchors.earlier else 0
-    general = anchors - earlier if stage.anchors.general else 0
+    # Where there is no earlier skill yet, its part goes to the demonstrations: there is less to hold.
+    earlier = round(anchors * config.anchor_earlier_share) if stage.anchors.earlier else 0
+    general = anchors - round(anchors * config.anchor_earlier_share) if stage.anchors.general else 0
     picked: list[Example | Rollout] = []
     for name, pool, count in (
         ("demonstrations", stage.examples, config.batch_size - earlier - general),

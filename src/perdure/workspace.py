@@ -16,11 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from perdure.checkpoint import sync_folder, sync_path
 from perdure.config import RunConfig, load_config, to_toml
-from perdure.files import code_state as code_state
-from perdure.files import files_sha256, line_sha256, now, read_json, read_jsonl, replace_text, to_json
-from perdure.files import write_jsonl as write_jsonl
+from perdure.files import (
+    files_sha256,
+    line_sha256,
+    now,
+    read_json,
+    read_jsonl,
+    replace_text,
+    sync_folder,
+    sync_path,
+    to_json,
+)
 from perdure.skills.base import check_inside, content_hash, skill_files
 from perdure.types import InputError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from perdure.config import parse_toml, problems_of
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
@@ -46,6 +46,13 @@ class SkillSettings(BaseModel):
     """For rows without their own."""
     retention_budget: float | None = Field(default=None, ge=0, le=1)
     """Accuracy that this skill may lose when later ones are learned; the workspace's budget where absent."""
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name == "probe":
+            raise ValueError('"probe" is what the prior capabilities are called; choose another name')
+        return name
 
 
 @dataclass(frozen=True)
