@@ -181,33 +181,63 @@ def chunked_loss(
     return total, metrics
 
 
-ChunkFunction = Callable[[slice, Tensor], Tensor]
+ChunkFunction = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""(rows, raw student logits of these rows, whether a gradient is wanted) -> weighted loss sum, its gradient [C, V]."""
 
 
 def _chunk_function(spec: LossSpec, inputs: LossInputs, student_head: Head, teacher_head: Head | None,
                     metrics: dict[str, float]) -> ChunkFunction:  # fmt: skip
-    """A function of (rows, raw student logits of these rows) that returns their weighted loss sum."""
+    """The loss of some rows. Where the gradient is known in closed form it is written down, else autograd forms it."""
+    closed = spec.support == "full" and spec.divergence == "forward_kl" and student_head.softcap is None
 
-    def of_chunk(rows: slice, raw_logits_CV: Tensor) -> Tensor:
-        student_CV = torch.log_softmax(student_head.cap(raw_logits_CV), dim=-1)
-        teacher_CV = None
-        demonstrated_C, targets_C = inputs.demonstrated_N[rows], inputs.targets_N[rows]
-        if inputs.teacher_hidden_NH is not None and teacher_head is not None:
-            with torch.no_grad():
-                logits_CV = teacher_head.logits(inputs.teacher_hidden_NH[rows])
-                if inputs.teacher_temperature != 1.0:
-                    logits_CV = torch.where(demonstrated_C[:, None], logits_CV / inputs.teacher_temperature, logits_CV)
-                teacher_CV = torch.log_softmax(logits_CV, dim=-1)
-        losses_C = position_losses(spec, student_CV, teacher_CV, targets_C, demonstrated_C)
-        _count(metrics, student_CV.detach(), targets_C, demonstrated_C)
-        return (losses_C * inputs.weights_N[rows]).sum()
+    def teacher_logprobs(rows: slice) -> Tensor | None:
+        if inputs.teacher_hidden_NH is None or teacher_head is None:
+            return None
+        logits_CV = teacher_head.logits(inputs.teacher_hidden_NH[rows])
+        if inputs.teacher_temperature != 1.0:
+            demonstrated_C1 = inputs.demonstrated_N[rows, None]
+            logits_CV = torch.where(demonstrated_C1, logits_CV / inputs.teacher_temperature, logits_CV)
+        return torch.log_softmax(logits_CV, dim=-1)
+
+    def of_chunk(rows: slice, raw_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        targets_C, demonstrated_C = inputs.targets_N[rows], inputs.demonstrated_N[rows]
+        teacher_CV = teacher_logprobs(rows)
+        with torch.set_grad_enabled(wants_gradient and not closed):
+            raw_CV.requires_grad_(torch.is_grad_enabled())
+            student_CV = torch.log_softmax(student_head.cap(raw_CV), dim=-1)
+            losses_C = position_losses(spec, student_CV, teacher_CV, targets_C, demonstrated_C)
+            loss = (losses_C * inputs.weights_N[rows]).sum()
+        probabilities_CV = student_CV.detach().exp()
+        _count(metrics, student_CV.detach(), probabilities_CV, targets_C, demonstrated_C)
+        if not wants_gradient:
+            return loss, None
+        if not closed:
+            return loss.detach(), torch.autograd.grad(loss, raw_CV)[0]
+        nll_C = demonstrated_C & (spec.demonstrated == "nll")
+        return loss, _closed_gradient(probabilities_CV, teacher_CV, targets_C, nll_C) * inputs.weights_N[rows, None]
 
     return of_chunk
 
 
-def _count(metrics: dict[str, float], student_CV: Tensor, targets_C: Tensor, demonstrated_C: Tensor) -> None:
-    probability_C = _pick(student_CV, targets_C).exp()
-    metrics["entropy"] += float(-(student_CV.exp() * student_CV).sum())
+def _closed_gradient(probabilities_CV: Tensor, teacher_CV: Tensor | None, targets_C: Tensor, nll_C: Tensor) -> Tensor:
+    """d loss / d logits, [C, V]: p_s - p_t for the forward KL, p_s - onehot(target) where ``nll_C`` or with no teacher.
+
+    Overwrites ``probabilities_CV``: at a large vocabulary these arrays are what the loss costs."""
+    rows_C = torch.arange(len(targets_C), device=targets_C.device)
+    if teacher_CV is None:
+        probabilities_CV[rows_C, targets_C] -= 1
+        return probabilities_CV
+    wanted_CV = teacher_CV.exp()
+    if bool(nll_C.any()):
+        wanted_CV[nll_C] = 0
+        wanted_CV[rows_C[nll_C], targets_C[nll_C]] = 1
+    return probabilities_CV.sub_(wanted_CV)
+
+
+def _count(metrics: dict[str, float], student_CV: Tensor, probabilities_CV: Tensor, targets_C: Tensor,
+           demonstrated_C: Tensor) -> None:  # fmt: skip
+    probability_C = _pick(probabilities_CV, targets_C)
+    metrics["entropy"] -= float(torch.dot(probabilities_CV.flatten(), student_CV.flatten()))
     metrics["target_probability"] += float(probability_C.sum())
     metrics["demonstrated_target_probability"] += float(probability_C[demonstrated_C].sum())
     metrics["demonstrated_tokens"] += float(demonstrated_C.sum())
@@ -228,15 +258,10 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden_NH.device)
         for start in range(0, hidden_NH.shape[0], chunk):
             rows = slice(start, start + chunk)
-            raw_CV = head.raw_logits(hidden_NH[rows])
-            if not any(ctx.needs_input_grad[:3]):
-                total += of_chunk(rows, raw_CV)
+            loss, grad_CV = of_chunk(rows, head.raw_logits(hidden_NH[rows]), any(ctx.needs_input_grad[:3]))
+            total += loss
+            if grad_CV is None:
                 continue
-            raw_CV.requires_grad_()
-            with torch.enable_grad():
-                loss = of_chunk(rows, raw_CV)
-            total += loss.detach()
-            (grad_CV,) = torch.autograd.grad(loss, raw_CV)
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_NH.dtype)
