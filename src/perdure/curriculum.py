@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from perdure.anchors import make_anchors
-from perdure.checkpoint import drop_training_state
 from perdure.config import RunConfig
 from perdure.contexts import parse_template
 from perdure.files import code_state, now, read_json, replace_text
@@ -34,7 +33,7 @@ from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill, load_skill
-from perdure.stages import Outcome, begin, finished, load_all, settings_hash
+from perdure.stages import Outcome, begin, finished, load_all, settings_hash, settle
 from perdure.teacher import make_teacher
 from perdure.train import Stage, train
 from perdure.types import Example, InputError, Verdict
@@ -84,6 +83,8 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
     """
     skills = load_all(folders)
     kept = {s.name: load_skill(workspace.keep_skill(s.folder, s.name, s.content_hash)) for s in skills}
+    for version in workspace.versions()[1:]:
+        settle(workspace, version)
     outcomes = []
     for number, skill in enumerate(kept.values(), 1):
         if done := finished(workspace, skill, config):
@@ -251,7 +252,6 @@ def _judge(run: _Run, before: Scores, check: dict[str, Any] | None, state: LoopS
     kept = dict.fromkeys(earlier, "skill") | {f"{PROBE}/{task}": "prior" for task in config.probe.tasks}
     budgets = {n: b for n, s in run.scope.items() if (b := s.settings.retention_budget) is not None}
     verdict = decide(config.gate, run.skill.name, before.items, after, kept, budgets)
-    promoted = verdict.decision == "promoted" or not config.gate.enforce
     info = _describe(run, name, check, state, verdict) | {
         "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in scores},
         "probe": probe_json(probed),
@@ -262,15 +262,7 @@ def _judge(run: _Run, before: Scores, check: dict[str, Any] | None, state: LoopS
         write_items(folder / "evaluation", scores, probed)
 
     workspace.add_version(info, write)
-    workspace.append("candidate", version=name, parent=run.parent, stage=run.stage, skill=run.skill.name)
-    workspace.append("verdict", version=name, decision=verdict.decision, reasons=list(verdict.reasons))
-    if promoted:
-        reason = verdict.reasons[0] if verdict.decision == "promoted" else "refused, but gate.enforce is off"
-        workspace.promote(name, reason)
-    else:
-        workspace.append("refuse", version=name, parent=run.parent, stage=run.stage, skill=run.skill.name,
-                         reason=verdict.reasons[0])  # fmt: skip
-    drop_training_state(run.folder)
+    promoted = settle(workspace, name)
     for reason in verdict.reasons:
         run.reporter.note(reason)
     return Outcome(run.skill.name, run.stage, name, "promoted" if promoted else "refused", verdict.reasons)

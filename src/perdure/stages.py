@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from perdure.checkpoint import drop_training_state
 from perdure.config import RunConfig
 from perdure.files import now, read_json, replace_text
 from perdure.models import load
@@ -58,19 +59,43 @@ def settings_hash(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
+def settle(workspace: Workspace, name: str) -> bool:
+    """Write into the ledger what a finished version's verdict asks for; True when it is (or was) promoted.
+
+    Repeating it adds nothing, so it also mends a stage that was killed between its version and its promotion."""
+    info = workspace.version(name)
+    verdict, known = info["verdict"], {event["event"] for event in workspace.ledger() if event.get("version") == name}
+    about = {"version": name, "parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
+    if "candidate" not in known:
+        workspace.append("candidate", **about)
+    if "verdict" not in known:
+        workspace.append("verdict", version=name, decision=verdict["decision"], reasons=verdict["reasons"])
+    accepted = verdict["decision"] == "promoted"
+    promoted = accepted or not info["config"]["gate"]["enforce"]
+    if not known & {"promote", "refuse"}:
+        if promoted:
+            workspace.promote(name, verdict["reasons"][0] if accepted else "refused, but gate.enforce is off")
+        else:
+            workspace.append("refuse", **about, reason=verdict["reasons"][0])
+    drop_training_state(workspace.run_folder(info["stage"]))
+    return promoted
+
+
 def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
-    """The stage that taught this very content: on the champion's lineage, or refused under the same settings."""
+    """The stage that taught this very content: on the champion's lineage, or turned away under the same settings."""
     champion = workspace.resolve("champion")
     lineage = workspace.lineage()
     for name in reversed(workspace.versions()):
         info = workspace.version(name)
         if info["skill"] != skill.name or info["hashes"]["skill"] != skill.content_hash:
             continue
-        refused_alike = info["parent"] == champion and info["hashes"]["config"] == settings_hash(config)
-        if name in lineage or refused_alike:
-            verdict = info["verdict"]
-            decision = "promoted" if name in lineage else verdict["decision"]
-            return Outcome(skill.name, info["stage"], name, decision, tuple(verdict["reasons"]))
+        reasons = tuple(info["verdict"]["reasons"])
+        if name in lineage:
+            return Outcome(skill.name, info["stage"], name, "promoted", reasons)
+        if info["parent"] == champion and info["hashes"]["config"] == settings_hash(config):
+            if info["verdict"]["decision"] == "promoted":
+                reasons = (f"it was rolled back; perdure promote {name} brings it back",)
+            return Outcome(skill.name, info["stage"], name, "refused", reasons)
     return None
 
 

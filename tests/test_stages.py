@@ -1,0 +1,111 @@
+"""Which stage a skill is in, and how a stage that was killed at its end is brought to the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure.config import RunConfig
+from perdure.skills.base import Skill, load_skill
+from perdure.stages import begin, finished, load_all, settings_hash, settle
+from perdure.types import InputError
+from perdure.workspace import Workspace
+from toy_versions import CONFIG, info, new_workspace, write_skill, write_weights
+
+
+def verdict(decision: str) -> dict[str, Any]:
+    return {"decision": decision, "reasons": [f"it was {decision}"], "table": []}
+
+
+def add(workspace: Workspace, skill: Skill, decision: str, config: RunConfig = CONFIG) -> str:
+    name, parent = workspace.next_version(), workspace.resolve("champion")
+    hashes = {"base": "b", "skill": skill.content_hash, "config": settings_hash(config)}
+    entry = info(
+        name, parent, skill.name, verdict=verdict(decision), hashes=hashes, config=config.model_dump(mode="json")
+    )
+    workspace.add_version(entry, write_weights)
+    return name
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return new_workspace(tmp_path / "bot")
+
+
+@pytest.fixture
+def skill(tmp_path: Path) -> Skill:
+    return load_skill(write_skill(tmp_path / "toy"))
+
+
+def events(workspace: Workspace) -> list[str]:
+    return [event["event"] for event in workspace.ledger()]
+
+
+def test_a_version_that_was_killed_before_its_promotion_is_promoted_once(workspace: Workspace, skill: Skill):
+    name = add(workspace, skill, "promoted")
+    assert workspace.resolve("champion") == "v000"
+    assert settle(workspace, name)
+    assert workspace.resolve("champion") == name
+    assert events(workspace) == ["init", "candidate", "verdict", "promote"]
+    assert settle(workspace, name)
+    assert events(workspace) == ["init", "candidate", "verdict", "promote"]
+
+
+def test_a_refused_version_never_becomes_the_champion(workspace: Workspace, skill: Skill):
+    assert not settle(workspace, add(workspace, skill, "refused"))
+    assert workspace.resolve("champion") == "v000"
+    assert events(workspace)[-1] == "refuse"
+
+
+def test_without_enforcement_a_refused_version_is_promoted_and_the_ledger_says_why(workspace: Workspace, skill: Skill):
+    free = RunConfig.model_validate({"gate": {"enforce": False}})
+    assert settle(workspace, add(workspace, skill, "refused", free))
+    assert workspace.ledger()[-1]["reason"] == "refused, but gate.enforce is off"
+
+
+def test_a_rolled_back_version_is_not_promoted_again(workspace: Workspace, skill: Skill):
+    name = add(workspace, skill, "promoted")
+    settle(workspace, name)
+    workspace.rollback()
+    settle(workspace, name)
+    assert workspace.resolve("champion") == "v000"
+    found = finished(workspace, skill, CONFIG)
+    assert found is not None
+    assert found.decision == "refused"
+    assert "rolled back" in found.reasons[0]
+
+
+def test_what_is_finished_and_what_is_not(workspace: Workspace, skill: Skill):
+    assert finished(workspace, skill, CONFIG) is None
+    settle(workspace, add(workspace, skill, "refused"))
+    again = finished(workspace, skill, CONFIG)
+    assert again is not None
+    assert again.decision == "refused"
+    other = RunConfig.model_validate({"train": {"steps": 7}})
+    assert finished(workspace, skill, other) is None, "other settings are worth another try"
+    settle(workspace, add(workspace, skill, "promoted", other))
+    taught = finished(workspace, skill, CONFIG)
+    assert taught is not None
+    assert taught.decision == "promoted", "what the champion knows needs no second stage, whatever the settings"
+
+
+def test_an_unfinished_stage_goes_on_with_the_same_settings_only(workspace: Workspace, skill: Skill):
+    assert begin(workspace, skill, CONFIG, restart=False) == ("s01-toy", False)
+    assert begin(workspace, skill, CONFIG, restart=False) == ("s01-toy", True)
+    other = RunConfig.model_validate({"train": {"steps": 7}})
+    with pytest.raises(InputError, match=r"other settings.*--restart"):
+        begin(workspace, skill, other, restart=False)
+    name, resumed = begin(workspace, skill, other, restart=True)
+    assert not resumed
+    stage = json.loads((workspace.run_folder(name) / "stage.json").read_text())
+    assert stage["config"]["train"]["steps"] == 7
+    assert workspace.stages() == [name]
+
+
+def test_all_skills_are_validated_before_anything_runs(tmp_path: Path):
+    good = write_skill(tmp_path / "good")
+    with pytest.raises(InputError, match=r"(?s)nowhere.*given twice: toy"):
+        load_all([good, tmp_path / "nowhere", good])
