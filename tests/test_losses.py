@@ -381,8 +381,13 @@ def test_without_a_teacher_only_sft_can_run() -> None:
     with pytest.raises(ValueError, match="teacher"):
         chunked_loss(SPECS["sft-with-anchors"], inputs, head, None)
     rows = replace(inputs, demonstrated_N=torch.ones(13, dtype=torch.bool))
-    loss, _ = chunked_loss(SPECS["sft-with-anchors"], rows, head, None)
-    torch.testing.assert_close(loss, naive(SPECS["sft-with-anchors"], rows, head, None))
+    loss, _ = chunked_loss(SPECS["sft-with-anchors"], rows, head, None, 5)
+    expected = naive(SPECS["sft-with-anchors"], rows, head, None)
+    torch.testing.assert_close(loss, expected)
+    trained = (rows.student_hidden_NH, head.weight_VH)
+    for got, wanted in zip(gradients(loss, *trained), gradients(expected, *trained), strict=True):
+        assert wanted.abs().max() > 1e-3
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_without_gradients_none_are_formed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,15 @@ def test_a_fixed_teacher_scores_a_recurring_row_once_and_keeps_nothing_else(tmp_
     assert state.tokens["teacher"] - before == int(teacher.batches[-1].attention_mask_BT.sum())
 
 
+def test_a_warm_start_shorter_than_an_epoch_keeps_only_the_anchors(tmp_path: Path) -> None:
+    """Two steps of 6 demonstrations out of 16: none comes again, so scoring one alone to keep it would only cost."""
+    config, stage, kept = settings(warm_start_steps=2), make_stage(tmp_path), {}
+    rollouts = warm_rollouts(stage, config)
+    score(stage, config, rollouts, kept, LoopState())
+    anchors = [r for r in rollouts if not r.has_demonstration]
+    assert kept.keys() == {(r.teacher_prompt.token_ids, r.completion.token_ids) for r in anchors} and anchors
+
+
 @pytest.mark.parametrize("kind", ["ema", "live"])
 def test_a_moving_teachers_scores_are_never_kept(tmp_path: Path, kind: str) -> None:
     config, stage, kept = settings(), make_stage(tmp_path, kind=kind), {}
