@@ -39,7 +39,8 @@ def test_the_embedded_model_learns_from_a_real_skill(tmp_path: Path):
     assert numbers["teacher_accuracy"][0] >= 0.8
     assert numbers["prior_average"]["base"] is not None
 
-    lines = [json.loads(line) for line in (workspace.run_folder(outcome.stage) / "metrics.jsonl").open()]
+    metrics = workspace.run_folder(outcome.stage) / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     warm = [line["demonstration_probability"] for line in lines if line.get("phase") == "warm_start"]
     assert warm[-1] > warm[0] + 0.3
     assert {line["phase"] for line in lines if "phase" in line} == {"warm_start", "on_policy"}
