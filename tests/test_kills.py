@@ -14,17 +14,7 @@ import pytest
 from perdure.skills.base import load_skill
 from perdure.types import InputError
 from perdure.workspace import Workspace, replace_text
-from toy_versions import WEIGHTS, info, new_workspace, write_skill, write_weights
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return new_workspace(tmp_path / "bot")
-
-
-@pytest.fixture
-def skill(tmp_path):
-    return load_skill(write_skill(tmp_path / "source"))
+from toy_versions import WEIGHTS, info, new_workspace, write_weights
 
 
 def child(action: Callable[[], object]) -> int:

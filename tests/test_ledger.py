@@ -6,17 +6,6 @@ import pytest
 
 from perdure.types import InputError
 from perdure.workspace import Workspace
-from toy_versions import grown_workspace, new_workspace
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return new_workspace(tmp_path / "bot")
-
-
-@pytest.fixture
-def grown(tmp_path) -> Workspace:
-    return grown_workspace(tmp_path / "grown")
 
 
 def test_the_ledger_only_grows_and_is_chained(grown):

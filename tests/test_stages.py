@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from perdure.config import RunConfig
-from perdure.skills.base import Skill, load_skill
+from perdure.skills.base import Skill
 from perdure.stages import begin, finished, load_all, settings_hash, settle
 from perdure.types import InputError
 from perdure.workspace import Workspace
-from toy_versions import CONFIG, info, new_workspace, write_skill, write_weights
+from toy_versions import CONFIG, info, write_skill, write_weights
 
 
 def verdict(decision: str) -> dict[str, Any]:
@@ -28,16 +28,6 @@ def add(workspace: Workspace, skill: Skill, decision: str, config: RunConfig = C
     )
     workspace.add_version(entry, write_weights)
     return name
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return new_workspace(tmp_path / "bot")
-
-
-@pytest.fixture
-def skill(tmp_path: Path) -> Skill:
-    return load_skill(write_skill(tmp_path / "toy"))
 
 
 def events(workspace: Workspace) -> list[str]:

@@ -10,22 +10,7 @@ from perdure.files import read_json, read_jsonl, write_jsonl
 from perdure.skills.base import load_skill
 from perdure.types import InputError
 from perdure.workspace import Workspace
-from toy_versions import CONFIG, WEIGHTS, grown_workspace, info, new_workspace, write_skill, write_weights
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return new_workspace(tmp_path / "bot")
-
-
-@pytest.fixture
-def grown(tmp_path) -> Workspace:
-    return grown_workspace(tmp_path / "grown")
-
-
-@pytest.fixture
-def skill(tmp_path):
-    return load_skill(write_skill(tmp_path / "source"))
+from toy_versions import CONFIG, WEIGHTS, info, write_weights
 
 
 def test_a_new_workspace(workspace):

@@ -6,24 +6,21 @@ version's own distribution there: on earlier skills' prompts and on general ones
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 
 from perdure.config import TrainConfig
-from perdure.rollout.base import SamplingParams
+from perdure.rollout.base import Progress, SamplingParams, TotalProgress, part_of
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session
 from perdure.skills.base import Skill
 from perdure.train import Anchors
 from perdure.types import Example, Rollout
 
-Progress = Callable[[int, int, int], None]
-"""Called with (tokens since the last call, rows done, rows in all)."""
-
 
 def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig, seed: int,
-                 progress: Progress | None = None) -> Anchors:  # fmt: skip
+                 progress: TotalProgress | None = None) -> Anchors:  # fmt: skip
     """Sample the answers at temperature 1; empty where ``anchor_share`` is 0."""
     if config.anchor_share == 0:
         return Anchors()
@@ -32,24 +29,13 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
         chosen = permutation(derive_seed(seed, "anchors", skill.name), len(skill.train))[: config.anchor_rows]
         rows = [replace(skill.train[place], demonstration=None) for place in chosen]
         pools.append((skill.name, rows, skill.settings.max_new_tokens))
-    counter = _Counter(sum(len(rows) for _, rows, _ in pools), progress)
-    general, *of_earlier = [
-        _sample(session, rows, most, derive_seed(seed, "anchors of", name), counter) for name, rows, most in pools
-    ]
+    total, done, sampled = sum(len(rows) for _, rows, _ in pools), 0, []
+    for name, rows, most in pools:
+        part = part_of(progress, done, total)
+        sampled.append(_sample(session, rows, most, derive_seed(seed, "anchors of", name), part))
+        done += len(rows)
+    general, *of_earlier = sampled
     return Anchors(earlier=tuple(rollout for rollouts in of_earlier for rollout in rollouts), general=tuple(general))
-
-
-class _Counter:
-    """Turns the engine's progress within one call into progress over several calls."""
-
-    def __init__(self, total: int, progress: Progress | None):
-        self.total = total
-        self.before = 0
-        self.progress = progress
-
-    def report(self, tokens: int, done: int) -> None:
-        if self.progress:
-            self.progress(tokens, self.before + done, self.total)
 
 
 def general_prompts() -> list[Example]:
@@ -61,10 +47,11 @@ def general_prompts() -> list[Example]:
     ]
 
 
-def _sample(session: Session, rows: Sequence[Example], most: int, seed: int, counter: _Counter) -> list[Rollout]:
+def _sample(
+    session: Session, rows: Sequence[Example], most: int, seed: int, progress: Progress | None
+) -> list[Rollout]:
     prompts = [session.renderer.student_prompt(row) for row in rows]
     seeds = [derive_seed(seed, row.id) for row in rows]
-    completions = session.engine.generate(prompts, SamplingParams(most), seeds, counter.report)
-    counter.before += len(rows)
+    completions = session.engine.generate(prompts, SamplingParams(most), seeds, progress)
     # No template: without a demonstration both roles see the same prompt.
     return [session.renderer.rollout(row, completion, None) for row, completion in zip(rows, completions, strict=True)]

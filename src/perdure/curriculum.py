@@ -14,7 +14,7 @@ from perdure.anchors import make_anchors
 from perdure.config import RunConfig
 from perdure.contexts import parse_template
 from perdure.files import code_state, now, read_json, replace_text
-from perdure.gates import decide
+from perdure.gates import Items, decide
 from perdure.measure import (
     PROBE,
     Scores,
@@ -22,6 +22,7 @@ from perdure.measure import (
     known_scores,
     measure_probe,
     measure_skill,
+    probe_items,
     probe_json,
     score_json,
     write_items,
@@ -61,7 +62,7 @@ class _Run:
 
     @property
     def seed(self) -> int:
-        return derive_seed(self.config.seed, "stage", self.skill.name, self.skill.content_hash)
+        return stage_seed(self.config, self.skill)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -103,7 +104,7 @@ def _learn_one(workspace: Workspace, skill: Skill, scope: dict[str, Skill], conf
     parent = workspace.resolve("champion")
     if resumed:
         reporter.note(f"Going on with the unfinished stage {stage}.")
-    session = open_session(config, None if parent == BASE else workspace.version_folder(parent))
+    session = open_version(workspace, parent, config)
     run = _Run(workspace, config, reporter, skill, scope, stage, parent, session)
     if (run.folder / "seconds.json").is_file():
         run.seconds = read_json(run.folder / "seconds.json")
@@ -137,6 +138,23 @@ def _baseline(run: _Run) -> Scores:
     return scores
 
 
+def open_version(workspace: Workspace, name: str, config: RunConfig) -> Session:
+    """Load a version by its full name; the base model has no weights of its own here."""
+    return open_session(config, None if name == BASE else workspace.version_folder(name))
+
+
+def stage_seed(config: RunConfig, skill: Skill) -> int:
+    """The seed of a skill's stage: another content is another stage."""
+    return derive_seed(config.seed, "stage", skill.name, skill.content_hash)
+
+
+def _preflight(session: Session, skill: Skill, config: RunConfig, reporter: Reporter) -> dict[str, Any]:
+    with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
+        found = preflight(subject_of(session, skill), config.context, config.preflight, config.train,
+                          stage_seed(config, skill), _rows_of(phase))  # fmt: skip
+    return found.to_json()
+
+
 def subject_of(session: Session, skill: Skill) -> Subject:
     """What the preflight looks at."""
     return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
@@ -150,11 +168,9 @@ def _check(run: _Run) -> dict[str, Any] | None:
         return None
     file = run.folder / "preflight.json"
     if not file.is_file():
-        config = run.config
-        with run.timed("preflight"), run.reporter.phase("preflight: teacher against student", 0, "rows") as phase:
-            result = preflight(subject_of(run.session, run.skill), config.context, config.preflight, config.train,
-                               run.seed, _rows_of(phase))  # fmt: skip
-        replace_text(file, json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
+        with run.timed("preflight"):
+            result = _preflight(run.session, run.skill, run.config, run.reporter)
+        replace_text(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     found = read_json(file)
     run.reporter.note(describe_preflight(found))
     return found
@@ -245,9 +261,8 @@ def _judge(run: _Run, before: Scores, check: dict[str, Any] | None, state: LoopS
         scores = [measure_skill(run.session, skill, config, run.reporter, name) for skill in run.scope.values()]
     with run.timed("probe"):
         probed = measure_probe(run.session, config, run.reporter, name)
-    after = {s.skill: {item.id: item.score >= 1 for item in s.items} for s in scores}
-    for row in probed.items if probed else []:
-        after.setdefault(f"{PROBE}/{row['task']}", {})[row["id"]] = row["correct"]
+    after: dict[str, Items] = {s.skill: {item.id: item.score >= 1 for item in s.items} for s in scores}
+    after |= probe_items(probed.items if probed else [])
     earlier = [skill for skill in workspace.taught(run.parent) if skill != run.skill.name]
     kept = dict.fromkeys(earlier, "skill") | {f"{PROBE}/{task}": "prior" for task in config.probe.tasks}
     budgets = {n: b for n, s in run.scope.items() if (b := s.settings.retention_budget) is not None}
@@ -293,16 +308,11 @@ def check_skills(
 ) -> list[dict[str, Any]]:
     """The preflight of each skill on the champion; nothing is written."""
     skills = load_all(folders)
-    champion = workspace.resolve("champion")
-    session = open_session(config, None if champion == BASE else workspace.version_folder(champion))
+    session = open_version(workspace, workspace.resolve("champion"), config)
     results = []
     for skill in skills:
         reporter.stage(f"{skill.name}: {len(skill.train)} training rows, {len(skill.test)} test rows, all valid")
-        with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
-            seed = derive_seed(config.seed, "stage", skill.name, skill.content_hash)
-            found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, seed,
-                              _rows_of(phase))  # fmt: skip
-        results.append(found.to_json())
+        results.append(_preflight(session, skill, config, reporter))
     return results
 
 
@@ -313,7 +323,7 @@ def evaluate_version(workspace: Workspace, version: str, folders: Sequence[Path]
     skills = load_all(folders) if folders else [load_skill(folder) for folder in workspace.taught(name).values()]
     if not skills and not with_probe:
         raise InputError(f"{name}: no skill was taught yet; name one with --skill FOLDER, or ask for --probe")
-    session = open_session(config, None if name == BASE else workspace.version_folder(name))
+    session = open_version(workspace, name, config)
     scores = {s.name: score_json(measure_skill(session, s, config, reporter, name), s) for s in skills}
     probed = measure_probe(session, config, reporter, name) if with_probe else None
     return {"version": name, "scores": scores, "probe": probe_json(probed)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,26 @@ from typing import Any
 
 from perdure import __version__
 from perdure.types import InputError
+
+
+def package_folder(module: str) -> Path | None:
+    """Where an installed package lies; it is found, never imported. None where it is not installed."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0])
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free(folder: Path) -> None:
+    """Raises InputError when something is there already; an empty folder may be filled."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already there and not empty; choose another folder, or remove it first")
 
 
 def now() -> str:

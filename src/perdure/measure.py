@@ -71,6 +71,14 @@ def write_items(folder: Path, scores: Sequence[SkillScore], probed: ProbeResult 
         write_jsonl(folder / f"{PROBE}.jsonl", probed.items)
 
 
+def probe_items(rows: Sequence[Mapping[str, Any]]) -> dict[str, Items]:
+    """Lines of ``probe.jsonl`` as the gates want them: ``probe/<task>`` -> item id -> right."""
+    items: dict[str, dict[str, bool]] = {}
+    for row in rows:
+        items.setdefault(f"{PROBE}/{row['task']}", {})[row["id"]] = row["correct"]
+    return dict(items)
+
+
 class Scores:
     """What is known of one version: numbers for people, items for the gates."""
 
@@ -88,8 +96,7 @@ class Scores:
         if entry["probe"]:
             self.probe = entry["probe"]
             self.items = {name: items for name, items in self.items.items() if not name.startswith(f"{PROBE}/")}
-            for row in read_jsonl(folder / f"{PROBE}.jsonl"):
-                self.items.setdefault(f"{PROBE}/{row['task']}", {})[row["id"]] = row["correct"]  # type: ignore[index]
+            self.items |= probe_items(read_jsonl(folder / f"{PROBE}.jsonl"))
 
 
 def known_scores(workspace: Workspace, version: str) -> Scores:

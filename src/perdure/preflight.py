@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,13 +19,10 @@ from perdure.contexts import Renderer, Template, collate, micro_batches, names_t
 from perdure.evaluate import Grader, score_prompts
 from perdure.losses import LossInputs, LossSpec, chunked_loss
 from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions
-from perdure.rollout.base import Progress as DecodeProgress
-from perdure.rollout.base import RolloutEngine
+from perdure.rollout.base import Progress, RolloutEngine, TotalProgress, part_of
 from perdure.seeds import derive_seed, permutation
 from perdure.types import Example, InputError, Rollout, SkillScore
 
-Progress = Callable[[int, int, int], None]
-"""Called with (tokens generated since the last call, rows answered, rows to answer in all)."""
 IDENTITY_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest KL per token between teacher and student under equal prompts; above it the two are not the same model."""
 
@@ -136,7 +133,7 @@ def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict
 
 
 def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig, train: TrainConfig, seed: int,
-              progress: Progress | None = None) -> Preflight:  # fmt: skip
+              progress: TotalProgress | None = None) -> Preflight:  # fmt: skip
     """Measure the teacher gap on ``config.rows`` training rows and choose the context template.
 
     Raises InputError when rows do not fit, or when the identity check fails (a broken set-up, not a hard skill)."""
@@ -144,7 +141,8 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
     order = permutation(derive_seed(seed, "preflight", subject.skill), len(subject.examples))
     rows = [subject.examples[place] for place in order[: config.rows]]
     identity = _identity(subject, rows)
-    parts = [_part(progress, number, len(rows), 1 + len(templates)) for number in range(1 + len(templates))]
+    decodes = 1 + len(templates)
+    parts = [part_of(progress, number * len(rows), len(rows) * decodes) for number in range(decodes)]
     start = time.perf_counter()
     student = _answers(subject, rows, None, parts[0])
     decode_seconds = time.perf_counter() - start
@@ -159,13 +157,6 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
                      tuple(advice))  # fmt: skip
 
 
-def _part(progress: Progress | None, number: int, rows: int, parts: int) -> DecodeProgress | None:
-    """The progress of one decode as a part of all of them."""
-    if progress is None:
-        return None
-    return lambda tokens, done: progress(tokens, number * rows + done, parts * rows)
-
-
 def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
     """The most accurate template; among those within one standard error of it, the one with the shortest prompt."""
     best = max(scores, key=lambda score: score.accuracy)
@@ -175,7 +166,7 @@ def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
 
 
 def _answers(
-    subject: Subject, rows: Sequence[Example], template: Template | None, progress: DecodeProgress | None
+    subject: Subject, rows: Sequence[Example], template: Template | None, progress: Progress | None
 ) -> SkillScore:
     """Graded greedy answers of the student (no template) or of the teacher."""
     renderer = subject.renderer
@@ -186,7 +177,7 @@ def _answers(
 
 
 def _measure(subject: Subject, rows: Sequence[Example], template: Template, budget: int,
-             progress: DecodeProgress | None) -> TemplateScore:  # fmt: skip
+             progress: Progress | None) -> TemplateScore:  # fmt: skip
     answers = _answers(subject, rows, template, progress)
     rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), template) for e in rows]
     kl, probability = _teacher_forced(subject, rollouts, budget)

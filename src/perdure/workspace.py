@@ -18,6 +18,7 @@ from typing import Any
 
 from perdure.config import RunConfig, load_config, to_toml
 from perdure.files import (
+    check_free,
     files_sha256,
     line_sha256,
     now,
@@ -48,8 +49,7 @@ class Workspace:
     @classmethod
     def create(cls, folder: Path, config: RunConfig, base_hash: str) -> Workspace:
         """Make a workspace whose champion is the base model. Raises InputError when something is there already."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder}: already there and not empty; choose another folder, or remove it first")
+        check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         workspace = cls(folder)
         info = {"version": BASE, "parent": None, "stage": None, "skill": None, "method": None, "created": now(),

