@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perdure.contexts import Renderer
 from perdure.models import LoadedModel, save
+from perdure.packing import enable
 from perdure.rollout.base import Progress, SamplingParams
 from perdure.skills.base import load_skill
 from perdure.types import Completion, Example, Prompt
@@ -115,7 +116,9 @@ def loaded(model: Any = None, window: int = 1024) -> LoadedModel:
     """``model`` (a fresh tiny one by default) with the tiny tokenizer, as ``models.load`` gives it."""
     tokenizer = tiny_tokenizer()
     assert tokenizer.eos_token_id is not None
-    return LoadedModel(model or tiny_model(), tokenizer, (tokenizer.eos_token_id,), window)
+    model = model or tiny_model()
+    enable(model)
+    return LoadedModel(model, tokenizer, (tokenizer.eos_token_id,), window)
 
 
 def renderer(window: int = 1024) -> Renderer:
@@ -141,9 +144,9 @@ class ScriptedEngine:
         self.calls: list[tuple[list[Prompt], SamplingParams, list[int]]] = []
         """(prompts, params, seeds) of each call, oldest first."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], progress: Progress | None = None
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
+                 progress: Progress | None = None,
+                 references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
         self.calls.append((list(prompts), params, list(seeds)))
         completions = [self._complete(prompt) for prompt in prompts]
         if progress:

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 FLOORS = {
     "F0 words": ["", "types", "config"],
     "F1 math": ["losses", "ema", "retention", "stats", "seeds"],
-    "F2 text and weights": ["files", "contexts", "models", "teacher", "likelihood"],
+    "F2 text and weights": ["files", "contexts", "packing", "models", "teacher", "likelihood"],
     "F3 plug-ins": [
-        "rollout", "rollout.base", "rollout.*",
+        "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
         "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.base",
         "importers.base", "importers.*", "importers",
     ],

@@ -11,8 +11,11 @@ from scipy.stats import chisquare
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fakes import example, loaded, renderer, tiny_model
-from perdure.rollout.base import SamplingParams
-from perdure.rollout.local import LocalEngine, choose
+from perdure.packing import pack
+from perdure.rollout.base import RolloutEngine, SamplingParams
+from perdure.rollout.generate import GenerateEngine
+from perdure.rollout.local import LocalEngine
+from perdure.session import make_engine
 from perdure.types import Completion, Prompt
 
 QUESTIONS = ("say small cat", "x", "a question that is a good deal longer than the others", "say old dog", "hm?")
@@ -22,12 +25,12 @@ def prompts(*questions: str) -> list[Prompt]:
     return [renderer().student_prompt(example(q, None)) for q in questions or QUESTIONS]
 
 
-def engine(model: Any = None, end_ids: tuple[int, ...] | None = None, batch_tokens: int = 8192) -> LocalEngine:
+def engine(model: Any = None, end_ids: tuple[int, ...] | None = None, batch_tokens: int = 8192) -> RolloutEngine:
     """Random weights hardly ever say <|end|>: ``end_ids`` makes other tokens end a row as well."""
     lm = loaded(model or tiny_model(scale=0.4))
     if end_ids:
         lm = type(lm)(lm.model, lm.tokenizer, end_ids, lm.window)
-    return LocalEngine(lm, lm.model, batch_tokens)
+    return make_engine(lm, lm.model, batch_tokens)
 
 
 def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
@@ -108,28 +111,106 @@ def test_sampler_logprobs_are_those_of_a_training_forward(temperature: float) ->
         torch.testing.assert_close(torch.tensor(completion.sampler_logprobs), wanted, rtol=1e-4, atol=1e-4)
 
 
+def passes(model: Any) -> tuple[list[int], Any]:
+    """Tokens in each forward pass from now on, and the hook to remove."""
+    sizes: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return sizes, hook
+
+
 def test_finished_rows_cost_nothing_more() -> None:
-    """Rows in each forward pass: never more than are still unfinished."""
+    """Tokens in each forward pass: the packed prompts once, then one for each row that is still unfinished."""
     model = tiny_model(scale=0.4)
     eng = engine(model, EARLY_ENDS)
-    sizes: list[int] = []
-    handle = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    sizes, hook = passes(model)
     got = eng.generate(prompts(), GREEDY, [0] * 5)
-    handle.remove()
+    hook.remove()
     lengths = [len(c.token_ids) for c in got]
-    assert sizes == [sum(length > t for length in lengths) for t in range(max(lengths))]
+    assert sizes[0] == len(pack([p.token_ids for p in prompts()]).input_ids_T)
+    assert sizes[1:] == [sum(length > t for length in lengths) for t in range(1, max(lengths))]
 
 
+def test_freed_slots_are_refilled_before_the_rest_is_done() -> None:
+    """Two slots for five rows: fewer passes than one batch after another would take, and the same tokens."""
+    model = tiny_model(scale=0.4)
+    wanted = engine(model, EARLY_ENDS).generate(prompts(), GREEDY, [0] * 5)
+    capacity = max(len(p.token_ids) for p in prompts()) + GREEDY.max_new_tokens
+    sizes, hook = passes(model)
+    got = engine(model, EARLY_ENDS, batch_tokens=2 * capacity).generate(prompts(), GREEDY, [0] * 5)
+    hook.remove()
+    assert tokens(got) == tokens(wanted)
+    lengths = sorted(len(c.token_ids) for c in got)
+    assert len(sizes) < sum(lengths) - 2  # one row after another
+    assert max(sizes[1:]) <= capacity
+
+
+def references(model: Any, kind: str) -> list[tuple[int, ...]]:
+    """Drafts for the prompts: what greedy decoding says, a damaged copy of it, or something else."""
+    said = tokens(engine(model, EARLY_ENDS).generate(prompts(), GREEDY, [0] * 5))
+    if kind == "right":
+        return said
+    if kind == "damaged":  # one token replaced, one missing, one too many
+        return [(*r[:2], 250, *r[3:6], *r[7:9], 251, *r[9:]) for r in said]
+    return [(1, 2, 3, 4, 5, 6, 7, 8), (), (9,), tuple(range(40)), (277,)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("kind", ["right", "damaged", "wrong"])
+def test_a_draft_never_changes_what_is_said(kind: str, temperature: float) -> None:
+    """The same tokens from the same seeds, greedy or sampled, whatever the draft; log-probabilities too."""
+    model = tiny_model(scale=0.4)
+    eng, params = engine(model, EARLY_ENDS), SamplingParams(16, temperature)
+    plain = eng.generate(prompts(), params, [1, 2, 3, 4, 5])
+    drafted = eng.generate(prompts(), params, [1, 2, 3, 4, 5], references=references(model, kind))
+    assert tokens(drafted) == tokens(plain) and [c.finished for c in drafted] == [c.finished for c in plain]
+    for a, b in zip(drafted, plain, strict=True):
+        torch.testing.assert_close(torch.tensor(a.sampler_logprobs), torch.tensor(b.sampler_logprobs))
+
+
+def test_a_right_draft_takes_few_passes() -> None:
+    """24 tokens that the model says anyway: 8 beside the prompt, then the rest."""
+    model, params = tiny_model(scale=0.4), SamplingParams(24, 0)
+    said = tokens(engine(model).generate(prompts(), params, [0] * 5))
+    sizes, hook = passes(model)
+    assert tokens(engine(model).generate(prompts(), params, [0] * 5, references=said)) == said
+    hook.remove()
+    assert len(sizes) == 2
+
+
+def test_unequal_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 prompts but 5 seeds and 1 references"):
+        engine().generate(prompts(), GREEDY, [0] * 5, references=[()])
+
+
+def test_what_cannot_run_packed_goes_through_generate(caplog: pytest.LogCaptureFixture) -> None:
+    lm = loaded(absolute_positions())
+    assert isinstance(make_engine(lm, lm.model), GenerateEngine)
+    assert "GPT2LMHeadModel cannot run packed" in caplog.text
+    assert isinstance(make_engine(loaded(), loaded().model), LocalEngine) and caplog.text.count("packed") == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_engines_draw_the_same(temperature: float) -> None:
+    lm = loaded(tiny_model(scale=0.4))
+    lm = type(lm)(lm.model, lm.tokenizer, EARLY_ENDS, lm.window)
+    params, seeds = SamplingParams(16, temperature, top_k=50, top_p=0.9), [1, 2, 3, 4, 5]
+    own, theirs = (kind(lm, lm.model).generate(prompts(), params, seeds) for kind in (LocalEngine, GenerateEngine))
+    assert tokens(own) == tokens(theirs) and [c.finished for c in own] == [c.finished for c in theirs]
+    for a, b in zip(own, theirs, strict=True):
+        torch.testing.assert_close(torch.tensor(a.sampler_logprobs), torch.tensor(b.sampler_logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reference", [(), (3, 2), (5, 5, 5)], ids=["plain", "drafted", "wrongly-drafted"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_samples_follow_the_distribution(temperature: float) -> None:
+def test_samples_follow_the_distribution(temperature: float, reference: tuple[int, ...]) -> None:
     """2,000 seeds on a vocabulary of 8: counts of the first two tokens against the enumerated probabilities."""
     model = tiny_model(scale=0.3, vocab=8)
     eng = engine(model, end_ids=(7,))
     prompt = Prompt(example("x", None), (1, 2, 3))
     n = 2000
-    got = eng.generate([prompt] * n, SamplingParams(2, temperature), list(range(n)))
+    got = eng.generate([prompt] * n, SamplingParams(2, temperature), list(range(n)), references=[reference] * n)
     counts = Counter(c.token_ids for c in got)
 
     def distribution(*ids: int) -> list[float]:
@@ -152,15 +233,6 @@ def test_samples_follow_the_distribution(temperature: float) -> None:
     assert chisquare(observed, [*wanted, n - sum(wanted)]).pvalue > 0.01
 
 
-def test_choosing_inverts_the_cumulative_distribution() -> None:
-    # upper edges 0, 0.2, 0.2, 0.7, 1: what has no probability is never chosen, not even at 0
-    logits = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3]]).log().expand(6, 5)
-    uniforms = torch.tensor([0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 1e-16], dtype=torch.float64)
-    chosen, logprobs = choose(logits, 1.0, uniforms)
-    assert chosen.tolist() == [1, 1, 3, 3, 4, 4]
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3, 0.3]))
-
-
 def test_order_and_progress() -> None:
     heard: list[tuple[int, int]] = []
     got = engine(batch_tokens=64).generate(prompts(), GREEDY, [0] * 5, lambda new, done: heard.append((new, done)))
@@ -172,7 +244,8 @@ def test_order_and_progress() -> None:
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="5 prompts but 1 seeds"):
         engine().generate(prompts(), GREEDY, [0])
-    for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 1, "temperature": -1.0}):
+    for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 1, "temperature": -1.0}, {"max_new_tokens": 1, "top_k": -1},
+                {"max_new_tokens": 1, "top_p": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             SamplingParams(**bad)  # type: ignore[arg-type]
 

@@ -29,7 +29,8 @@ def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts:
     for prompt in prompts:
         renderer.check_window(prompt, max_new_tokens, "evaluated")
     params = SamplingParams(max_new_tokens, temperature=0)
-    completions = engine.generate(prompts, params, [0] * len(prompts), progress)
+    references = [renderer.demonstration(p.example).token_ids if p.example.demonstration else () for p in prompts]
+    completions = engine.generate(prompts, params, [0] * len(prompts), progress, references)
     items = []
     for prompt, completion in zip(prompts, completions, strict=True):
         text, example = renderer.text(completion), prompt.example

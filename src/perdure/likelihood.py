@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from perdure.packing import is_enabled
+
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a context (at least one) and of the continuation to score (at least one)."""
 
@@ -82,7 +84,7 @@ def can_share_contexts(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    takes_masks = config._attn_implementation in ("sdpa", "eager")
+    takes_masks = config._attn_implementation in ("sdpa", "eager") or is_enabled(model)
     rotary = getattr(config, "rope_parameters", None) is not None
     return kinds == {"full_attention"} and not windowed and takes_masks and rotary and not model._is_stateful
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from perdure.config import ModelConfig
 from perdure.files import file_sha256, package_folder
 from perdure.losses import Head
+from perdure.packing import enable, is_enabled, pack, packed_hidden
 from perdure.types import Batch, InputError
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
@@ -101,6 +102,7 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
         raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
     model.eval()
     _check_head(model, source)
+    enable(model)
     end_ids = _end_ids(model, tokenizer)
     if not end_ids:
         raise InputError(f"{source}: neither tokenizer nor generation settings name a token that ends a turn")
@@ -135,7 +137,17 @@ def _check_head(model: Any, source: str) -> None:
 
 
 def hidden_at_loss_positions(model: Any, batch: Batch) -> Tensor:
-    """Last hidden states at the batch's loss positions, [N, H], in the dtype in which the model computes."""
+    """Last hidden states at the batch's loss positions, [N, H], in the dtype in which the model computes.
+
+    Packed where the model can: no padding, shared prefixes once, and nothing beyond a row's last loss position."""
+    if is_enabled(model) and len(batch.loss_rows_N):
+        ends = torch.zeros(len(batch.input_ids_BT), dtype=torch.int64)
+        ends.scatter_reduce_(0, batch.loss_rows_N, batch.loss_positions_N + 1, "amax")
+        wanted = [row for row, end in enumerate(ends.tolist()) if end]  # the others have no loss position
+        layout = pack([batch.input_ids_BT[row, : ends[row]].tolist() for row in wanted], batch.input_ids_BT.device)
+        paths = dict(zip(wanted, layout.paths, strict=True))
+        places = zip(batch.loss_rows_N.tolist(), batch.loss_positions_N.tolist(), strict=True)
+        return packed_hidden(backbone(model), layout)[[paths[row][position] for row, position in places]]
     hidden_BTH = backbone(model)(
         input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
     ).last_hidden_state

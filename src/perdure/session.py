@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,13 @@ import torch
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.models import LoadedModel, compute_dtype, load, working_copy
+from perdure.packing import is_enabled
 from perdure.rollout.base import RolloutEngine
+from perdure.rollout.generate import GenerateEngine
 from perdure.rollout.local import LocalEngine
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,19 @@ def open_session(config: RunConfig, folder: Path | None = None) -> Session:
     loaded = load(config.model, folder)
     dtype = compute_dtype(config.model)
     working = working_copy(loaded.model, dtype)
-    engine = LocalEngine(loaded, working, config.eval.batch_tokens)
+    engine = make_engine(loaded, working, config.eval.batch_tokens)
     return Session(loaded, working, engine, Renderer(loaded.tokenizer, loaded.end_ids, loaded.window), dtype)
+
+
+def make_engine(loaded: LoadedModel, working: Any, batch_tokens: int = 8192) -> RolloutEngine:
+    """The own decode where the architecture can run packed, else transformers' ``generate``; the latter is said once."""
+    if is_enabled(working):
+        return LocalEngine(loaded, working, batch_tokens)
+    logger.warning(
+        "%s cannot run packed (its attention or positions are of a kind that Perdure does not know): decoding goes "
+        "through transformers' generate, which is several times slower", type(working).__name__,
+    )  # fmt: skip
+    return GenerateEngine(loaded, working, batch_tokens)
 
 
 def weights_sha256(model: Any) -> str:

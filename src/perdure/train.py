@@ -174,7 +174,9 @@ def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout],
     examples = [row for row in rows if isinstance(row, Example)]
     params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
     seeds = [derive_seed(stage.seed, "rollout", state.step, index) for index in range(len(examples))]
-    completions = stage.engine.generate([stage.renderer.student_prompt(e) for e in examples], params, seeds)
+    prompts = [stage.renderer.student_prompt(e) for e in examples]
+    references = [stage.renderer.demonstration(e).token_ids for e in examples]
+    completions = stage.engine.generate(prompts, params, seeds, references=references)
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
     sampled = [stage.renderer.rollout(e, c, stage.template) for e, c in zip(examples, completions, strict=True)]
     return sampled + [row for row in rows if isinstance(row, Rollout)]

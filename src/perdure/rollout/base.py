@@ -30,20 +30,28 @@ class SamplingParams:
     max_new_tokens: int
     """The closing token counts."""
     temperature: float = 1.0
+    top_k: int = 0
+    """Draw from this many likeliest tokens only; 0 = all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that together have this probability; 1 = all."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_k must be at least 0 and top_p in (0, 1], not {self.top_k} and {self.top_p}")
 
 
 class RolloutEngine(Protocol):
     """Generates with weights that its owner keeps current."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], progress: Progress | None = None
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
+                 progress: Progress | None = None,
+                 references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
         """One completion a prompt, in the prompts' order. A row's tokens depend on its own seed only, never on its
-        neighbours' seeds. ``sampler_logprobs`` are those of the distribution sampled from, after temperature."""
+        neighbours' seeds. ``sampler_logprobs`` are those of the distribution sampled from, after temperature, top_k and
+        top_p. ``references``: tokens that each completion may resemble (empty: none known); an engine may use them to be
+        faster, never to answer otherwise."""
         ...

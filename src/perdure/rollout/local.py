@@ -1,116 +1,152 @@
-"""Batched decoding with a transformers model: rows sorted by length, finished ones dropped, log-probabilities kept."""
+"""Batched decoding with a transformers model on its own key/value store.
+
+Every row advances at its own pace: prompts run packed, what they share runs once, a row with a reference verifies a
+block of it in one pass (draft.py), finished rows are dropped and their slots refilled from the queue.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from perdure.models import LoadedModel, backbone, head_of
+from perdure.packing import KeyValues, Layout, advance, pack, packed_hidden
 from perdure.rollout.base import Progress, SamplingParams
+from perdure.rollout.draft import Draft
+from perdure.rollout.sampling import choose, uniforms
 from perdure.types import Completion, Prompt
+
+PREFILL_TOKENS = 2048
+"""Most prompt tokens in one pass, before sharing; a longer prompt goes alone. More gains nothing on a CPU."""
+HEAD_ROWS = 256
+"""Positions whose logits exist at the same time."""
 
 
 class LocalEngine:
-    """Decodes with ``model`` (a working copy). Rows of one batch share key/value storage; left padding aligns them."""
+    """Decodes with ``model``, a working copy that ``packing.enable`` accepted; its owner keeps the weights current."""
 
     def __init__(self, loaded: LoadedModel, model: Any, batch_tokens: int = 8192):
         self.model = model
-        self.end_ids = torch.tensor(loaded.end_ids)
-        self.pad_id = loaded.pad_id
+        self.end_ids = frozenset(loaded.end_ids)
         self.batch_tokens = batch_tokens
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], progress: Progress | None = None
-    ) -> list[Completion]:
-        """See RolloutEngine. Raises ValueError when prompts and seeds differ in number."""
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-        done: dict[int, Completion] = {}
-        for rows in self._batches(prompts, params.max_new_tokens):
-            ids = [prompts[i].token_ids for i in rows]
-            uniforms = torch.stack([_uniforms(seeds[i], params.max_new_tokens) for i in rows])
-            for i, completion in zip(rows, self._decode(ids, params, uniforms), strict=True):
-                done[i] = completion
-            if progress:
-                progress(sum(len(done[i].token_ids) for i in rows), len(done))
-        return [done[i] for i in range(len(prompts))]
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
+                 progress: Progress | None = None,
+                 references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
+        """See RolloutEngine. Raises ValueError when prompts, seeds and references differ in number."""
+        references = [()] * len(prompts) if references is None else references
+        if not len(prompts) == len(seeds) == len(references):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(references)} references")
+        rows = [
+            _Row(prompt.token_ids, params.max_new_tokens, uniforms(seed, params.max_new_tokens), Draft(reference))
+            for prompt, seed, reference in zip(prompts, seeds, references, strict=True)
+        ]
+        queue = deque(sorted(rows, key=lambda row: -len(row.pending)))
+        if queue:
+            capacity = len(queue[0].pending) + params.max_new_tokens
+            self._decode(queue, KeyValues(min(len(rows), max(1, self.batch_tokens // capacity)), capacity), params, progress)
+        return [Completion(tuple(row.tokens), tuple(row.logprobs), row.finished) for row in rows]
 
-    def _batches(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[list[int]]:
-        """Rows of like length together, so that padding stays small; a batch's padded size stays in the budget."""
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i))
-        batch: list[int] = []
-        for i in order:
-            longest = len(prompts[batch[0]].token_ids) if batch else 0
-            if batch and (len(batch) + 1) * (longest + max_new_tokens) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+    def _decode(self, queue: deque[_Row], store: KeyValues, params: SamplingParams, progress: Progress | None) -> None:
+        active: list[_Row] = []  # the row in slot s of the store is active[s]
+        done = tokens = 0
+        while queue or active:
+            free = store.slots - len(active)
+            if queue and free and (not active or 4 * free >= store.slots):
+                fed = _admit(queue, free)
+                slots = range(len(active), len(active) + len(fed))
+                layout = pack([row.feed() for row in fed], self.model.device, store, slots)
+                active += fed
+            else:
+                fed = active
+                layout = advance(store, [row.feed() for row in fed], [row.length for row in fed], self.model.device)
+            tokens += self._draw(fed, layout, params)
+            ended = _compact(active, store)
+            if ended and progress:
+                done += ended
+                progress(tokens, done)
+                tokens = 0
 
-    def _decode(self, ids: list[tuple[int, ...]], params: SamplingParams, uniforms_BT: Tensor) -> list[Completion]:
-        tokens: list[list[int]] = [[] for _ in ids]
-        logprobs: list[list[float]] = [[] for _ in ids]
-        finished = [False] * len(ids)
-        alive = torch.arange(len(ids))
-        input_ids, mask = self._left_padded(ids)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self.model.config)
-        head = head_of(self.model)
-        for t in range(params.max_new_tokens):
-            hidden_BH = backbone(self.model)(
-                input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            next_B, logprob_B = choose(head.logits(hidden_BH), params.temperature, uniforms_BT[alive, t])
-            ended_B = torch.isin(next_B, self.end_ids)
-            for row, token, value, end in zip(alive.tolist(), next_B.tolist(), logprob_B.tolist(), ended_B.tolist(),
-                                              strict=True):  # fmt: skip
-                tokens[row].append(token)
-                logprobs[row].append(value)
-                finished[row] = end
-            keep = (~ended_B).nonzero().squeeze(-1)
-            if not len(keep):
-                break
-            if len(keep) < len(alive):
-                cache.batch_select_indices(keep)
-                mask, positions, next_B, alive = mask[keep], positions[keep], next_B[keep], alive[keep]
-            input_ids = next_B[:, None]
-            positions = positions[:, -1:] + 1
-            mask = torch.cat((mask, torch.ones_like(input_ids)), dim=-1)
-        return [Completion(tuple(t), tuple(p), f) for t, p, f in zip(tokens, logprobs, finished, strict=True)]
-
-    def _left_padded(self, ids: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, ids))
-        input_ids = torch.full((len(ids), width), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(ids), width), dtype=torch.int64)
-        for row, tokens in enumerate(ids):
-            input_ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask[row, width - len(tokens) :] = 1
-        return input_ids, mask
+    def _draw(self, rows: Sequence[_Row], layout: Layout, params: SamplingParams) -> int:
+        """One forward pass, and the tokens that it settles for each row; returns their number."""
+        hidden_TH = packed_hidden(backbone(self.model), layout)
+        places = [place for row, path in zip(rows, layout.paths, strict=True) for place in path[-1 - len(row.block) :]]
+        uniform_N = torch.cat([row.uniforms[len(row.tokens) :][: len(row.block) + 1] for row in rows])
+        head, drawn, logprobs = head_of(self.model), [], []
+        for begin in range(0, len(places), HEAD_ROWS):
+            part = slice(begin, begin + HEAD_ROWS)
+            next_N, logprob_N = choose(head.logits(hidden_TH[places[part]]), params, uniform_N[part])
+            drawn += next_N.tolist()
+            logprobs += logprob_N.tolist()
+        settled = offset = 0
+        for row in rows:
+            part = slice(offset, offset + len(row.block) + 1)
+            offset = part.stop
+            settled += row.take(drawn[part], logprobs[part], self.end_ids)
+        return settled
 
 
-def choose(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Next tokens (int64 [B]) and their log-probabilities (float32 [B]) under the distribution they were drawn from.
+class _Row:
+    """One completion under way."""
 
-    Sampling inverts the cumulative distribution at one uniform number a row, so a row's token depends on its own
-    number alone. Greedy log-probabilities are those at temperature 1."""
-    if temperature == 0:
-        logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
-        next_B = logits_BV.argmax(-1)
-    else:
-        logprobs_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
-        cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-        # Scaled by the last entry, which rounding keeps from being exactly one.
-        next_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True).squeeze(-1)
-        next_B = next_B.clamp_max(logits_BV.shape[-1] - 1)
-    return next_B, logprobs_BV.gather(-1, next_B[:, None]).squeeze(-1)
+    def __init__(self, prompt: Sequence[int], most: int, uniforms: Tensor, draft: Draft):
+        self.pending = list(prompt)
+        """Tokens of the row that the store does not hold yet."""
+        self.length = 0
+        """Tokens of the row in the store."""
+        self.block: tuple[int, ...] = ()
+        """Draft tokens in the pass under way."""
+        self.uniforms, self.draft, self.most = uniforms, draft, most
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finished = False
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or len(self.tokens) == self.most
+
+    def feed(self) -> list[int]:
+        """What the next pass reads: one token fewer is drafted than may still be said, since each pass draws one more."""
+        self.block = self.draft.propose(self.most - len(self.tokens) - 1)
+        return [*self.pending, *self.block]
+
+    def take(self, drawn: Sequence[int], logprobs: Sequence[float], end_ids: frozenset[int]) -> int:
+        """Keep the drawn tokens up to the first that the draft did not foresee; returns how many."""
+        agreed = next((i for i, (a, b) in enumerate(zip(drawn, self.block, strict=False)) if a != b), len(self.block))
+        kept = list(drawn[: agreed + 1])
+        end = next((i for i, token in enumerate(kept) if token in end_ids), None)
+        if end is not None:
+            kept, self.finished = kept[: end + 1], True
+        self.tokens += kept
+        self.logprobs += logprobs[: len(kept)]
+        self.length += len(self.pending) + len(kept) - 1
+        self.pending = kept[-1:]
+        if not self.ended:
+            self.draft.saw(self.tokens, len(self.block), agreed)
+        return len(kept)
 
 
-def _uniforms(seed: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+def _admit(queue: deque[_Row], most: int) -> list[_Row]:
+    """The next rows of the queue, at most ``most`` and PREFILL_TOKENS."""
+    rows = [queue.popleft()]
+    total = len(rows[0].pending)
+    while queue and len(rows) < most and (total := total + len(queue[0].pending)) <= PREFILL_TOKENS:
+        rows.append(queue.popleft())
+    return rows
+
+
+def _compact(active: list[_Row], store: KeyValues) -> int:
+    """Drop the rows that ended; each gap takes the last row. Returns how many were dropped."""
+    before = len(active)
+    for slot in reversed(range(before)):
+        if active[slot].ended:
+            last = active.pop()
+            if slot < len(active):
+                store.copy(len(active), slot, last.length)
+                active[slot] = last
+    return before - len(active)
