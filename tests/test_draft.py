@@ -1,4 +1,4 @@
-"""Following a draft: how far to trust it, and finding the place again. That tokens never change: test_rollout_local.py."""
+"""Following a draft: how far to trust it, finding the place again. That tokens stay: test_rollout_local.py."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 # import each other.
 FLOORS = {
     "F0 words": ["", "types", "config"],
-    "F1 math": ["losses", "ema", "retention", "stats", "seeds"],
+    "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds"],
     "F2 text and weights": ["files", "contexts", "packing", "models", "teacher", "likelihood"],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",

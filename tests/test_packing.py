@@ -64,19 +64,15 @@ def accepted(name: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_states_and_gradients_are_those_of_separate_rows(name: str) -> None:
     model, plain = accepted(name)
+    layout = pack(ROWS)
+    hidden = packed_hidden(model.base_model, layout)
+    packed, apart = [hidden[path] for path in layout.paths], separately(plain, ROWS)
     torch.manual_seed(1)
-    weights = [torch.randn(len(row), 32) for row in ROWS]
-    for twin in (model, plain):
-        if twin is model:
-            layout = pack(ROWS)
-            hidden = packed_hidden(model.base_model, layout)
-            states = [hidden[path] for path in layout.paths]
-        else:
-            states = separately(plain, ROWS)
-            for got, wanted in zip(kept, states, strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
-        kept = [state.detach() for state in states]
-        sum((state * weight).sum() for state, weight in zip(states, weights, strict=True)).backward()  # type: ignore
+    weights = [torch.randn_like(states) for states in apart]
+    for got, wanted in zip(packed, apart, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    for rows in (packed, apart):
+        torch.stack([(states * weight).sum() for states, weight in zip(rows, weights, strict=True)]).sum().backward()
     for (label, got), (_, wanted) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         if wanted.grad is not None:
             torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-3, atol=1e-3 * float(wanted.grad.abs().max()),
@@ -132,7 +128,9 @@ def test_every_row_finds_its_own_tokens(rows: list[list[int]], shared_tokens: in
     for row, path in zip(rows, layout.paths, strict=True):
         assert [ids[place] for place in path] == row
         assert [positions[place] for place in path] == list(range(len(row)))
-    assert len(ids) <= sum(map(len, rows)) and {place for path in layout.paths for place in path} == set(range(len(ids)))
+    assert len(ids) <= sum(map(len, rows)) and {place for path in layout.paths for place in path} == set(
+        range(len(ids))
+    )
     outputs = sum(group.queries_SQ.numel() for group in layout.groups)
     queries = torch.cat([group.queries_SQ.flatten() for group in layout.groups])
     assert len(queries) == outputs and queries[layout.back_T].tolist() == list(range(len(ids)))
@@ -158,8 +156,8 @@ def test_without_a_layout_it_is_what_it_was(name: str) -> None:
     assert enable(model)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
-    for given in (mask, None):
-        got, wanted = (m(input_ids=ids, attention_mask=given).logits for m in (model, plain))
+    for seen in (mask, None):
+        got, wanted = (m(input_ids=ids, attention_mask=seen).logits for m in (model, plain))
         torch.testing.assert_close(got[mask == 1], wanted[mask == 1])
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False),
                        plain.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False))  # fmt: skip

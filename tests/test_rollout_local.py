@@ -199,7 +199,9 @@ def test_both_engines_draw_the_same(temperature: float) -> None:
     own, theirs = (kind(lm, lm.model).generate(prompts(), params, seeds) for kind in (LocalEngine, GenerateEngine))
     assert tokens(own) == tokens(theirs) and [c.finished for c in own] == [c.finished for c in theirs]
     for a, b in zip(own, theirs, strict=True):
-        torch.testing.assert_close(torch.tensor(a.sampler_logprobs), torch.tensor(b.sampler_logprobs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(a.sampler_logprobs), torch.tensor(b.sampler_logprobs), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("reference", [(), (3, 2), (5, 5, 5)], ids=["plain", "drafted", "wrongly-drafted"])
@@ -244,8 +246,12 @@ def test_order_and_progress() -> None:
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="5 prompts but 1 seeds"):
         engine().generate(prompts(), GREEDY, [0])
-    for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 1, "temperature": -1.0}, {"max_new_tokens": 1, "top_k": -1},
-                {"max_new_tokens": 1, "top_p": 0.0}):
+    for bad in (
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1, "temperature": -1.0},
+        {"max_new_tokens": 1, "top_k": -1},
+        {"max_new_tokens": 1, "top_p": 0.0},
+    ):
         with pytest.raises(ValueError, match="must be"):
             SamplingParams(**bad)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Drawing a token: exact on small vocabularies that can be enumerated, the same on large ones, block borders included."""
+"""Drawing a token: exact on small vocabularies that can be enumerated, and across block borders on larger ones."""
 
 from __future__ import annotations
 

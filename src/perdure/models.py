@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from perdure.config import ModelConfig
 from perdure.files import file_sha256, package_folder
-from perdure.losses import Head
+from perdure.fused import Head
 from perdure.packing import enable, is_enabled, pack, packed_hidden
 from perdure.types import Batch, InputError
 

@@ -5,9 +5,11 @@ once) is one segment, computed once, and every segment attends to its ancestors 
 packed tokens only; attention alone works on padded groups of segments of like length. Gradients flow through shared
 segments, so the result is that of separate rows, forward and backward, up to rounding.
 
-The same attention, with keys and values kept in a ``KeyValues`` store, lets every row of a decode advance at its own pace.
+The same attention, with keys and values kept in a ``KeyValues`` store, lets each row of a decode advance at its own
+pace.
 
-Dimension letters: T packed tokens, S segments of a group, Q queries of a segment, K keys it may see, H heads, D head size.
+Dimension letters: T packed tokens, S segments of a group, Q queries of a segment, K keys it may see, H heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ class Keep:
     def write(self, layer: int, key_THD: Tensor, value_THD: Tensor) -> None:
         store = self.store
         if layer not in store.layers:
-            key, value = (x.new_zeros(store.slots, x.shape[1], store.capacity, x.shape[2]) for x in (key_THD, value_THD))
+            key, value = (
+                x.new_zeros(store.slots, x.shape[1], store.capacity, x.shape[2]) for x in (key_THD, value_THD)
+            )
             store.layers[layer] = (key, value)
         for kept, new_THD in zip(store.layers[layer], (key_THD, value_THD), strict=True):
             kept[self.slots_N, :, self.positions_N] = new_THD[self.sources_N]
@@ -189,7 +193,9 @@ def pack(rows: Sequence[Tokens], device: torch.device | str = "cpu", store: KeyV
         offset += group.queries_SQ.numel()
     keep = None
     if store:
-        places = [(slots[row] if slots else row, t, place) for row, path in enumerate(paths) for t, place in enumerate(path)]
+        places = [
+            (slots[row] if slots else row, t, place) for row, path in enumerate(paths) for t, place in enumerate(path)
+        ]
         keep = Keep(store, *(torch.tensor(column, device=device) for column in zip(*places, strict=True)))
     ids_T, positions_T = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
     return Layout(ids_T, positions_T, groups, back.to(device), paths, keep)
@@ -208,7 +214,9 @@ def _group(members: list[Segment], plain: bool, device: torch.device | str) -> G
     return Group(queries_SQ.to(device), positions_SQ.to(device), keys_SK.to(device), width, plain)
 
 
-def advance(store: KeyValues, news: Sequence[Tokens], lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+def advance(
+    store: KeyValues, news: Sequence[Tokens], lengths: Sequence[int], device: torch.device | str = "cpu"
+) -> Layout:
     """The layout of a decode step: row s feeds ``news[s]`` after the ``lengths[s]`` tokens that its slot s holds."""
     most, width = max(map(len, news)), max(length + len(new) for new, length in zip(news, lengths, strict=True))
     queries_SQ = torch.zeros(len(news), most, dtype=torch.int64)

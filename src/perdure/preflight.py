@@ -17,7 +17,8 @@ import torch
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
 from perdure.contexts import Renderer, Template, collate, micro_batches, names_the_example, parse_template
 from perdure.evaluate import Grader, score_prompts
-from perdure.losses import LossInputs, LossSpec, chunked_loss
+from perdure.fused import LossInputs, chunked_loss
+from perdure.losses import LossSpec
 from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions
 from perdure.rollout.base import Progress, RolloutEngine, TotalProgress, part_of
 from perdure.seeds import derive_seed, permutation

@@ -18,7 +18,6 @@ from perdure.rollout.base import RolloutEngine
 from perdure.rollout.generate import GenerateEngine
 from perdure.rollout.local import LocalEngine
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +44,7 @@ def open_session(config: RunConfig, folder: Path | None = None) -> Session:
 
 
 def make_engine(loaded: LoadedModel, working: Any, batch_tokens: int = 8192) -> RolloutEngine:
-    """The own decode where the architecture can run packed, else transformers' ``generate``; the latter is said once."""
+    """The own decode where the architecture runs packed, else transformers' ``generate``, with a warning."""
     if is_enabled(working):
         return LocalEngine(loaded, working, batch_tokens)
     logger.warning(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perdure.ema import teacher_update
-from perdure.losses import Head
+from perdure.fused import Head
 from perdure.models import head_of, hidden_at_loss_positions, working_copy
 from perdure.types import Batch
 

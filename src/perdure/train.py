@@ -23,7 +23,8 @@ from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights,
 from perdure.config import TrainConfig
 from perdure.contexts import Renderer, Template, collate, micro_batches, names_the_example
 from perdure.evaluate import Grader, evaluate
-from perdure.losses import LossInputs, LossSpec, chunked_loss
+from perdure.fused import LossInputs, chunked_loss
+from perdure.losses import LossSpec
 from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions, sync_weights
 from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.runlog import Clock, LoopState, Report, RunLog

@@ -52,6 +52,6 @@ class RolloutEngine(Protocol):
                  references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
         """One completion a prompt, in the prompts' order. A row's tokens depend on its own seed only, never on its
         neighbours' seeds. ``sampler_logprobs`` are those of the distribution sampled from, after temperature, top_k and
-        top_p. ``references``: tokens that each completion may resemble (empty: none known); an engine may use them to be
-        faster, never to answer otherwise."""
+        top_p. ``references``: tokens that each completion may resemble (empty: none known); an engine may use them to
+        be faster, never to answer otherwise."""
         ...

@@ -17,7 +17,7 @@ from perdure.types import Completion, Prompt
 
 
 class GenerateEngine:
-    """Rows of equal length together, so that nothing is padded: some architectures have no mask to hide padding with."""
+    """Rows of equal length together: nothing is padded, since some architectures have no mask to hide padding."""
 
     def __init__(self, loaded: LoadedModel, model: Any, batch_tokens: int = 8192):
         self.model = model

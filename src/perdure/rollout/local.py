@@ -49,7 +49,9 @@ class LocalEngine:
         queue = deque(sorted(rows, key=lambda row: -len(row.pending)))
         if queue:
             capacity = len(queue[0].pending) + params.max_new_tokens
-            self._decode(queue, KeyValues(min(len(rows), max(1, self.batch_tokens // capacity)), capacity), params, progress)
+            self._decode(
+                queue, KeyValues(min(len(rows), max(1, self.batch_tokens // capacity)), capacity), params, progress
+            )
         return [Completion(tuple(row.tokens), tuple(row.logprobs), row.finished) for row in rows]
 
     def _decode(self, queue: deque[_Row], store: KeyValues, params: SamplingParams, progress: Progress | None) -> None:
@@ -111,7 +113,7 @@ class _Row:
         return self.finished or len(self.tokens) == self.most
 
     def feed(self) -> list[int]:
-        """What the next pass reads: one token fewer is drafted than may still be said, since each pass draws one more."""
+        """What the next pass reads; one token fewer is drafted than may still be said: each pass draws one more."""
         self.block = self.draft.propose(self.most - len(self.tokens) - 1)
         return [*self.pending, *self.block]
 
