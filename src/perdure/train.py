@@ -25,7 +25,14 @@ from perdure.contexts import Renderer, Template, collate, micro_batches, names_t
 from perdure.evaluate import Grader, evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
-from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions, sync_weights
+from perdure.models import (
+    LoadedModel,
+    autocast,
+    head_of,
+    hidden_at_loss_positions,
+    linear_parameters,
+    sync_weights,
+)
 from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.runlog import Clock, LoopState, Report, RunLog
 from perdure.seeds import derive_seed, stream_window
@@ -71,6 +78,7 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
     optimizer = make_optimizer(stage, config)
     state = resume(stage, optimizer, log)
     kept_scores: dict[Any, Tensor] = {}
+    parameters = linear_parameters(stage.student.model)
     while state.step < config.steps and state.stale < config.patience:
         clock, phase = Clock(), phase_of(state, config)
         rows = batch_rows(stage, config, state.step)
@@ -91,7 +99,8 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
         if phase == "warm_start" and metrics["demonstration_probability"] >= config.warm_start_until:
             state.warm = False
         line = {"step": state.step, "phase": phase, **metrics, **describe(stage, rollouts, phase)}
-        log.metrics(line, {"step": state.step, "phase": phase, "seconds": clock.seconds, "tokens": dict(state.tokens)})
+        log.metrics(line, {"step": state.step, "phase": phase, "seconds": clock.seconds, "tokens": dict(state.tokens),
+                           "parameters": parameters})  # fmt: skip
         log_sample(stage, log, rollouts, state, phase)
         if stage.validation and (state.step % config.validate_every == 0 or state.step == config.steps):
             log.metrics(validate(stage, config, state))
@@ -254,7 +263,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         batch = collate([rollouts[i] for i in group], "student", stage.student.pad_id, config.skip_first_tokens)
         with autocast(stage.dtype):
             student_NH = hidden_at_loss_positions(model, batch).to(stage.dtype)
-        clock.lap("student")
+        clock.lap("forward")
         teacher_NH = torch.cat([teacher_hidden[i] for i in group]) if teacher_hidden is not None else None
         if spec.demonstrated == "nll" and bool(batch.demonstrated_N.all()):
             teacher_NH = None
@@ -263,7 +272,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         loss, metrics = chunked_loss(spec, inputs, head_of(model), stage.teacher.head if stage.teacher else None)
         clock.lap("loss")
         (loss / count).backward()
-        clock.lap("student")
+        clock.lap("backward")
         sums["loss"] += float(loss.detach())
         sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
         state.tokens["student"] += int(batch.attention_mask_BT.sum())

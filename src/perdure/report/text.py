@@ -15,7 +15,7 @@ from rich.text import Text
 from perdure.report import results
 from perdure.report.words import count, interval, percent, points, safe_line, safe_text, seconds, sentences
 
-__all__ = ["preflight_tables", "render", "safe_text", "score_table"]
+__all__ = ["preflight_tables", "profile_table", "render", "safe_text", "score_table"]
 
 NAME_WIDTH, LABEL_WIDTH = 16, 26
 """Longest skill name and row label in characters; longer ones are cut with an ellipsis."""
@@ -72,6 +72,24 @@ def score_table(result: Mapping[str, Any], console: Console) -> None:
     if result["probe"]:
         _row(table, ["prior, average", percent(result["probe"]["average"], 1)], "bold")
     console.print(table)
+
+
+def profile_table(stage: str, rows: Sequence[Mapping[str, Any]], peak: float, console: Console) -> None:
+    """Print where a stage's training time went: ``rows`` as ``report.profile.profile`` gives them."""
+    table = _table(f"{stage}: training, median step", ["Part", "Seconds", "Share", "Tokens/s", "Of peak"])
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        parts = [row for row in rows if row["phase"] == phase]
+        total = sum(row["seconds"] for row in parts)
+        steps = parts[0]["steps"]
+        title = f"{phase.replace('_', ' ')}, {steps} step{'s' if steps != 1 else ''}"
+        _row(table, [title, f"{total:.2f}", "", "", ""], "bold")
+        for row in parts:
+            rate, of_peak = row["tokens_per_second"], row["of_peak"]
+            cells = [f"{row['seconds']:.2f}", percent(row["share"]), "" if rate is None else count(round(rate)),
+                     "" if of_peak is None else percent(of_peak)]  # fmt: skip
+            _row(table, ["  " + row["part"], *cells])
+    console.print(table)
+    console.print(Text(f"Peak: {peak / 1e9:,.0f} GFLOP/s, a matrix product timed now.", style="dim"))
 
 
 # Sections of ``render``
