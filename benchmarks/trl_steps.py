@@ -3,8 +3,8 @@
     python benchmarks/trl_steps.py MODEL_FOLDER ROWS.jsonl SETTINGS_JSON
 
 A row holds the rendered prompt of the student, and what follows it in the teacher's. TRL at its best: no gradient
-checkpointing, one generation, no importance weights. Prints one JSON object: seconds and completion tokens of each step,
-seconds by part, peak resident memory.
+checkpointing, one generation, no importance weights. Prints one JSON object: seconds and completion tokens of each
+step, seconds by part, peak resident memory.
 """
 
 from __future__ import annotations

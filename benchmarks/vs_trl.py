@@ -1,11 +1,11 @@
 """Perdure's step against TRL's SDFTTrainer: the same weights, prompts, teacher contexts, batch, lengths and threads.
 
-    python benchmarks/vs_trl.py --trl-python .venv-trl/bin/python [--rounds 3] [--states cold half trained] [--json FILE]
+    python benchmarks/vs_trl.py --trl-python .venv-trl/bin/python [--rounds 3] [--states cold trained] [--json FILE]
     python benchmarks/vs_trl.py --long ...      prompts of 800 and more tokens, one round
 
 Both train with forward KL over full logits and a frozen teacher at temperature 1. TRL runs twice a round: at equal
-numerics (float32 masters, bfloat16 compute) and at its fastest (weights and optimizer in bfloat16 outright). Each program
-has its own process; they alternate. A process's first step warms up and is not counted.
+numerics (float32 masters, bfloat16 compute) and at its fastest (weights and optimizer in bfloat16 outright). Each
+program has its own process; they alternate. A process's first step warms up and is not counted.
 Ratios are TRL's seconds over Perdure's: ``vs_trl.equal_numerics.<state>``, ``vs_trl.fastest.<state>``.
 """
 

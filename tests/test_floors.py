@@ -27,8 +27,8 @@ FLOORS = {
     ],
     "F5 deciding": ["gates", "workspace", "measure", "stages", "curriculum"],
     "F6 talking": [
-        "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts", "report.samples",
-        "report.results", "report.process", "report.text", "report.html",
+        "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
+        "report.samples", "report.results", "report.process", "report.text", "report.html",
         "export", "serve", "trackers", "progress", "demo", "cli",
     ],
 }  # fmt: skip

@@ -21,11 +21,12 @@ def tokens(rollout: int, teacher: int, student: int) -> dict[str, int]:
     return {"rollout": rollout, "teacher": teacher, "student": student, "evaluate": 7}
 
 
+REST = {"forward": 1.0, "backward": 2.0, "loss": 1.0, "optimizer": 1.0}
 LINES = [
-    line(1, "warm_start", tokens(0, 300, 100), rollout=0.0, teacher=3.0, forward=1.0, backward=2.0, loss=1.0, optimizer=1.0),
-    line(2, "on_policy", tokens(40, 500, 200), rollout=2.0, teacher=1.0, forward=1.0, backward=2.0, loss=1.0, optimizer=1.0),
-    line(3, "on_policy", tokens(80, 700, 300), rollout=4.0, teacher=1.0, forward=1.0, backward=2.0, loss=1.0, optimizer=1.0),
-]  # fmt: skip
+    line(1, "warm_start", tokens(0, 300, 100), rollout=0.0, teacher=3.0, **REST),
+    line(2, "on_policy", tokens(40, 500, 200), rollout=2.0, teacher=1.0, **REST),
+    line(3, "on_policy", tokens(80, 700, 300), rollout=4.0, teacher=1.0, **REST),
+]
 
 
 def rows(folder: Path) -> list[dict]:

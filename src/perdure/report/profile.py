@@ -22,9 +22,9 @@ def profile(run_folder: Path, peak: float) -> list[dict[str, Any]]:
     """One row for each phase and part: ``phase``, ``part``, ``steps``, ``seconds`` (median a step), ``share`` of the
     step, ``tokens_per_second`` and ``of_peak``; the last two are None where a part has no tokens.
 
-    ``peak``: operations a second of a large matrix product here. ``of_peak`` counts the weights' products for every real
-    token, as if each row ran alone: shared prefixes push it up (even above 1), everything else down. A rollout's tokens
-    are those it wrote; reading its prompts costs time too. Phases have at least one step."""
+    ``peak``: operations a second of a large matrix product here. ``of_peak`` counts the weights' products for every
+    real token, as if each row ran alone: shared prefixes push it up (even above 1), everything else down. A rollout's
+    tokens are those it wrote; reading its prompts costs time too."""
     path = run_folder / "timings.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     rows = []
