@@ -24,8 +24,9 @@ from perdure.importers import IMPORTERS
 from perdure.models import sync_weights
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill, load_skill
+from perdure.stage import Anchors, Stage
 from perdure.teacher import make_teacher
-from perdure.train import Anchors, Stage, train
+from perdure.train import train
 
 FOLDER = Path(os.environ.get("PERDURE_BENCH", "bench-workspace"))
 TEMPLATE = "turns:2"

@@ -12,9 +12,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from perdure.attention import enable
 from perdure.contexts import Renderer
 from perdure.models import LoadedModel, save
-from perdure.packing import enable
 from perdure.rollout.base import Progress, SamplingParams
 from perdure.skills.base import load_skill
 from perdure.types import Completion, Example, Prompt

@@ -15,15 +15,15 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 FLOORS = {
     "F0 words": ["", "types", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds"],
-    "F2 text and weights": ["files", "contexts", "packing", "models", "teacher", "likelihood"],
+    "F2 text and weights": ["files", "contexts", "packing", "attention", "models", "teacher", "likelihood"],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
         "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.base",
         "importers.base", "importers.*", "importers",
     ],
     "F4 doing": [
-        "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "train", "preflight",
-        "anchors",
+        "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage", "train",
+        "preflight", "anchors",
     ],
     "F5 deciding": ["gates", "workspace", "measure", "stages", "curriculum"],
     "F6 talking": [

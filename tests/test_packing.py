@@ -10,7 +10,8 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.packing import KeyValues, advance, enable, is_enabled, pack, packed_hidden, segments_of
+from perdure.attention import enable, is_enabled, packed_hidden
+from perdure.packing import KeyValues, advance, pack, segments_of
 
 SIZE = dict(
     vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

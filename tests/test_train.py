@@ -23,10 +23,9 @@ from perdure.rollout.base import RolloutEngine
 from perdure.rollout.local import LocalEngine
 from perdure.runlog import Clock, LoopState
 from perdure.skills.graders import exact
+from perdure.stage import Anchors, Stage
 from perdure.teacher import FixedTeacher, make_teacher
 from perdure.train import (
-    Anchors,
-    Stage,
     anchor_drift,
     batch_rows,
     complete,

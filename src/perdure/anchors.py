@@ -15,7 +15,7 @@ from perdure.rollout.base import Progress, SamplingParams, TotalProgress, part_o
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session
 from perdure.skills.base import Skill
-from perdure.train import Anchors
+from perdure.stage import Anchors
 from perdure.types import Example, Rollout
 
 

@@ -34,9 +34,10 @@ from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill, load_skill
+from perdure.stage import Stage
 from perdure.stages import Outcome, begin, finished, load_all, settings_hash, settle
 from perdure.teacher import make_teacher
-from perdure.train import Stage, train
+from perdure.train import train
 from perdure.types import Example, InputError, Verdict
 from perdure.workspace import BASE, Workspace
 

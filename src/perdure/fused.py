@@ -114,8 +114,8 @@ class _Job(NamedTuple):
     """(rows, whether they take nll) of each chunk."""
     metrics: dict[str, float]
 
-    def chunk_loss(self, rows_C: Tensor, nll: bool, raw_CV: Tensor, grad_CV: Tensor | None) -> Tensor:
-        """Weighted loss sum of a chunk from the student's raw logits; writes its gradient by them into ``grad_CV``."""
+    def chunk_loss(self, rows_C: Tensor, nll: bool, raw_CV: Tensor, wants: bool) -> Tensor:
+        """Weighted loss sum of a chunk from the student's raw logits, which its gradient by them replaces."""
         inputs, exact = self.inputs, accumulator(raw_CV)
         teacher_CV = None
         if not nll:
@@ -127,11 +127,10 @@ class _Job(NamedTuple):
             part = slice(start, start + block)
             rows_B = rows_C[part]
             student_BV = self.student_head.finish(raw_CV[part], exact)
-            slope_BV = self.student_head.slope(student_BV) if grad_CV is not None else None
+            slope_BV = self.student_head.slope(student_BV) if wants else None
             student_BV -= student_BV.logsumexp(-1, keepdim=True)
             probabilities_BV = student_BV.exp()
             self._count(rows_B, student_BV, probabilities_BV)
-            wants = grad_CV is not None
             if teacher_CV is None:
                 loss_B, grad_BV = _nll(student_BV, probabilities_BV, inputs.targets_N[rows_B], wants)
             else:
@@ -140,9 +139,9 @@ class _Job(NamedTuple):
                                               inputs.targets_N[rows_B], wants)  # fmt: skip
             weights_B = inputs.weights_N[rows_B].to(exact)
             total += torch.dot(loss_B, weights_B)
-            if grad_CV is not None and grad_BV is not None:
+            if grad_BV is not None:
                 grad_BV *= weights_B[:, None]
-                grad_CV[part] = grad_BV if slope_BV is None else grad_BV.mul_(slope_BV)
+                raw_CV[part] = grad_BV if slope_BV is None else grad_BV.mul_(slope_BV)
         return total
 
     def _teacher(self, rows_B: Tensor, raw_BV: Tensor, exact: torch.dtype) -> Tensor:
@@ -259,25 +258,28 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, job: _Job) -> Tensor:  # type: ignore[override]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.zeros_like(hidden_NH) if wants_hidden else None
         exact = accumulator(hidden_NH)
-        grad_weight = torch.zeros_like(weight_VH, dtype=exact) if wants_weight else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if wants_bias and bias_V is not None else None
         head = Head(weight_VH.to(hidden_NH.dtype), bias_V)
         total = torch.zeros((), dtype=exact, device=hidden_NH.device)
         for rows_C, nll in job.parts:
             hidden_CH = hidden_NH[rows_C]
-            raw_CV = head.product(hidden_CH)
-            grad_CV = torch.empty_like(raw_CV) if any(ctx.needs_input_grad[:3]) else None
-            total += job.chunk_loss(rows_C, nll, raw_CV, grad_CV)
-            if grad_CV is None:
+            grad_CV = head.product(hidden_CH)  # logits until chunk_loss has worked on them
+            total += job.chunk_loss(rows_C, nll, grad_CV, wants)
+            if not wants:
                 continue
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(0, dtype=exact)
             if grad_hidden is not None:
                 grad_hidden[rows_C] = grad_CV @ head.weight_VH
-            if grad_weight is not None:
-                grad_weight += grad_CV.T @ hidden_CH
+            if wants_weight:
+                of_chunk_VH = grad_CV.T @ hidden_CH
+                grad_weight = of_chunk_VH.to(exact) if grad_weight is None else grad_weight.add_(of_chunk_VH)
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VH, dtype=exact)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         return total
@@ -288,6 +290,10 @@ class _FusedLoss(torch.autograd.Function):
         (scale,) = grads
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        if scale.item() == 1:  # a pass over the head's gradient saved
+            dtypes = (None, weight_dtype, bias_dtype)
+            ready = (grad_hidden, grad_weight, grad_bias)
+            return *(g if g is None or d is None else g.to(d) for g, d in zip(ready, dtypes, strict=True)), None
         return (
             None if grad_hidden is None else (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * scale).to(weight_dtype),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from perdure.packing import is_enabled
+from perdure.attention import is_enabled
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a context (at least one) and of the continuation to score (at least one)."""

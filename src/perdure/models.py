@@ -24,10 +24,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from perdure.attention import enable, is_enabled, packed_hidden
 from perdure.config import ModelConfig
 from perdure.files import file_sha256, package_folder
 from perdure.fused import Head
-from perdure.packing import enable, is_enabled, pack, packed_hidden
+from perdure.packing import pack
 from perdure.types import Batch, InputError
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from perdure.attention import is_enabled
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.models import LoadedModel, compute_dtype, load, working_copy
-from perdure.packing import is_enabled
 from perdure.rollout.base import RolloutEngine
 from perdure.rollout.generate import GenerateEngine
 from perdure.rollout.local import LocalEngine

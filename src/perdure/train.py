@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,52 +20,22 @@ from torch import Tensor
 
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint, save_weights
 from perdure.config import TrainConfig
-from perdure.contexts import Renderer, Template, collate, micro_batches, names_the_example
-from perdure.evaluate import Grader, evaluate
+from perdure.contexts import collate, micro_batches, names_the_example
+from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
 from perdure.models import (
-    LoadedModel,
     autocast,
     head_of,
     hidden_at_loss_positions,
     linear_parameters,
     sync_weights,
 )
-from perdure.rollout.base import RolloutEngine, SamplingParams
+from perdure.rollout.base import SamplingParams
 from perdure.runlog import Clock, LoopState, Report, RunLog
 from perdure.seeds import derive_seed, stream_window
-from perdure.teacher import Teacher
+from perdure.stage import Stage
 from perdure.types import Example, InputError, Rollout
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """Prompts without a demonstration, each with the completion that the stage's first weights gave."""
-
-    earlier: tuple[Rollout, ...] = ()
-    """From the train files of earlier skills."""
-    general: tuple[Rollout, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The live objects of one stage. The student is what is trained; ``working`` is its copy for decoding."""
-
-    student: LoadedModel
-    working: Any
-    engine: RolloutEngine
-    teacher: Teacher | None
-    renderer: Renderer
-    template: Template
-    examples: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    anchors: Anchors
-    grader: Grader
-    max_new_tokens: int
-    dtype: torch.dtype
-    seed: int
-    folder: Path
 
 
 def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> LoopState:
@@ -267,11 +236,12 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         teacher_NH = torch.cat([teacher_hidden[i] for i in group]) if teacher_hidden is not None else None
         if spec.demonstrated == "nll" and bool(batch.demonstrated_N.all()):
             teacher_NH = None
-        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N,
+        # Divided before the sum, once, by the global count: the head's gradient then needs no pass of its own for it.
+        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N / count, batch.demonstrated_N,
                             config.teacher_temperature)  # fmt: skip
         loss, metrics = chunked_loss(spec, inputs, head_of(model), stage.teacher.head if stage.teacher else None)
         clock.lap("loss")
-        (loss / count).backward()
+        loss.backward()
         clock.lap("backward")
         sums["loss"] += float(loss.detach())
         sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
@@ -283,7 +253,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     optimizer.zero_grad(set_to_none=True)
     own = "sample_probability" if phase == "on_policy" else "demonstration_probability"
     return {
-        "loss": sums["loss"] / count,
+        "loss": sums["loss"],
         "entropy": sums["entropy"] / count,
         own: sums["demonstrated_target_probability"] / max(1.0, sums["demonstrated_tokens"]),
         "grad_norm": norm,

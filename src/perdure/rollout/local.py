@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.attention import packed_hidden
 from perdure.models import LoadedModel, backbone, head_of
-from perdure.packing import KeyValues, Layout, advance, pack, packed_hidden
+from perdure.packing import KeyValues, Layout, advance, pack
 from perdure.rollout.base import Progress, SamplingParams
 from perdure.rollout.draft import Draft
 from perdure.rollout.sampling import choose, uniforms

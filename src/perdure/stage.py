@@ -1,0 +1,45 @@
+"""What the loop works on: the live objects of one stage, and its anchor rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.contexts import Renderer, Template
+from perdure.evaluate import Grader
+from perdure.models import LoadedModel
+from perdure.rollout.base import RolloutEngine
+from perdure.teacher import Teacher
+from perdure.types import Example, Rollout
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Prompts without a demonstration, each with the completion that the stage's first weights gave."""
+
+    earlier: tuple[Rollout, ...] = ()
+    """From the train files of earlier skills."""
+    general: tuple[Rollout, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The live objects of one stage. The student is what is trained; ``working`` is its copy for decoding."""
+
+    student: LoadedModel
+    working: Any
+    engine: RolloutEngine
+    teacher: Teacher | None
+    renderer: Renderer
+    template: Template
+    examples: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    anchors: Anchors
+    grader: Grader
+    max_new_tokens: int
+    dtype: torch.dtype
+    seed: int
+    folder: Path
