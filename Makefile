@@ -1,11 +1,13 @@
-# make venv | demo | test | check | clean. Needs git, make and Python 3.11 or newer; the rest goes into $(VENV).
+# make venv | demo | test | check | bench | clean. Needs git, make and Python 3.11 or newer; the rest goes into $(VENV).
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
 BIN := $(VENV)/bin
 # -qq hides pip's warnings and bars, not its errors.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: venv demo test check format clean
+TRL_VENV ?= .venv-trl
+
+.PHONY: venv demo test check bench format clean
 .DEFAULT_GOAL := venv
 
 venv: $(VENV)/.stamp-packages $(VENV)/.stamp-data
@@ -41,10 +43,24 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# About 45 minutes: every ratio of docs/performance.md, with TRL in an environment of its own.
+bench: venv $(TRL_VENV)/.stamp
+	$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_VENV)/bin/python --json bench-workspace/vs_trl.json
+	$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_VENV)/bin/python --long --rounds 1 --states trained --json bench-workspace/vs_trl_long.json
+	$(BIN)/python benchmarks/vs_sft.py --json bench-workspace/vs_sft.json
+	$(BIN)/python benchmarks/decode.py --json bench-workspace/decode.json
+	$(BIN)/python benchmarks/loss_memory.py --trl-python $(TRL_VENV)/bin/python --json bench-workspace/loss_memory.json
+	$(BIN)/python benchmarks/plot.py bench-workspace/vs_trl.json bench-workspace/performance.svg
+
+$(TRL_VENV)/.stamp: $(VENV)/.stamp-python benchmarks/requirements-trl.txt constraints.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -r benchmarks/requirements-trl.txt
+	@touch $@
+
 format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist src/perdure.egg-info
+	rm -rf .venv .venv-trl bench-workspace .pytest_cache .ruff_cache .hypothesis build dist src/perdure.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

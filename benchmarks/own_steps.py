@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import statistics
 import sys
 import tempfile
 from dataclasses import replace
@@ -41,7 +42,7 @@ def main() -> None:
     shutil.rmtree(run)
     print(json.dumps({
         "seconds": [sum(step.values()) for step in steps], "tokens": tokens,
-        "parts": {part: sum(step[part] for step in steps) / len(steps) for part in steps[0]},
+        "parts": {part: statistics.median(step[part] for step in steps[1:]) for part in steps[0]},
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "threads": torch.get_num_threads(),
     }))  # fmt: skip
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -33,10 +34,15 @@ class Timer(TrainerCallback):
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-        self.parts: dict[str, float] = {}
+        self.parts: list[dict[str, float]] = []
 
     def on_step_begin(self, *args, **kwargs) -> None:
         self.start = time.perf_counter()
+
+    def part(self, name: str, seconds: float) -> None:
+        if len(self.parts) == len(self.steps):
+            self.parts.append({})
+        self.parts[-1][name] = self.parts[-1].get(name, 0.0) + seconds
 
     def on_step_end(self, *args, **kwargs) -> None:
         self.steps.append(time.perf_counter() - self.start)
@@ -49,7 +55,7 @@ class Timer(TrainerCallback):
             try:
                 return inner(*args, **kwargs)
             finally:
-                self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+                self.part(part, time.perf_counter() - start)
 
         setattr(owner, name, timed)
 
@@ -85,7 +91,8 @@ def main() -> None:
         trainer._prepare_training_batch = counted
         trainer.train()
     print(json.dumps({
-        "seconds": timer.steps, "tokens": tokens, "parts": {k: v / len(timer.steps) for k, v in timer.parts.items()},
+        "seconds": timer.steps, "tokens": tokens,
+        "parts": {part: statistics.median(step[part] for step in timer.parts[1:]) for part in timer.parts[0]},
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "threads": torch.get_num_threads(),
     }))  # fmt: skip
 
