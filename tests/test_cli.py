@@ -24,6 +24,7 @@ SURFACE = {
     "eval": {"--workspace", "-w", "--version", "--skill", "--probe", "--set", "--json"},
     "status": {"workspace", "--json"},
     "log": {"workspace", "--json"},
+    "verify": {"workspace", "--json"},
     "show": {"version", "--workspace", "-w"},
     "promote": {"version", "--workspace", "-w", "--reason"},
     "rollback": {"--workspace", "-w", "--to"},

@@ -59,12 +59,13 @@ def test_a_ledger_without_a_beginning_is_damage(workspace):
 
 
 def test_a_torn_last_line_is_cut_off_by_the_next_append(grown):
-    path = grown.folder / "ledger.jsonl"
-    whole = path.read_bytes()
+    path, head = grown.folder / "ledger.jsonl", grown.folder / "ledger.head"
+    whole, before = path.read_bytes(), head.read_bytes()
     grown.append("verdict", version="v003")
     last = path.read_bytes()[len(whole) :]
     for cut in range(1, len(last)):
         path.write_bytes(whole + last[:-cut])
+        head.write_bytes(before)
         again = Workspace.open(grown.folder)
         assert len(again.ledger()) == 3 and again.verify_ledger() == 3  # it was never acknowledged
         again.append("verdict", version="v003", cut=cut)
@@ -75,8 +76,32 @@ def test_a_torn_last_line_is_cut_off_by_the_next_append(grown):
 def test_a_torn_first_line(workspace):
     path = workspace.folder / "ledger.jsonl"
     path.write_bytes(path.read_bytes()[:10])
+    (workspace.folder / "ledger.head").unlink()
     workspace.append("init", version="v000")
     assert workspace.verify_ledger() == 1 and workspace.ledger()[0]["previous_line"] is None
+
+
+def test_an_edited_last_line_and_missing_ones_are_found(grown):
+    path = grown.folder / "ledger.jsonl"
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    path.write_bytes(whole.replace(b"v002", b"v001"))
+    with pytest.raises(InputError, match=r"ledger\.jsonl:3: this line was altered"):
+        grown.verify_ledger()
+    path.write_bytes(b"\n".join(lines[:2]) + b"\n")
+    for act in (grown.verify_ledger, lambda: grown.append("verdict", version="v003")):
+        with pytest.raises(InputError, match=r"has 2 lines, but ledger\.head counts 3: lines were lost"):
+            act()
+
+
+def test_a_kill_between_line_and_head_is_no_damage(grown):
+    head = grown.folder / "ledger.head"
+    before = head.read_bytes()
+    grown.append("verdict", version="v003")
+    head.write_bytes(before)
+    assert grown.verify_ledger() == 4
+    grown.append("refuse", version="v003")
+    assert grown.verify_ledger() == 5 and b'"lines": 5' in head.read_bytes()
 
 
 @pytest.mark.parametrize("aliases", [None, b"", b"{", b"[1]", b'{"champion": "v001", "previous": "v000"}', b"{}"])

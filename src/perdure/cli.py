@@ -249,6 +249,25 @@ def log(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> Non
 
 
 @app.command()
+def verify(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
+    """Check every byte of versions, skills and ledger against what was written. Exit code 2: something was changed."""
+    from perdure.report.text import safe_text
+    from perdure.verify import verify as problems_of_workspace
+
+    if not (workspace / "perdure.toml").is_file():
+        raise InputError(f"{workspace}: not a workspace (no perdure.toml)")
+    with _reporter().phase("verify", 0, "folders") as phase:
+        problems = problems_of_workspace(workspace, lambda done, total: phase.update(done, total))
+    if as_json:
+        out.print_json(json.dumps({"problems": problems}))
+    else:
+        for problem in problems:
+            out.print(Text(safe_text(problem)), soft_wrap=True)
+        out.print("Everything is as it was written." if not problems else f"{len(problems)} problems.")
+    raise typer.Exit(BAD_INPUT if problems else 0)
+
+
+@app.command()
 def show(
     version: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")] = "champion",
     workspace: WorkspaceOption = HERE,

@@ -19,16 +19,16 @@ from typing import Any
 from perdure.config import RunConfig, load_config, to_toml
 from perdure.files import (
     check_free,
+    file_sha256,
     files_sha256,
-    line_sha256,
     now,
     read_json,
-    read_jsonl,
     replace_text,
     sync_folder,
     sync_path,
     to_json,
 )
+from perdure.ledger import Ledger
 from perdure.skills.base import check_inside, content_hash, skill_files
 from perdure.types import InputError
 
@@ -36,6 +36,8 @@ BASE = "v000"
 _VERSION = re.compile(r"v[0-9]{3,}")
 _STAGE = re.compile(r"s([0-9]{2,})-")
 _SKILL_FOLDER = re.compile(r"[a-z0-9][a-z0-9_-]*@[0-9a-f]{8}")
+MANIFEST = "version_sha256"
+"""Entry of the ledger lines that introduce a version: the sha256 of its version.json."""
 _SAME = ("version", "parent", "stage", "skill", "method", "seed", "hashes")
 """Entries of version.json that say what a version is; the others say when it was made and what that cost."""
 
@@ -136,6 +138,7 @@ class Workspace:
         weights = sorted(beside.glob("*.safetensors"))
         if weights:
             info = info | {"hashes": info["hashes"] | {"weights": files_sha256(weights)}}
+        info = info | {"files": manifest_of(beside)}
         (beside / "version.json").write_text(to_json(info, indent=1) + "\n", encoding="utf-8")
         if final.exists():
             self._check_same(final, info)
@@ -183,64 +186,49 @@ class Workspace:
         return target
 
     def set_candidate(self, name: str | None) -> None:
-        self._write_json("aliases.json", self.aliases() | {"candidate": name})
+        aliases = self.aliases()
+        assert aliases["champion"]
+        replace_text(self.folder / "aliases.json", aliases_text(aliases["champion"], aliases["previous"], name))
 
     def append(self, event: str, **fields: Any) -> None:
-        """Add a line to the ledger, chained to the line before by its hash, synced before returning.
-
-        A last line without its end was torn by a kill before its append returned: it never counted and is cut off."""
-        path = self.folder / "ledger.jsonl"
-        with path.open("a+b") as file:
-            file.seek(0)
-            data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                file.truncate(len(whole))
-            before = line_sha256(whole.split(b"\n")[-2]) if whole else None
-            file.write(to_json({"time": now(), "event": event, **fields, "previous_line": before}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add an event to the ledger; one that introduces a version holds the hash of its version.json."""
+        if event in ("init", "candidate"):
+            fields[MANIFEST] = file_sha256(self.version_folder(fields["version"]) / "version.json")
+        Ledger(self.folder).append(event, **fields)
 
     def ledger(self) -> list[dict[str, Any]]:
         """All events. Raises InputError naming the line that is no JSON object."""
-        return read_jsonl(self.folder / "ledger.jsonl", growing=True)
+        return Ledger(self.folder).events()
 
     def verify_ledger(self) -> int:
-        """Check that each line holds the hash of the line before it; returns the number of lines.
-
-        Raises InputError naming the first line where the chain breaks: that line or the one before it was changed,
-        added or removed. The chain cannot see a change of the last line alone, nor lines missing at the end."""
-        path = self.folder / "ledger.jsonl"
-        events = self.ledger()
-        before = None
-        for number, (event, line) in enumerate(zip(events, path.read_bytes().split(b"\n"), strict=False), 1):
-            if event.get("previous_line") != before:
-                raise InputError(f"{path}:{number}: the chain is broken: this line or the one before it was altered")
-            before = line_sha256(line)
-        return len(events)
+        """See Ledger.verify."""
+        return Ledger(self.folder).verify()
 
     def _heal(self) -> None:
         """Under the lock: make the aliases say what the ledger's last promotion or rollback said."""
         if not self._aliases_agree():
-            self._write_aliases(*self._champions())
+            self._write_aliases(*self.champions())
 
     def _aliases_agree(self) -> bool:
-        champion, previous = self._champions()
+        champion, previous = self.champions()
         try:
             aliases = self.aliases()
         except InputError:  # missing or damaged: it holds nothing that the ledger cannot give back
             return False
         return isinstance(aliases, dict) and (aliases.get("champion"), aliases.get("previous")) == (champion, previous)
 
-    def _champions(self) -> tuple[str, str | None]:
+    def champions(self) -> tuple[str, str | None]:
         """(champion, previous) by the ledger. Raises InputError when it names none."""
         for event in reversed(self.ledger()):
             if event.get("event") in ("init", "promote", "rollback"):
-                return event["version"], event.get("parent")
+                version, parent = event.get("version"), event.get("parent")
+                if not isinstance(version, str) or not isinstance(parent, str | None):
+                    break
+                return version, parent
         raise InputError(f"{self.folder / 'ledger.jsonl'}: damaged, it names no champion")
 
     def _write_aliases(self, champion: str, previous: str | None) -> None:
-        self._write_json("aliases.json", {"champion": champion, "previous": previous, "candidate": None})
+        replace_text(self.folder / "aliases.json", aliases_text(champion, previous))
 
     # Skills
 
@@ -333,8 +321,18 @@ class Workspace:
             finally:
                 file.truncate(0)
 
-    def _write_json(self, name: str, value: Any) -> None:
-        replace_text(self.folder / name, to_json(value) + "\n")
+
+def aliases_text(champion: str, previous: str | None, candidate: str | None = None) -> str:
+    """What aliases.json holds."""
+    return to_json({"champion": champion, "previous": previous, "candidate": candidate}) + "\n"
+
+
+def manifest_of(folder: Path) -> dict[str, str]:
+    """Hex sha256 of every file of a version but version.json itself, by its path in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    names.pop("version.json", None)
+    return {name: file_sha256(path) if path.is_file() else "no file" for name, path in names.items()}
 
 
 def _of_content(entry: Any) -> Any:

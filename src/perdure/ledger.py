@@ -1,0 +1,78 @@
+"""The ledger: one line an event, append-only, each line holding the hash of the line before it.
+
+``ledger.head`` beside it says how many lines there are and the hash of the last one, so that an edited last line and
+lines missing at the end are found too. It is written after the line: a kill in between leaves it one line behind.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from perdure.files import line_sha256, now, read_json, read_jsonl, replace_text, to_json
+from perdure.types import InputError
+
+
+class Ledger:
+    """Whoever appends holds the workspace's lock."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "ledger.jsonl"
+        self.head_path = folder / "ledger.head"
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add a line, synced before returning. Raises InputError when the end is not what was written last.
+
+        A last line without its end was torn by a kill before its append returned: it never counted and is cut off."""
+        with self.path.open("a+b") as file:
+            file.seek(0)
+            data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            lines = whole.split(b"\n")[:-1]
+            self._check_end(lines)
+            if len(whole) < len(data):
+                file.truncate(len(whole))
+            before = line_sha256(lines[-1]) if lines else None
+            line = to_json({"time": now(), "event": event, **fields, "previous_line": before}).encode()
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        replace_text(self.head_path, _head_text(len(lines) + 1, line))
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events. Raises InputError naming the line that is no JSON object."""
+        return read_jsonl(self.path, growing=True)
+
+    def verify(self) -> int:
+        """Check the chain and its end; returns the number of lines.
+
+        Raises InputError naming the first line where the chain breaks (that line or the one before it was changed,
+        added or removed), or saying that the end is not the one written last."""
+        events = self.events()
+        lines = self.path.read_bytes().split(b"\n")[: len(events)]
+        before = None
+        for number, (event, line) in enumerate(zip(events, lines, strict=True), 1):
+            if event.get("previous_line") != before:
+                raise InputError(
+                    f"{self.path}:{number}: the chain is broken: this line or the one before it was altered"
+                )
+            before = line_sha256(line)
+        self._check_end(lines)
+        return len(events)
+
+    def _check_end(self, lines: list[bytes]) -> None:
+        if not lines and not self.head_path.exists():
+            return
+        if len(lines) == 1 and not self.head_path.exists():  # killed between the first line and its head
+            return
+        head = read_json(self.head_path)
+        count = head.get("lines") if isinstance(head, dict) else None
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= len(lines) <= count + 1:
+            raise InputError(f"{self.path}: has {len(lines)} lines, but ledger.head counts {count}: lines were lost")
+        if self.head_path.read_text(encoding="utf-8") != _head_text(count, lines[count - 1]):
+            raise InputError(f"{self.path}:{count}: this line was altered, or ledger.head was: its hash is not there")
+
+
+def _head_text(count: int, last: bytes) -> str:
+    return to_json({"lines": count, "sha256": line_sha256(last)}) + "\n"

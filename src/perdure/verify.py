@@ -1,0 +1,114 @@
+"""Is every byte of a workspace still what was written? Versions by their lists of files, skills by their content hash,
+the ledger by its chain.
+
+The ledger holds the hash of each version's version.json, which holds the hash of every file beside it and of the skill
+that was taught: who changes a byte has to change the ledger's lines from there to its end, and its head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from perdure.files import file_sha256, read_json
+from perdure.ledger import Ledger
+from perdure.skills.base import content_hash, skill_files
+from perdure.types import InputError
+from perdure.workspace import MANIFEST, Workspace, aliases_text, manifest_of
+
+Progress = Callable[[int, int], None]
+"""Called with (folders checked, folders in all)."""
+
+
+def verify(folder: Path, progress: Progress | None = None) -> list[str]:
+    """Every problem as ``path: what is wrong``, empty when all is as it was written. Changes nothing."""
+    problems, recorded = _ledger(folder)
+    problems += _aliases(folder)
+    versions = sorted(path for path in _children(folder / "versions") if not path.name.startswith("."))
+    skills = sorted(path for path in _children(folder / "skills") if not path.name.startswith("."))
+    problems += [
+        f"{folder / 'versions' / name}: missing; the ledger names it"
+        for name in recorded
+        if name not in {path.name for path in versions}
+    ]
+    taught: dict[str, str] = {}
+    for done, path in enumerate([*versions, *skills], 1):
+        if path in versions:
+            problems += _version(path, recorded.get(path.name), taught)
+        else:
+            problems += _skill(path, taught)
+        if progress:
+            progress(done, len(versions) + len(skills))
+    problems += [f"{folder / 'skills' / name}: missing; a version was taught it" for name in taught
+                 if name not in {path.name for path in skills}]  # fmt: skip
+    return problems
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _ledger(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Problems of the ledger, and the hash of each version's version.json that it holds."""
+    ledger = Ledger(folder)
+    problems = []
+    try:
+        ledger.verify()
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        events = ledger.events()
+    except InputError:
+        return problems, {}
+    return problems, {str(e.get("version")): e[MANIFEST] for e in events if MANIFEST in e}
+
+
+def _aliases(folder: Path) -> list[str]:
+    workspace = Workspace(folder)
+    try:
+        champion, previous = workspace.champions()
+        aliases = workspace.aliases()
+    except InputError as error:
+        return [str(error)]
+    candidate = aliases.get("candidate") if isinstance(aliases, dict) else None
+    known = candidate is None or candidate in workspace.versions()
+    path = folder / "aliases.json"
+    if known and path.read_text(encoding="utf-8") == aliases_text(champion, previous, candidate):
+        return []
+    return [f"{path}: not what the ledger says; the next command that opens the workspace mends it"]
+
+
+def _version(folder: Path, recorded: Any, taught: dict[str, str]) -> list[str]:
+    info_path = folder / "version.json"
+    if not folder.is_dir() or not info_path.is_file():
+        return [f"{folder}: no version (it has no version.json)"]
+    if recorded is None:
+        return [
+            f"{folder}: not in the ledger: its stage was interrupted (repeat its learn command), or it was put here"
+        ]
+    if file_sha256(info_path) != recorded:
+        return [f"{info_path}: altered (its hash is not the one in the ledger)"]
+    info = read_json(info_path)
+    listed, found = info["files"], manifest_of(folder)
+    problems = [f"{folder / name}: missing" for name in listed if name not in found]
+    problems += [f"{folder / name}: altered" for name in listed if name in found and found[name] != listed[name]]
+    problems += [f"{folder / name}: not of this version; it was put here later" for name in found if name not in listed]
+    if info["skill"] is not None:
+        content = info["hashes"]["skill"]
+        taught[f"{info['skill']}@{content[:8]}"] = content
+    return problems
+
+
+def _skill(folder: Path, taught: dict[str, str]) -> list[str]:
+    """A kept skill that no version was taught (its stage was refused or is under way) still has its short hash."""
+    try:
+        content = content_hash(skill_files(folder))
+    except InputError as error:
+        return [str(error)]
+    wanted = taught.get(folder.name, "")
+    if (wanted and content != wanted) or not re.fullmatch(rf".+@{content[:8]}", folder.name):
+        return [f"{folder}: altered: its files are not those of the skill that was kept here"]
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in skill_files(folder))
+    return [f"{folder / name}: not of this skill; it was put here later" for name in extra]
