@@ -12,7 +12,7 @@ from pathlib import Path
 COLOURS = {"rollout": "#4c78a8", "teacher": "#f58518", "forward": "#54a24b", "backward": "#88d27a", "loss": "#b279a2",
            "optimizer": "#9d9d9d", "all but rollout": "#d8c9a8"}  # fmt: skip
 NAMES = {"": "Perdure", "trl.equal_numerics": "TRL, fp32 masters", "trl.fastest": "TRL, all bf16"}
-LEFT, WIDTH, BAR, GAP = 210, 460, 18, 6
+LEFT, WIDTH, BAR, GAP = 170, 460, 18, 6
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def svg(bars: list[tuple[str, dict[str, float], float]]) -> str:
         rows.append(f'<text x="{x + 14}" y="{y + 10}">{part}</text>')
         x += 24 + 7 * len(part)
     style = 'font-family="system-ui, sans-serif" font-size="12"'
-    size = f'width="{LEFT + WIDTH + 60}" height="{y + 24}"'
+    size = f'width="{LEFT + WIDTH + 130}" height="{y + 24}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *rows, "</svg>", ""])
 
