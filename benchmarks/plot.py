@@ -12,7 +12,7 @@ from pathlib import Path
 COLOURS = {"rollout": "#4c78a8", "teacher": "#f58518", "forward": "#54a24b", "backward": "#88d27a", "loss": "#b279a2",
            "optimizer": "#9d9d9d", "all but rollout": "#d8c9a8"}  # fmt: skip
 NAMES = {"": "Perdure", "trl.equal_numerics": "TRL, fp32 masters", "trl.fastest": "TRL, all bf16"}
-LEFT, WIDTH, BAR, GAP = 170, 460, 18, 6
+LEFT, WIDTH, BAR, GAP = 180, 460, 18, 6
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def tokens(rollout: int, teacher: int, student: int) -> dict[str, int]:
 
 REST = {"forward": 1.0, "backward": 2.0, "loss": 1.0, "optimizer": 1.0}
 LINES = [
-    line(1, "warm_start", tokens(0, 300, 100), rollout=0.0, teacher=3.0, **REST),
+    line(1, "warm_start", tokens(0, 300, 100), rollout=0.01, teacher=3.0, **REST),
     line(2, "on_policy", tokens(40, 500, 200), rollout=2.0, teacher=1.0, **REST),
     line(3, "on_policy", tokens(80, 700, 300), rollout=4.0, teacher=1.0, **REST),
 ]
@@ -37,8 +37,9 @@ def rows(folder: Path) -> list[dict]:
 def test_medians_by_hand(tmp_path: Path) -> None:
     found = {(row["phase"], row["part"]): row for row in rows(tmp_path)}
     assert len(found) == 2 * len(PARTS)
+    assert found["warm_start", "rollout"]["of_peak"] is None
     teacher = found["warm_start", "teacher"]
-    assert (teacher["seconds"], teacher["share"]) == (3.0, 3.0 / 8.0)
+    assert (teacher["seconds"], teacher["share"]) == (3.0, pytest.approx(3.0 / 8.01))
     assert teacher["tokens_per_second"] == 100.0 and teacher["of_peak"] == pytest.approx(100 * 2 * 10 / 10_000)
     rollout = found["on_policy", "rollout"]  # 40 tokens in 2 s, 40 in 4 s
     assert (rollout["seconds"], rollout["steps"]) == (3.0, 2) and rollout["tokens_per_second"] == pytest.approx(40 / 3)

@@ -36,7 +36,7 @@ def profile(run_folder: Path, peak: float) -> list[dict[str, Any]]:
             rate = None
             if kind and seconds:
                 tokens = [line["tokens"][kind] - (before["tokens"][kind] if before else 0) for line, before in steps]
-                rate = statistics.median(tokens) / seconds
+                rate = statistics.median(tokens) / seconds if any(tokens) else None
             rows.append({
                 "phase": phase, "part": part, "steps": len(steps), "seconds": seconds,
                 "share": seconds / whole if whole else 0.0, "tokens_per_second": rate,

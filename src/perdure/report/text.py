@@ -89,7 +89,8 @@ def profile_table(stage: str, rows: Sequence[Mapping[str, Any]], peak: float, co
                      "" if of_peak is None else percent(of_peak)]  # fmt: skip
             _row(table, ["  " + row["part"], *cells])
     console.print(table)
-    console.print(Text(f"Peak: {peak / 1e9:,.0f} GFLOP/s, a matrix product timed now.", style="dim"))
+    note = "shared prefixes count for every row, so a part may pass 100%"
+    console.print(Text(f"Peak: {peak / 1e9:,.0f} GFLOP/s, a matrix product timed now; {note}.", style="dim"))
 
 
 # Sections of ``render``
