@@ -125,15 +125,18 @@ def enable(model: Any) -> bool:
     if before not in ("sdpa", "eager") or not _known(model):
         return False
     rows = [[1, 2, 3, 1, 2, 3, 1, 2, 3, 4], [1, 2, 3, 1, 2, 3, 1, 2, 3, 5, 2], [3, 1]]
-    backbone = model.base_model
-    wanted = [backbone(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows]
+    backbone, device = model.base_model, model.device
+    wanted = [
+        backbone(input_ids=torch.tensor([row], device=device), use_cache=False).last_hidden_state[0] for row in rows
+    ]
     model.set_attn_implementation(NAME)
-    layout = pack(rows)
+    layout = pack(rows, device)
     try:
         hidden = packed_hidden(backbone, layout)
         store = KeyValues(len(rows), 16)
-        packed_hidden(backbone, pack([row[:-1] for row in rows], store=store))
-        last = packed_hidden(backbone, advance(store, [row[-1:] for row in rows], [len(row) - 1 for row in rows]))
+        packed_hidden(backbone, pack([row[:-1] for row in rows], device, store))
+        ends = advance(store, [row[-1:] for row in rows], [len(row) - 1 for row in rows], device)
+        last = packed_hidden(backbone, ends)
         same = all(
             torch.allclose(hidden[path], states, rtol=1e-2, atol=1e-3) and
             torch.allclose(last[slot], states[-1], rtol=1e-2, atol=1e-3)

@@ -28,7 +28,7 @@ HEAD_ROWS = 256
 
 
 class LocalEngine:
-    """Decodes with ``model``, a working copy that ``packing.enable`` accepted; its owner keeps the weights current."""
+    """Decodes with ``model``, a working copy that ``attention.enable`` accepted; its owner keeps it current."""
 
     def __init__(self, loaded: LoadedModel, model: Any, batch_tokens: int = 8192):
         self.model = model
