@@ -65,8 +65,10 @@ class Ledger:
         if not self.head_path.exists():
             if len(lines) <= 1:  # nothing yet, or killed between the first line and its head
                 return
-            raise InputError(f"{self.head_path}: missing, so lines lost at the ledger's end could not be seen; it was "
-                             "removed, or the workspace is older than this file: bring it back, or make a new one")  # fmt: skip
+            raise InputError(
+                f"{self.head_path}: missing, so lines lost at the ledger's end could not be seen; it was removed, or the "
+                "workspace is older than this file: bring it back, or make a new workspace"
+            )
         head = read_json(self.head_path)
         count = head.get("lines") if isinstance(head, dict) else None
         if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= len(lines) <= count + 1:
