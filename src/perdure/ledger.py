@@ -66,8 +66,8 @@ class Ledger:
             if len(lines) <= 1:  # nothing yet, or killed between the first line and its head
                 return
             raise InputError(
-                f"{self.head_path}: missing, so lines lost at the ledger's end could not be seen; it was removed, or the "
-                "workspace is older than this file: bring it back, or make a new workspace"
+                f"{self.head_path}: missing, so lines lost at the ledger's end could not be seen; it was removed, or "
+                "the workspace is older than this file: bring it back, or make a new workspace"
             )
         head = read_json(self.head_path)
         count = head.get("lines") if isinstance(head, dict) else None
