@@ -169,14 +169,16 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp
 
 
 def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, tmp_path: Path, model: Path):
+    # Twelve steps would be over before the signal arrives.
+    longer = (*FAST, "--set", "train.steps=100", "--set", "train.patience=99")
     skill = toy_skill(tmp_path / "toy")
     straight = tmp_path / "straight"
     perdure("init", straight, "--model", model, "--set", "probe.tasks=[]", "--set", "model.compute_dtype=float32")
-    assert perdure("learn", skill, "-w", straight, *FAST).returncode in (0, 1)
+    assert perdure("learn", skill, "-w", straight, *longer).returncode in (0, 1)
 
     run = bot / "runs" / "s01-toy"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "perdure.cli", "learn", str(skill), "-w", str(bot), *FAST]
+    command = [sys.executable, "-m", "perdure.cli", "learn", str(skill), "-w", str(bot), *longer]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not list(run.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
@@ -186,7 +188,7 @@ def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, t
     assert process.returncode == 3, said
     assert "interrupted" in said
     assert "Traceback" not in said
-    done = perdure("learn", skill, "-w", bot, *FAST)
+    done = perdure("learn", skill, "-w", bot, *longer)
     assert "Going on with the unfinished stage s01-toy" in done.stderr
     for name in ("metrics.jsonl", "samples.jsonl"):
         ours, theirs = (place / "runs" / "s01-toy" / name for place in (bot, straight))
