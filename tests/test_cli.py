@@ -169,8 +169,8 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp
 
 
 def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, tmp_path: Path, model: Path):
-    # Twelve steps would be over before the signal arrives.
-    longer = (*FAST, "--set", "train.steps=100", "--set", "train.patience=99")
+    # Twelve steps are over in half a second.
+    longer = (*FAST, "--set", "train.steps=40", "--set", "train.patience=99")
     skill = toy_skill(tmp_path / "toy")
     straight = tmp_path / "straight"
     perdure("init", straight, "--model", model, "--set", "probe.tasks=[]", "--set", "model.compute_dtype=float32")
@@ -179,7 +179,9 @@ def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, t
     run = bot / "runs" / "s01-toy"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "perdure.cli", "learn", str(skill), "-w", str(bot), *longer]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has them ignore SIGINT, and children inherit that.
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     deadline = time.monotonic() + 200
     while not list(run.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
