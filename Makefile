@@ -43,7 +43,7 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# About 45 minutes: every ratio of docs/performance.md, with TRL in an environment of its own.
+# The ratios of docs/performance.md, with TRL in an environment of its own.
 bench: venv $(TRL_VENV)/.stamp
 	$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_VENV)/bin/python --json bench-workspace/vs_trl.json
 	$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_VENV)/bin/python --long --rounds 1 --states trained --json bench-workspace/vs_trl_long.json
