@@ -6,7 +6,6 @@ import errno
 import json
 import signal
 import sys
-import tomllib
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure import __version__
-from perdure.config import RunConfig, parse
+from perdure.config import RunConfig, with_settings
 from perdure.types import InputError
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def init(
     """Make a workspace whose champion is the base model."""
     from perdure.stages import create_workspace
 
-    config = _with_settings(RunConfig(), [f"model.source={json.dumps(model)}", *(settings or [])])
+    config = with_settings(RunConfig(), [f"model.source={json.dumps(model)}", *(settings or [])])
     create_workspace(workspace, config)
     out.print(f"{workspace}: ready. Next: perdure check skills/NAME -w {workspace}", soft_wrap=True)
 
@@ -331,31 +330,7 @@ def _open(folder: Path, settings: list[str] | None) -> tuple[Workspace, RunConfi
     from perdure.workspace import Workspace
 
     place = Workspace.open(folder)
-    return place, _with_settings(place.config(), settings or [])
-
-
-def _with_settings(config: RunConfig, settings: list[str]) -> RunConfig:
-    """``config`` with ``key.path=value`` applied; values are TOML, bare words count as text."""
-    raw = config.model_dump(mode="json")
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting}: expected key=value, such as train.steps=80")
-        *path, last = key.strip().split(".")
-        section = raw
-        for part in path:
-            section = section.get(part)
-            if not isinstance(section, dict):
-                raise InputError(f"--set {setting}: there is no section {part!r} (see perdure.toml)")
-        section[last] = _toml_value(value)
-    return parse(RunConfig, raw, where="--set")
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:  # a bare word, such as turns:4
-        return text
+    return place, with_settings(place.config(), settings or [])
 
 
 if __name__ == "__main__":

@@ -224,3 +224,29 @@ def problems_of(error: ValidationError) -> list[tuple[str, str]]:
 def to_toml(config: RunConfig) -> str:
     """The config as TOML text; ``load_config`` of it gives an equal config."""
     return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def with_settings(config: RunConfig, settings: list[str]) -> RunConfig:
+    """``config`` with ``key.path=value`` applied; values are TOML, bare words count as text.
+
+    Raises InputError naming the ``--set`` that cannot be used."""
+    raw = config.model_dump(mode="json")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: expected key=value, such as train.steps=80")
+        *path, last = key.strip().split(".")
+        section = raw
+        for part in path:
+            section = section.get(part)
+            if not isinstance(section, dict):
+                raise InputError(f"--set {setting}: there is no section {part!r} (see perdure.toml)")
+        section[last] = _toml_value(value)
+    return parse(RunConfig, raw, where="--set")
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:  # a bare word, such as turns:4
+        return text

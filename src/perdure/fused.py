@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perdure.losses import LossSpec, with_tail
+from perdure.losses import LossSpec, pick, with_tail
 
 CHUNK_ELEMENTS = 2**25
 """Most logits of one role in memory at once: 64 MiB in bfloat16."""
@@ -154,7 +154,7 @@ class _Job(NamedTuple):
 
     def _count(self, rows_B: Tensor, student_BV: Tensor, probabilities_BV: Tensor) -> None:
         targets_B, demonstrated_B = self.inputs.targets_N[rows_B], self.inputs.demonstrated_N[rows_B]
-        probability_B = _pick(probabilities_BV, targets_B)
+        probability_B = pick(probabilities_BV, targets_B)
         self.metrics["entropy"] -= float(_expectation(probabilities_BV, student_BV).sum())
         self.metrics["target_probability"] += float(probability_B.sum())
         self.metrics["demonstrated_target_probability"] += float(probability_B[demonstrated_B].sum())
@@ -170,7 +170,7 @@ Form = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 def _nll(student_BV: Tensor, probabilities_BV: Tensor, targets_B: Tensor, wants: bool) -> tuple[Tensor, Tensor | None]:
     """p_s - onehot(y). Overwrites ``probabilities_BV``."""
-    loss_B = -_pick(student_BV, targets_B)
+    loss_B = -pick(student_BV, targets_B)
     if not wants:
         return loss_B, None
     probabilities_BV[torch.arange(len(targets_B), device=targets_B.device), targets_B] -= 1
@@ -215,7 +215,7 @@ def _jsd(beta: float) -> Form:
 def _divergence(spec: LossSpec, student_BV: Tensor, probabilities_BV: Tensor, teacher_BV: Tensor, targets_B: Tensor,
                 wants: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if spec.support == "sampled":  # losses.sampled_reverse_kl: value * d log p_s(y) / dz
-        value_B = _pick(student_BV, targets_B) - _pick(teacher_BV, targets_B)
+        value_B = pick(student_BV, targets_B) - pick(teacher_BV, targets_B)
         _, grad_BV = _nll(student_BV, probabilities_BV, targets_B, wants)
         return value_B, None if grad_BV is None else grad_BV.mul_(-value_B[:, None])
     forms = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "generalized_jsd": _jsd(spec.jsd_beta)}
@@ -246,10 +246,6 @@ def _expectation(p_BV: Tensor, x_BV: Tensor) -> Tensor:
     if bool(sum_B.isnan().any()):
         sum_B = torch.where(p_BV == 0, 0.0, p_BV * x_BV).sum(-1)
     return sum_B
-
-
-def _pick(values_BV: Tensor, targets_B: Tensor) -> Tensor:
-    return values_BV.gather(-1, targets_B[:, None]).squeeze(-1)
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -36,7 +36,7 @@ def generalized_jsd(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, be
 
 def nll(student_logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Negative log-likelihood of the target token, float [N]: supervised fine-tuning's loss."""
-    return -_pick(student_logprobs_NV, targets_N)
+    return -pick(student_logprobs_NV, targets_N)
 
 
 def sampled_reverse_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def sampled_reverse_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor,
 
     The value is log p_s(y) - log p_t(y). Its plain gradient has expectation zero, so the gradient is taken from the
     score-function surrogate, which is the exact gradient of the reverse KL in expectation."""
-    student_N = _pick(student_logprobs_NV, targets_N)
-    value_N = (student_N - _pick(teacher_logprobs_NV, targets_N)).detach()
+    student_N = pick(student_logprobs_NV, targets_N)
+    value_N = (student_N - pick(teacher_logprobs_NV, targets_N)).detach()
     surrogate_N = value_N * student_N
     return value_N + surrogate_N - surrogate_N.detach()
 
@@ -78,7 +78,8 @@ def _kl(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
     return (p_logprobs.exp() * difference).sum(-1)
 
 
-def _pick(logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
+def pick(logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """The target's entry at each position, [N]."""
     return logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1)
 
 

@@ -35,7 +35,7 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     ]
     taught: dict[str, str] = {}
     for done, path in enumerate([*versions, *skills], 1):
-        if path in versions:
+        if path.parent.name == "versions":
             problems += _version(path, recorded.get(path.name), taught)
         else:
             problems += _skill(path, taught)
@@ -104,11 +104,12 @@ def _version(folder: Path, recorded: Any, taught: dict[str, str]) -> list[str]:
 def _skill(folder: Path, taught: dict[str, str]) -> list[str]:
     """A kept skill that no version was taught (its stage was refused or is under way) still has its short hash."""
     try:
-        content = content_hash(skill_files(folder))
+        files = skill_files(folder)
     except InputError as error:
         return [str(error)]
+    content = content_hash(files)
     wanted = taught.get(folder.name, "")
     if (wanted and content != wanted) or not re.fullmatch(rf".+@{content[:8]}", folder.name):
         return [f"{folder}: altered: its files are not those of the skill that was kept here"]
-    extra = sorted(path.name for path in folder.iterdir() if path.name not in skill_files(folder))
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in files)
     return [f"{folder / name}: not of this skill; it was put here later" for name in extra]
