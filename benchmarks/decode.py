@@ -4,8 +4,8 @@
 
 The same weights in the compute dtype, the same prompts and limits. ``rollout_vs_generate.<state>``: 16 training prompts
 at temperature 1 with their demonstrations as drafts, against ``generate(do_sample=True)``.
-``eval_vs_generate.<state>``: 64 test rows, greedy, drafted with the expected answers, against ``generate`` in the batch
-size that serves it best.
+``eval_vs_generate.<state>``: the skill's first 120 test rows, greedy, drafted with the expected answers, against
+``generate`` in the batch size that serves it best.
 Ratios are generate's seconds over the own decode's, and cost a token the other way round.
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
     for state in STATES:
         load_state(session, state)
         most = taught.settings.max_new_tokens
-        for name, rows, temperature in (("rollout", taught.train[:16], 1.0), ("eval", taught.test[:64], 0.0)):
+        for name, rows, temperature in (("rollout", taught.train[:16], 1.0), ("eval", taught.test[:120], 0.0)):
             prompts = [session.renderer.student_prompt(example) for example in rows]
             drafts = [session.renderer.demonstration(example).token_ids for example in rows]
             params = SamplingParams(most, temperature)

@@ -25,7 +25,10 @@ FLOORS = {
         "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage", "train",
         "preflight", "anchors",
     ],
-    "F5 deciding": ["gates", "ledger", "workspace", "verify", "measure", "stages", "curriculum"],
+    "F5 deciding": [
+        "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "running", "candidate", "repair",
+        "card", "judging", "curriculum", "forgetting",
+    ],
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
         "report.samples", "report.results", "report.process", "report.text", "report.html",

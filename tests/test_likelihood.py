@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from fakes import END, tiny_model, tiny_tokenizer
-from perdure.likelihood import Pair, can_share_contexts, make_rows, score_pairs
+from perdure.attention import enable
+from perdure.likelihood import Pair, batches, length, score_pairs
 from perdure.lm import LoadedModel
 from perdure.types import InputError
 
@@ -45,66 +46,74 @@ def greedy(model: Any, context: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(out[0, len(context) :].tolist())
 
 
+LONG = tuple(range(20, 60))
+"""Contexts that begin alike, long enough to be shared."""
+
+
+def scoring_model(packed: bool, **options: Any) -> Any:
+    model = tiny_model(scale=0.4, **options)
+    assert not packed or enable(model)
+    return model
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1, 12, 1000])
-@pytest.mark.parametrize("share", [True, False])
-def test_every_way_equals_the_naive_one(share: bool, batch_tokens: int, tied: bool) -> None:
-    model = tiny_model(scale=0.4, tied=tied)
-    pairs = [*PAIRS, ((1, 2, 3), greedy(model, (1, 2, 3), 4)), ((4,), greedy(model, (4,), 2))]
-    got = score_pairs(model, pairs, batch_tokens=batch_tokens, share_contexts=share)
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_way_equals_the_naive_one(packed: bool, batch_tokens: int, tied: bool) -> None:
+    model = scoring_model(packed, tied=tied)
+    own = [((1, 2, 3), greedy(model, (1, 2, 3), 4)), ((4,), greedy(model, (4,), 2))]
+    pairs = [*PAIRS, (LONG, (1, 2)), ((*LONG, 7), (1,)), (LONG, (7, 1, 9)), *own]
+    got = score_pairs(model, pairs, batch_tokens=batch_tokens)
     wanted = naive(model, pairs)
     assert [g for g, _ in got] == pytest.approx([w for w, _ in wanted], rel=1e-5, abs=1e-4)
     assert [g for _, g in got] == [w for _, w in wanted]
     assert [w for _, w in wanted][-2:] == [True, True] and not wanted[1][1]
 
 
-def test_continuations_do_not_see_one_another() -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_continuations_do_not_see_one_another(packed: bool) -> None:
     """The same continuation beside others and alone: the very same number would differ if a branch leaked."""
-    model = tiny_model(scale=0.4)
-    alone = score_pairs(model, [PAIRS[1]], batch_tokens=1000, share_contexts=True)
-    crowd = [PAIRS[1], *(((1, 2, 3), (5, 6, n, n)) for n in range(20, 40))]
-    assert score_pairs(model, crowd, batch_tokens=1000, share_contexts=True)[0][0] == pytest.approx(
-        alone[0][0], abs=1e-5
-    )
+    model = scoring_model(packed)
+    alone = score_pairs(model, [(LONG, (5, 6, 7))], batch_tokens=1000)
+    crowd = [(LONG, (5, 6, 7)), *((LONG, (5, 6, n, n)) for n in range(20, 40))]
+    assert score_pairs(model, crowd, batch_tokens=1000)[0][0] == pytest.approx(alone[0][0], abs=1e-5)
 
 
-def test_sharing_feeds_each_context_once() -> None:
-    fed: dict[bool, list[int]] = {True: [], False: []}
-    for share, tokens in fed.items():
-        score_pairs(tiny_model(), PAIRS, batch_tokens=1000, share_contexts=share, advance=tokens.append)
-    # contexts 3 + 7 + 1, continuations without their last token 0 + 2 + 2, 1 + 0, 5 (the repeated pair once)
-    assert sum(fed[True]) == 11 + 4 + 1 + 5
-    assert sum(fed[False]) == 3 * 3 + 7 * 2 + 1 + 4 + 1 + 5
+def test_a_shared_context_runs_once() -> None:
+    model = scoring_model(packed=True)
+    fed: list[int] = []
+    model.base_model.embed_tokens.register_forward_hook(lambda _module, args, _out: fed.append(args[0].numel()))
+    asked: list[int] = []
+    score_pairs(model, [(LONG, (n, n, n)) for n in range(5)] * 2, batch_tokens=1000, advance=asked.append)
+    assert fed == [len(LONG) + 5 * 2] and asked == [5 * (len(LONG) + 2)]
 
 
-def test_rows_stay_within_the_budget_and_hold_every_distinct_pair() -> None:
-    for share in (True, False):
-        for budget in (1, 5, 8, 100):
-            rows = make_rows(PAIRS, share, budget)
-            assert all(row.length <= budget or len(row.continuations) == 1 for row in rows)
-            assert share or all(len(row.continuations) == 1 for row in rows)
-            held = [(row.context, continuation) for row in rows for continuation in row.continuations]
-            assert sorted(held) == sorted(set(PAIRS))
-    for empty in (((), (1,)), ((1,), ())):
-        with pytest.raises(ValueError, match="empty"):
-            make_rows([empty], True, 10)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("budget", [1, 5, 8, 100])
+def test_batches_stay_within_the_budget_and_hold_every_distinct_pair(budget: int, packed: bool) -> None:
+    found = batches(PAIRS, budget, packed)
+    for batch in found:
+        tokens = sum(map(length, batch)) if packed else len(batch) * max(map(length, batch))
+        assert tokens <= budget or len(batch) == 1
+    assert sorted(pair for batch in found for pair in batch) == sorted(set(PAIRS))
 
 
-def test_who_can_share_contexts() -> None:
-    assert can_share_contexts(tiny_model())
-    size: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-                            "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
-    assert not can_share_contexts(MistralForCausalLM(MistralConfig(**size, sliding_window=4)))
-    assert isinstance(tiny_model().config, LlamaConfig)
+@pytest.mark.parametrize("empty", [((), (1,)), ((1,), ())])
+def test_nothing_to_score_is_an_error(empty: Pair) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        score_pairs(tiny_model(), [empty], batch_tokens=10)
 
 
-def test_a_windowed_model_is_scored_row_by_row() -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_windowed_model_is_scored_right(packed: bool) -> None:
     torch.manual_seed(0)
-    size: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+    size: dict[str, Any] = {"vocab_size": 70, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
                             "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5}  # fmt: skip
     model = MistralForCausalLM(MistralConfig(**size, sliding_window=3)).eval()
-    got = score_pairs(model, PAIRS, batch_tokens=30, share_contexts=can_share_contexts(model))
-    assert [g for g, _ in got] == pytest.approx([w for w, _ in naive(model, PAIRS)], abs=1e-4)
+    pairs = [*PAIRS, (LONG, (1, 2)), (LONG, (7, 1, 9))]
+    wanted = [w for w, _ in naive(model, pairs)]
+    assert not packed or enable(model)
+    assert [g for g, _ in score_pairs(model, pairs, batch_tokens=130)] == pytest.approx(wanted, abs=1e-4)
 
 
 # As lm-eval sees it

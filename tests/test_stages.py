@@ -83,12 +83,12 @@ def test_what_is_finished_and_what_is_not(workspace: Workspace, skill: Skill):
 
 
 def test_an_unfinished_stage_goes_on_with_the_same_settings_only(workspace: Workspace, skill: Skill):
-    assert begin(workspace, skill, CONFIG, restart=False) == ("s01-toy", False)
-    assert begin(workspace, skill, CONFIG, restart=False) == ("s01-toy", True)
+    assert begin(workspace, skill, CONFIG, restart=False, parent="v000") == ("s01-toy", False)
+    assert begin(workspace, skill, CONFIG, restart=False, parent="v000") == ("s01-toy", True)
     other = RunConfig.model_validate({"train": {"steps": 7}})
     with pytest.raises(InputError, match=r"other settings.*--restart"):
-        begin(workspace, skill, other, restart=False)
-    name, resumed = begin(workspace, skill, other, restart=True)
+        begin(workspace, skill, other, restart=False, parent="v000")
+    name, resumed = begin(workspace, skill, other, restart=True, parent="v000")
     assert not resumed
     stage = json.loads((workspace.run_folder(name) / "stage.json").read_text())
     assert stage["config"]["train"]["steps"] == 7

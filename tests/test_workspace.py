@@ -70,7 +70,7 @@ def test_promoting_the_champion_again_changes_nothing(grown):
 def test_names_and_aliases(grown):
     assert [grown.resolve(name) for name in ("champion", "previous", "v2", "2", "v002", "V2".lower())] == [
         "v002", "v001", "v002", "v002", "v002", "v002"]  # fmt: skip
-    grown.set_candidate("v003")
+    grown.hold("v003", reason="few rows")
     assert grown.resolve("candidate") == "v003" and grown.aliases()["champion"] == "v002"
     for name in ("v9", "..", "../bot", "v001/..", "", "/etc", "latest", "v001.tmp"):
         with pytest.raises(InputError, match="no version"):
@@ -80,7 +80,8 @@ def test_names_and_aliases(grown):
 def test_an_alias_that_is_not_set_or_leads_out(grown):
     with pytest.raises(InputError, match="no candidate version"):
         grown.resolve("candidate")
-    grown.set_candidate("../../etc")
+    aliases = grown.aliases() | {"candidate": "../../etc"}
+    (grown.folder / "aliases.json").write_text(json.dumps(aliases), encoding="utf-8")
     with pytest.raises(InputError, match="no version"):
         grown.version_folder("candidate")
 

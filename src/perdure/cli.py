@@ -161,15 +161,24 @@ def learn(
     settings: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Train although the preflight sees no teacher gap.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="All five attempts to save a candidate that hurt something, or none; default: gate.repair.",
+        ),
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Where each stage's training time went.")] = False,
 ) -> None:
-    """Teach skills: preflight, train, evaluate everything, gate, promote or refuse. Exit code 1: one was refused."""
+    """Teach skills: preflight, train, evaluate everything, gate; promote, hold or refuse. Exit code 1: not all were
+    promoted."""
     from perdure.curriculum import learn as learn_skills
     from perdure.report.html import write_report
     from perdure.report.numbers import summary
     from perdure.report.text import render
 
     extra = [f'train.method="{method}"'] if method else []
+    extra += [] if repair is None else [f"gate.repair={5 if repair else 0}"]
     place, config = _open(workspace, [*extra, *(settings or [])])
     with place.lock():
         outcomes = learn_skills(place, skills, config, _reporter(), force=force, restart=restart)
@@ -179,7 +188,7 @@ def learn(
         _profile(place, config, [outcome.stage for outcome in outcomes])
     for outcome in outcomes:
         if outcome.decision != "promoted":
-            out.print(Text(f"{outcome.skill} was refused: {' '.join(outcome.reasons)}"), soft_wrap=True)
+            out.print(Text(f"{outcome.skill} was {outcome.decision}: {' '.join(outcome.reasons)}"), soft_wrap=True)
     out.print(f"\nReport: {report}", soft_wrap=True)
     raise typer.Exit(0 if all(outcome.decision == "promoted" for outcome in outcomes) else REFUSED)
 
@@ -277,16 +286,68 @@ def show(
 
 
 @app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")] = "previous",
+    second: Annotated[str, typer.Argument(help="The same.")] = "champion",
+    workspace: WorkspaceOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Two versions side by side: every score on the same items, and the settings that differ."""
+    from perdure.compare import compare
+    from perdure.report.text import diff_tables
+
+    place, _ = _open(workspace, None)
+    found = compare(place, first, second)
+    if as_json:
+        out.print_json(json.dumps(found))
+    else:
+        diff_tables(found, out)
+
+
+@app.command()
 def promote(
     version: Annotated[str, typer.Argument(help="Version to make the champion.")],
     workspace: WorkspaceOption = HERE,
-    reason: Annotated[str, typer.Option(help="Why; kept in the ledger.")] = "by hand",
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Although the gate did not pass it; needs --reason.")] = False,
 ) -> None:
-    """Make a version the champion, whatever its verdict was; the ledger keeps that it was done by hand."""
+    """Make a version the champion. One that the gate held or refused needs --force and a reason; both stay in the
+    ledger. Exit code 1: the gate did not pass it."""
     place, _ = _open(workspace, None)
+    if force and not (reason or "").strip():
+        raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
     with place.lock():
-        place.promote(version, reason)
-    out.print(f"champion: {place.resolve('champion')}")
+        name = place.resolve(version)
+        verdict = place.version(name)["verdict"]
+        passed = verdict is None or verdict["decision"] == "promoted"
+        if verdict and not passed and not force:
+            words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "
+            out.print(Text(f'{words}perdure promote {name} --force --reason "..."'), soft_wrap=True)
+            raise typer.Exit(REFUSED)
+        place.promote(name, reason or "by hand", **({} if passed else {"forced": True}))
+    out.print(f"champion: {name}")
+
+
+@app.command()
+def forget(
+    skill: Annotated[str, typer.Argument(help="Name of a skill that the champion was taught.")],
+    workspace: WorkspaceOption = HERE,
+    settings: SetOption = None,
+) -> None:
+    """Take a skill out: replay the chain without it, gate the result, promote it. Exit code 1: not promoted."""
+    from perdure.forgetting import forget as forget_skill
+    from perdure.report.html import write_report
+
+    place, config = _open(workspace, settings)
+    with place.lock():
+        done = forget_skill(place, skill, config, _reporter())
+        write_report(place.folder)
+    out.print(f"{done.skill}: {done.before:.1%} before, {done.after:.1%} without it, on {done.n} items")
+    for reason in done.reasons:
+        out.print(Text(reason), soft_wrap=True)
+    verb = "is the champion" if done.decision == "promoted" else f"was {done.decision}; the champion stays"
+    out.print(f"{done.version} {verb}")
+    raise typer.Exit(0 if done.decision == "promoted" else REFUSED)
 
 
 @app.command()

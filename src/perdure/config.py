@@ -155,16 +155,35 @@ class ProbeConfig(_Section):
 
     tasks: tuple[str, ...] = ("hellaswag", "arc_easy", "piqa", "boolq", "winogrande", "basic_skills")
     """Names of local tasks (data package) or of any lm-eval task where the hub is reachable; empty = no probe."""
-    rows: int = Field(default=100, ge=1)
-    """Items a task, sampled with the run's seed."""
+    rows: int = Field(default=128, ge=1)
+    """Items a task, sampled with the run's seed; six tasks of 128 can show a loss of 4 points over all of them."""
 
 
 class GateConfig(_Section):
-    budget: float = Field(default=0.02, ge=0, le=1)
-    """Accuracy that an earlier skill or a prior capability may lose."""
+    budget: float = Field(default=0.02, gt=0, lt=0.5)
+    """Accuracy that an earlier skill may lose, against the champion and against its best ever; a skill's own
+    ``retention_budget`` goes before it."""
+    prior_budget: float = Field(default=0.02, gt=0, lt=0.5)
+    """The same for each prior capability, and for all of them together."""
     enforce: bool = True
     """Off: the verdict is recorded, but the candidate is promoted all the same (research runs that compare methods)."""
     significance: float = Field(default=0.05, gt=0, lt=1)
+    """Chance that a stage without any harm is refused."""
+    power: float = Field(default=0.9, gt=0, lt=1)
+    """Chance to find a loss of twice the budget; a comparison whose items give less is held."""
+    repair: int = Field(default=3, ge=0, le=5)
+    """Attempts to save a candidate that learned but hurt something: three blends of its weights with its parent's (an
+    evaluation each), then more anchors, then a smaller rate (a training each); 0 = none."""
+
+
+class CostConfig(_Section):
+    """Prices with which seconds become energy and money; without them only seconds and tokens are recorded."""
+
+    watts: float = Field(default=0.0, ge=0)
+    """Power that the machine draws while it works, all devices together; 0 = not known."""
+    price_per_hour: float = Field(default=0.0, ge=0)
+    """Of the machine; 0 = not known."""
+    currency: str = "EUR"
 
 
 class RunConfig(_Section):
@@ -178,6 +197,7 @@ class RunConfig(_Section):
     eval: EvalConfig = EvalConfig()
     probe: ProbeConfig = ProbeConfig()
     gate: GateConfig = GateConfig()
+    cost: CostConfig = CostConfig()
 
 
 def load_config(path: Path) -> RunConfig:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -136,3 +138,9 @@ def code_state() -> dict[str, Any]:
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
         state["dirty"] = bool(status.strip())
     return state
+
+
+def environment() -> dict[str, str]:
+    """Versions of what computes, by name, and the machine's kind."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {"python": platform.python_version(), **packages, "platform": platform.platform()}

@@ -11,14 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel
 
-from perdure.likelihood import (
-    CPU_BATCH_TOKENS,
-    DEVICE_BATCH_TOKENS,
-    Pair,
-    can_share_contexts,
-    make_rows,
-    score_pairs,
-)
+from perdure.likelihood import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS, Pair, length, score_pairs
 from perdure.types import InputError
 
 Progress = Callable[[int, int], None]
@@ -95,12 +88,8 @@ class LoadedModel(TemplateLM):
         return totals
 
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
-        share = can_share_contexts(self.model)
-        rows = make_rows(pairs, share, self.batch_tokens)
-        self._total += sum(row.length for row in rows)
-        return score_pairs(
-            self.model, pairs, batch_tokens=self.batch_tokens, share_contexts=share, advance=self._advance
-        )
+        self._total += sum(map(length, set(pairs)))
+        return score_pairs(self.model, pairs, batch_tokens=self.batch_tokens, advance=self._advance)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Continue each context until one of its stop strings; rows with the same settings go together."""

@@ -14,7 +14,7 @@ from typing import Any
 from perdure.config import RunConfig
 from perdure.evaluate import evaluate
 from perdure.files import read_json, read_jsonl, write_jsonl
-from perdure.gates import Items
+from perdure.gates import Guard, Items
 from perdure.probe import ProbeResult, probe
 from perdure.reporting import Reporter
 from perdure.session import Session
@@ -72,10 +72,11 @@ def write_items(folder: Path, scores: Sequence[SkillScore], probed: ProbeResult 
 
 
 def probe_items(rows: Sequence[Mapping[str, Any]]) -> dict[str, Items]:
-    """Lines of ``probe.jsonl`` as the gates want them: ``probe/<task>`` -> item id -> right."""
+    """Lines of ``probe.jsonl`` as the gates want them: ``probe/<task>`` -> item id -> right, and ``probe`` for all."""
     items: dict[str, dict[str, bool]] = {}
     for row in rows:
         items.setdefault(f"{PROBE}/{row['task']}", {})[row["id"]] = row["correct"]
+        items.setdefault(PROBE, {})[f"{row['task']}/{row['id']}"] = row["correct"]
     return dict(items)
 
 
@@ -95,7 +96,7 @@ class Scores:
             self.items[name] = {row["id"]: row["score"] >= 1 for row in read_jsonl(folder / f"{name}.jsonl")}
         if entry["probe"]:
             self.probe = entry["probe"]
-            self.items = {name: items for name, items in self.items.items() if not name.startswith(f"{PROBE}/")}
+            self.items = {name: items for name, items in self.items.items() if name.split("/")[0] != PROBE}
             self.items |= probe_items(read_jsonl(folder / f"{PROBE}.jsonl"))
 
 
@@ -120,3 +121,28 @@ def current(scores: Scores, skill: Skill, config: RunConfig) -> bool:
     score = scores.skills.get(skill.name)
     rows = len(skill.test[: config.eval.rows or None])
     return score is not None and score["skill_hash"] == skill.content_hash and score["n"] == rows
+
+
+def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[str, Skill],
+           config: RunConfig) -> list[Guard]:  # fmt: skip
+    """What a candidate that follows ``parent`` must keep: each of the earlier ``skills``, against the parent and
+    against its best ever on the same rows; each prior task, and all of them together."""
+    gate, found = config.gate, []
+    ancestors = {name: known_scores(workspace, name) for name in workspace.lineage(parent) if name != parent}
+    for name, skill in skills.items():
+        items = before.items.get(name)
+        budget = skill.settings.retention_budget or gate.budget
+        found.append(Guard(name, "skill", parent, items, budget))
+        if not items:
+            continue
+        known = {version: scores.items.get(name, {}) for version, scores in ancestors.items()}
+        right = {version: sum(those.values()) for version, those in known.items() if those.keys() == items.keys()}
+        best = max(right, key=lambda version: right[version], default=parent)
+        if right.get(best, 0) > sum(items.values()):
+            found.append(Guard(name, "best ever", best, known[best], budget, decisive=False, chosen_from=len(right)))
+    tasks = [f"{PROBE}/{task}" for task in config.probe.tasks]
+    for name in tasks:
+        found.append(Guard(name, "prior", parent, before.items.get(name), gate.prior_budget, decisive=len(tasks) == 1))
+    if len(tasks) > 1:
+        found.append(Guard(PROBE, "priors", parent, before.items.get(PROBE), gate.prior_budget))
+    return found

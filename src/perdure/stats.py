@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -63,6 +64,53 @@ def mcnemar_one_sided(before: Sequence[bool], after: Sequence[bool], alternative
     return _sign_test(lost if alternative == "worse" else gained, lost + gained)
 
 
+@lru_cache(maxsize=4096)
+def mcnemar_power(n: int, loss: float, noise: float, level: float, beyond: float = 0.0) -> float:
+    """Probability that a true loss is found on ``n`` items: one-sided exact McNemar p-value at most ``level``, and an
+    observed loss of more than ``beyond``.
+
+    ``loss`` is the drop of the true accuracy; ``noise`` the share of items that change each way without any meaning, so
+    an item is lost with probability loss + noise and gained with probability noise. Exact, by summing over the number
+    of changed items (Duffy 1984). Raises ValueError for shares that are none."""
+    changed = loss + 2 * noise
+    if n < 0 or not (0 <= loss <= 1 and noise >= 0 and changed <= 1 and 0 < level < 1):
+        raise ValueError(f"mcnemar_power: n={n}, loss={loss}, noise={noise}, level={level} are no shares of items")
+    if changed == 0 or n == 0:
+        return 0.0
+    low, high = stats.binom.ppf([1e-10, 1 - 1e-10], n, changed)
+    counts = np.arange(int(low), int(high) + 1)
+    by_chance = stats.binom.isf(level, counts, 0.5) + 1  # the fewest lost items that are significant
+    by_size = np.floor((counts + round(beyond * n, 9)) / 2) + 1
+    found = stats.binom.sf(np.maximum(by_chance, by_size) - 1, counts, (loss + noise) / changed)
+    return float(np.sum(stats.binom.pmf(counts, n, changed) * found))
+
+
+@lru_cache(maxsize=4096)
+def items_needed(
+    loss: float, noise: float, level: float, power: float, beyond: float = 0.0, most: int = 1_000_000
+) -> int | None:
+    """The fewest items (to 1 %) on which ``mcnemar_power`` reaches ``power``; None where ``most`` do not."""
+    low, high = 0, 16
+    while mcnemar_power(high, loss, noise, level, beyond) < power:
+        low, high = high, high * 2
+        if low >= most:
+            return None
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        low, high = (low, middle) if mcnemar_power(middle, loss, noise, level, beyond) >= power else (middle, high)
+    return high
+
+
+def holm(p_values: Sequence[float], level: float) -> list[bool]:
+    """Which hypotheses Holm's step-down procedure rejects, with at most ``level`` chance of any false rejection."""
+    rejected = [False] * len(p_values)
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if p_values[index] > level / (len(p_values) - rank):
+            break
+        rejected[index] = True
+    return rejected
+
+
 def paired_bootstrap_difference(
     before: ArrayLike, after: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float]:
@@ -113,7 +161,7 @@ def paired_difference(
 def _sign_test(hits: int, n: int) -> float:
     if n == 0:
         return 1.0
-    return float(stats.binomtest(hits, n, 0.5, alternative="greater").pvalue)
+    return float(stats.binom.sf(hits - 1, n, 0.5))
 
 
 def _discordant(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int]:

@@ -132,9 +132,9 @@ class Verdict:
     """What a gate says about a candidate."""
 
     decision: str
-    """``promoted`` or ``refused``."""
+    """``promoted``, ``held`` (the items cannot tell) or ``refused``."""
     reasons: tuple[str, ...]
     """Sentences for people, the deciding one first."""
     table: tuple[dict[str, Any], ...]
-    """One row a check: name, kind, before, after, change, n, p_value, budget, passed, reason. ``before``, ``after``,
-    ``change`` and ``p_value`` are None where there was nothing to compare."""
+    """One row a check: name, kind, reference, before, after, change, n, p_value, budget, needed, verdict, passed,
+    reason. What was not measured is None; ``needed`` is the number of items that could tell, where these cannot."""

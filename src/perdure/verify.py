@@ -68,14 +68,12 @@ def _ledger(folder: Path) -> tuple[list[str], dict[str, Any]]:
 def _aliases(folder: Path) -> list[str]:
     workspace = Workspace(folder)
     try:
-        champion, previous = workspace.champions()
-        aliases = workspace.aliases()
+        wanted = workspace.expected_aliases()
+        workspace.aliases()
     except InputError as error:
         return [str(error)]
-    candidate = aliases.get("candidate") if isinstance(aliases, dict) else None
-    known = candidate is None or candidate in workspace.versions()
     path = folder / "aliases.json"
-    if known and path.read_text(encoding="utf-8") == aliases_text(champion, previous, candidate):
+    if path.read_text(encoding="utf-8") == aliases_text(wanted):
         return []
     return [f"{path}: not what the ledger says; the next command that opens the workspace mends it"]
 

@@ -60,7 +60,7 @@ class Workspace:
                 "cost": {"seconds": {}, "tokens": {}}}  # fmt: skip
         workspace.add_version(info, lambda _: None)
         workspace.append("init", version=BASE, base=base_hash)
-        workspace._write_aliases(BASE, None)
+        workspace._write_aliases()
         # Last: a folder without perdure.toml is no workspace, so an interrupted init can be repeated after removal.
         replace_text(folder / "perdure.toml", to_toml(config))
         return workspace
@@ -118,15 +118,26 @@ class Workspace:
 
     def lineage(self, name: str = "champion") -> list[str]:
         """From the base to ``name``, following parents. Raises InputError when they go in a circle."""
-        chain = [self.resolve(name)]
-        while parent := self.version(chain[-1])["parent"]:
-            if parent in chain:
-                raise InputError(f"{self.folder}: damaged, {parent} is among its own ancestors")
-            chain.append(parent)
-        return chain[::-1]
+        return [info["version"] for info in self.lineage_records(name)]
 
-    def add_version(self, info: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Make a version visible in one rename. ``write`` fills the folder beside; the weights' hash is added here.
+    def lineage_records(self, name: str = "champion") -> list[dict[str, Any]]:
+        """The version.json of each of ``lineage``; every file is read once."""
+        chain: dict[str, dict[str, Any]] = {}
+        current: str | None = self.resolve(name)
+        known = set(self.versions())
+        while current is not None:
+            if current in chain:
+                raise InputError(f"{self.folder}: damaged, {current} is among its own ancestors")
+            if current not in known:
+                raise InputError(f"{self.folder}: damaged, there is no version {current}, the parent of another")
+            chain[current] = read_json(self.folder / "versions" / current / "version.json")
+            current = chain[current]["parent"]
+        return list(chain.values())[::-1]
+
+    def add_version(self, info: dict[str, Any], write: Callable[[Path], None],
+                    card: Callable[[dict[str, Any]], str] | None = None) -> None:  # fmt: skip
+        """Make a version visible in one rename. ``write`` fills the folder beside; the weights' hash is added here, and
+        ``card`` makes the text of its README.md from the whole of ``info``.
 
         Adding the same version again changes nothing. Raises InputError when the name stands for another one."""
         assert _VERSION.fullmatch(info["version"]), info["version"]
@@ -138,6 +149,8 @@ class Workspace:
         weights = sorted(beside.glob("*.safetensors"))
         if weights:
             info = info | {"hashes": info["hashes"] | {"weights": files_sha256(weights)}}
+        if card:
+            (beside / "README.md").write_text(card(info), encoding="utf-8")
         info = info | {"files": manifest_of(beside)}
         (beside / "version.json").write_text(to_json(info, indent=1) + "\n", encoding="utf-8")
         if final.exists():
@@ -160,13 +173,13 @@ class Workspace:
     def aliases(self) -> dict[str, str | None]:
         return read_json(self.folder / "aliases.json")
 
-    def promote(self, name: str, reason: str) -> None:
-        """Make a version the champion; the old champion becomes ``previous``."""
+    def promote(self, name: str, reason: str, **fields: Any) -> None:
+        """Make a version the champion; the old champion becomes ``previous``. ``fields`` go into the ledger as well."""
         target, champion = self.resolve(name), self.aliases()["champion"]
         if champion == target:
             return
-        self.append("promote", version=target, parent=champion, reason=reason)
-        self._write_aliases(target, champion)
+        self.append("promote", version=target, parent=champion, reason=reason, **fields)
+        self._write_aliases()
 
     def rollback(self, name: str | None = None) -> str:
         """Go back to ``name``, or to the champion's parent; returns the new champion.
@@ -182,13 +195,13 @@ class Workspace:
         if target not in {event["version"] for event in self.ledger() if event["event"] in ("init", "promote")}:
             raise InputError(f"{self.folder}: {target} was never promoted; to serve it all the same: promote {target}")
         self.append("rollback", version=target, parent=champion)
-        self._write_aliases(target, champion)
+        self._write_aliases()
         return target
 
-    def set_candidate(self, name: str | None) -> None:
-        aliases = self.aliases()
-        assert aliases["champion"]
-        replace_text(self.folder / "aliases.json", aliases_text(aliases["champion"], aliases["previous"], name))
+    def hold(self, name: str, **fields: Any) -> None:
+        """Record that a version waits for a person: it becomes the ``candidate`` until the champion changes."""
+        self.append("hold", version=name, **fields)
+        self._write_aliases()
 
     def append(self, event: str, **fields: Any) -> None:
         """Add an event to the ledger; one that introduces a version holds the hash of its version.json."""
@@ -205,30 +218,32 @@ class Workspace:
         return Ledger(self.folder).verify()
 
     def _heal(self) -> None:
-        """Under the lock: make the aliases say what the ledger's last promotion or rollback said."""
+        """Under the lock: make the aliases say what the ledger says."""
         if not self._aliases_agree():
-            self._write_aliases(*self.champions())
+            self._write_aliases()
 
     def _aliases_agree(self) -> bool:
-        champion, previous = self.champions()
+        wanted = self.expected_aliases()
         try:
-            aliases = self.aliases()
+            return self.aliases() == wanted
         except InputError:  # missing or damaged: it holds nothing that the ledger cannot give back
             return False
-        return isinstance(aliases, dict) and (aliases.get("champion"), aliases.get("previous")) == (champion, previous)
 
-    def champions(self) -> tuple[str, str | None]:
-        """(champion, previous) by the ledger. Raises InputError when it names none."""
+    def expected_aliases(self) -> dict[str, str | None]:
+        """champion, previous and candidate by the ledger. Raises InputError when it names no champion."""
+        candidate = None
         for event in reversed(self.ledger()):
-            if event.get("event") in ("init", "promote", "rollback"):
-                version, parent = event.get("version"), event.get("parent")
+            kind, version, parent = event.get("event"), event.get("version"), event.get("parent")
+            if kind == "hold" and candidate is None and isinstance(version, str):
+                candidate = version
+            if kind in ("init", "promote", "rollback"):
                 if not isinstance(version, str) or not isinstance(parent, str | None):
                     break
-                return version, parent
+                return {"champion": version, "previous": parent, "candidate": candidate}
         raise InputError(f"{self.folder / 'ledger.jsonl'}: damaged, it names no champion")
 
-    def _write_aliases(self, champion: str, previous: str | None) -> None:
-        replace_text(self.folder / "aliases.json", aliases_text(champion, previous))
+    def _write_aliases(self) -> None:
+        replace_text(self.folder / "aliases.json", aliases_text(self.expected_aliases()))
 
     # Skills
 
@@ -258,8 +273,7 @@ class Workspace:
     def taught(self, name: str = "champion") -> dict[str, Path]:
         """Skills taught on the way to ``name``, in order: name -> kept folder (the latest content of each)."""
         found: dict[str, Path] = {}
-        for version in self.lineage(name)[1:]:
-            info = self.version(version)
+        for info in self.lineage_records(name)[1:]:
             found.pop(info["skill"], None)
             found[info["skill"]] = self._kept(info["skill"], info["hashes"]["skill"])
         return found
@@ -281,13 +295,17 @@ class Workspace:
 
     def next_stage(self, skill: str) -> str:
         """A name for a new stage: one more than the last one that has a folder or a version."""
-        closed = (self.version(name)["stage"] for name in self.versions())
-        numbers = [_stage_number(name) for name in (*self.stages(), *closed) if name]
+        numbers = [_stage_number(name) for name in (*self.stages(), *self.closed_stages())]
         return f"s{max(numbers, default=0) + 1:02d}-{skill}"
+
+    def closed_stages(self) -> set[str]:
+        """Stages that gave a version."""
+        records = (read_json(self.folder / "versions" / name / "version.json") for name in self.versions())
+        return {info["stage"] for info in records if info["stage"]}
 
     def unfinished(self) -> list[str]:
         """Stages that have begun and given no version yet, in order."""
-        closed = {self.version(name)["stage"] for name in self.versions()}
+        closed = self.closed_stages()
         begun = (stage for stage in self.stages() if (self.run_folder(stage) / "stage.json").is_file())
         return [stage for stage in begun if stage not in closed]
 
@@ -322,9 +340,9 @@ class Workspace:
                 file.truncate(0)
 
 
-def aliases_text(champion: str, previous: str | None, candidate: str | None = None) -> str:
+def aliases_text(aliases: dict[str, str | None]) -> str:
     """What aliases.json holds."""
-    return to_json({"champion": champion, "previous": previous, "candidate": candidate}) + "\n"
+    return to_json(aliases) + "\n"
 
 
 def manifest_of(folder: Path) -> dict[str, str]:

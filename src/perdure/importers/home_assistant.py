@@ -59,7 +59,7 @@ class _CannotFill(Exception):
     """A template needs a list that a home would have to define (device names, floors): it is left out."""
 
 
-def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 120) -> Path:
+def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 240) -> Path:
     """Write the skill folder. Raises InputError when the package or hassil is missing."""
     file = package_file(PACKAGE, "home_assistant_intents", "data/en.json", FILE_SHA256)
     grammar = Grammar(json.loads(file.read_text(encoding="utf-8")))

@@ -43,7 +43,7 @@ WORDS = range(4, 31)
 LEAST_PER_DESK = 60
 
 
-def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 120) -> Path:
+def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 240) -> Path:
     """Write the skill folder, the desks in equal shares as far as they have questions.
 
     Raises InputError when the package is missing."""

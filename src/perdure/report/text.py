@@ -15,7 +15,7 @@ from rich.text import Text
 from perdure.report import results
 from perdure.report.words import count, interval, percent, points, safe_line, safe_text, seconds, sentences
 
-__all__ = ["preflight_tables", "profile_table", "render", "safe_text", "score_table"]
+__all__ = ["diff_tables", "preflight_tables", "profile_table", "render", "safe_text", "score_table"]
 
 NAME_WIDTH, LABEL_WIDTH = 16, 26
 """Longest skill name and row label in characters; longer ones are cut with an ellipsis."""
@@ -47,6 +47,8 @@ def preflight_tables(checks: Sequence[Mapping[str, Any]], console: Console) -> N
             _row(table, [name, *cells], style)
         console.print(table)
         console.print(Text(_preflight_line(found)))
+        if test := found.get("test"):
+            console.print(Text(_test_line(test), style="yellow" if test["budget"] < test["least_budget"] else ""))
         for line in found["advice"]:
             console.print(Text(safe_line(line), style="" if found["ready"] else "yellow"))
 
@@ -62,6 +64,14 @@ def _preflight_line(found: Mapping[str, Any]) -> str:
     return text
 
 
+def _test_line(test: Mapping[str, Any]) -> str:
+    least, budget = percent(test["least_budget"], 1), percent(test["budget"], 1)
+    text = f"{test['rows']} test rows can judge a retention budget of about {least} or more; the budget is {budget}"
+    if test["budget"] >= test["least_budget"]:
+        return f"{text}."
+    return f"{text}, so later versions would be held: add test rows, or set retention_budget in skill.toml."
+
+
 def score_table(result: Mapping[str, Any], console: Console) -> None:
     """Print one version's scores: ``result`` is ``{"version", "scores", "probe"}``, as ``perdure eval --json`` says."""
     table = _table(str(result["version"]), ["Measured on", "Right", "95% interval", "Rows"])
@@ -72,6 +82,28 @@ def score_table(result: Mapping[str, Any], console: Console) -> None:
     if result["probe"]:
         _row(table, ["prior, average", percent(result["probe"]["average"], 1)], "bold")
     console.print(table)
+
+
+def diff_tables(found: Mapping[str, Any], console: Console) -> None:
+    """Print what ``compare.compare`` gives."""
+    first, second = found["first"], found["second"]
+    table = _table(
+        f"{first} and {second}", ["Measured on", first, second, "Change", "95% interval", "Lost", "Gained", "n"]
+    )
+    for name, score in found["scores"].items():
+        if score is None:
+            _row(table, [name, *["–"] * 7])
+            continue
+        style = "green" if score["low"] > 0 else "red" if score["high"] < 0 else ""
+        _row(table, [name, percent(score["before"], 1), percent(score["after"], 1), points(score["change"]),
+                     f"{points(score['low'])} to {points(score['high'])}", str(score["lost"]), str(score["gained"]),
+                     str(score["n"])], style)  # fmt: skip
+    console.print(table)
+    between = found["between"]
+    way = f"The way: {' > '.join(between)}." if between else "Neither descends from the other."
+    console.print(Text(f"{way} –: not measured on the same items."))
+    for key, (before, after) in found["config"].items():
+        console.print(Text(safe_line(f"{key}: {before} in {first}, {after} in {second}")))
 
 
 def profile_table(stage: str, rows: Sequence[Mapping[str, Any]], peak: float, console: Console) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOT_MEASURED = "–"
+TURNED_AWAY = ("refused", "held")
+"""Decisions of the gate that keep a candidate from becoming the champion."""
 
 # Escape sequences of terminals as ECMA-48 has them: control strings (title, clipboard, links) with their text, then
 # control sequences (colours, cursor), then the short forms. The one-byte C1 forms count as well.
@@ -193,11 +195,18 @@ def _cost(summary: dict[str, Any]) -> str:
     total, tokens = summary["seconds"], summary["tokens"]["total"]
     text = f"It took {seconds(total['total'])}, {seconds(total['train'])} of it training,"
     text += f" and {count(tokens)} tokens" if tokens else ""
-    number, refused = len(summary["stages"]), [s["in_force"] for s in summary["stages"] if s["decision"] == "refused"]
-    many = {0: "none", 1: "one"}.get(len(refused), str(len(refused)))
-    verdict = ("refused" if refused else "not refused") if number == 1 else f"{many} of them refused"
-    served = " but served all the same" if any(refused) else ""
-    return f"{text} for {plural(number, 'stage')}, {verdict} by the gate{served}."
+    stages = summary["stages"]
+    served = any(stage["in_force"] and stage["decision"] in TURNED_AWAY for stage in stages)
+    verdict = turned_away(stages) or ("not refused" if len(stages) == 1 else "none of them refused")
+    but = " but served all the same" if served else ""
+    return f"{text} for {plural(len(stages), 'stage')}, {verdict} by the gate{but}."
+
+
+def turned_away(stages: Sequence[Mapping[str, Any]]) -> str:
+    """``1 refused and 2 held``; empty where every stage's candidate passed."""
+    counts = {decision: sum(stage["decision"] == decision for stage in stages) for decision in TURNED_AWAY}
+    parts = [f"{number} {decision}" for decision, number in counts.items() if number]
+    return listed(parts) if parts else ""
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -44,7 +44,7 @@ class SkillSettings(BaseModel):
     """Goes in front of rows without a system turn."""
     tools: tuple[dict[str, Any], ...] = ()
     """For rows without their own."""
-    retention_budget: float | None = Field(default=None, ge=0, le=1)
+    retention_budget: float | None = Field(default=None, gt=0, lt=0.5)
     """Accuracy that this skill may lose when later ones are learned; the workspace's budget where absent."""
 
     @field_validator("name")

@@ -1,0 +1,55 @@
+"""Two versions side by side: scores on the same items, settings that differ, and the way from one to the other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from perdure.gates import Items
+from perdure.measure import known_scores
+from perdure.stats import paired_difference
+from perdure.workspace import Workspace
+
+
+def compare(workspace: Workspace, first: str, second: str) -> dict[str, Any]:
+    """``scores``: name -> paired difference with its 95 % bootstrap interval and one-sided p-values, None where the two
+    were not measured on the same items. ``config``: dotted key -> [value of first, value of second]. ``between``: the
+    versions from one to the other where one descends from the other, else None.
+
+    Raises InputError for a name that is no version."""
+    names = [workspace.resolve(name) for name in (first, second)]
+    records = [workspace.version(name) for name in names]
+    scores = [known_scores(workspace, name).items for name in names]
+    measured = sorted(scores[0].keys() | scores[1].keys(), key=lambda name: (name.startswith("probe"), name))
+    before, after = (_flat(record["config"]) for record in records)
+    return {
+        "first": names[0],
+        "second": names[1],
+        "between": _between(workspace, *names),
+        "scores": {name: _difference(*(items.get(name) for items in scores)) for name in measured},
+        "config": {key: [before.get(key), after.get(key)] for key in sorted(before.keys() | after.keys())
+                   if before.get(key) != after.get(key)},
+        "weights": [record["hashes"]["weights"] for record in records],
+        "seconds": [sum(record["cost"]["seconds"].values()) for record in records],
+    }  # fmt: skip
+
+
+def _between(workspace: Workspace, first: str, second: str) -> list[str] | None:
+    for start, end in ((first, second), (second, first)):
+        chain = workspace.lineage(end)
+        if start in chain:
+            return chain[chain.index(start) :]
+    return None
+
+
+def _difference(before: Items | None, after: Items | None) -> dict[str, Any] | None:
+    if not before or not after or before.keys() != after.keys():
+        return None
+    return asdict(paired_difference(list(before.values()), [after[item] for item in before]))
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

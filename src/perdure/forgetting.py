@@ -1,0 +1,102 @@
+"""Taking a skill out again: the skills taught after it are taught anew to the version before it, and the result is
+judged against the champion like any other candidate.
+
+The replay is a branch: its stages publish versions, and the champion changes once, at the end, or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from perdure.config import RunConfig
+from perdure.curriculum import learn_one
+from perdure.gates import decide_kept
+from perdure.measure import Scores, current, guards, known_scores, measure_probe, measure_skill, probe_items
+from perdure.reporting import Reporter
+from perdure.running import open_version
+from perdure.skills.base import Skill, load_skill
+from perdure.stages import settings_hash, settle_all
+from perdure.types import InputError, Verdict
+from perdure.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """How taking out a skill ended."""
+
+    skill: str
+    version: str
+    """The version without it."""
+    decision: str
+    reasons: tuple[str, ...]
+    before: float
+    """The champion's accuracy on the skill, 0..1."""
+    after: float
+    n: int
+
+
+def forget(workspace: Workspace, name: str, config: RunConfig, reporter: Reporter) -> Forgotten:
+    """Make the champion a version that was never taught ``name`` (in any of its contents) and knows the other skills.
+
+    Stages of the replay that are finished are not repeated. Raises InputError when the skill was not taught."""
+    taught = {skill: load_skill(folder) for skill, folder in workspace.taught().items()}
+    if name not in taught:
+        raise InputError(
+            f"{workspace.folder}: the champion was not taught {name!r}; it knows {', '.join(taught) or '-'}"
+        )
+    settle_all(workspace)
+    champion, records = workspace.resolve("champion"), workspace.lineage_records()
+    first = next(place for place, record in enumerate(records) if record["skill"] == name)
+    version, branch = records[first - 1]["version"], f"forget {name}, instead of {champion}"
+    again = list(dict.fromkeys(record["skill"] for record in records[first:] if record["skill"] != name))
+    for place, skill in enumerate(again, 1):
+        reporter.stage(f"Replay {place} of {len(again)}: {skill}, without {name}")
+        version = _replay(workspace, taught[skill], version, branch, config, reporter, taught)
+    return _judge(workspace, name, champion, version, taught, config, reporter)
+
+
+def _replay(workspace: Workspace, skill: Skill, parent: str, branch: str, config: RunConfig, reporter: Reporter,
+            scope: dict[str, Skill]) -> str:  # fmt: skip
+    """The version that teaches ``skill`` to ``parent`` on the branch; made now where it is not there yet."""
+    for name in workspace.versions()[1:]:
+        info = workspace.version(name)
+        same = (info["parent"], info.get("branch"), info["hashes"]["skill"], info["hashes"]["config"])
+        if same == (parent, branch, skill.content_hash, settings_hash(config)):
+            return name
+    # Whatever its own gate says, the last version of the branch is judged as a whole.
+    outcome = learn_one(workspace, skill, scope, config, reporter, parent=parent, branch=branch, force=True)
+    assert outcome.version is not None, "a forced stage always gives a version"
+    return outcome.version
+
+
+def _judge(workspace: Workspace, name: str, champion: str, version: str, taught: dict[str, Skill], config: RunConfig,
+           reporter: Reporter) -> Forgotten:  # fmt: skip
+    others = {skill: content for skill, content in taught.items() if skill != name}
+    before, after = (_scores(workspace, who, taught, config, reporter) for who in (champion, version))
+    verdict: Verdict = decide_kept(config.gate, after.items, guards(workspace, champion, before, others, config))
+    accuracies = [sum(s.items[name].values()) / len(s.items[name]) for s in (before, after)]
+    about: dict[str, Any] = {"skill": name, "before": accuracies[0], "after": accuracies[1],
+                             "decision": verdict.decision, "reasons": list(verdict.reasons)}  # fmt: skip
+    workspace.append("forget", version=version, parent=champion, **about)
+    if verdict.decision == "promoted":
+        workspace.promote(version, f"without {name}")
+    return Forgotten(name, version, verdict.decision, verdict.reasons, *accuracies, n=len(before.items[name]))
+
+
+def _scores(workspace: Workspace, version: str, skills: dict[str, Skill], config: RunConfig,
+            reporter: Reporter) -> Scores:  # fmt: skip
+    """What ``version`` scores on ``skills`` and the prior tasks; measured now where no file says it."""
+    scores = known_scores(workspace, version)
+    missing = [skill for skill in skills.values() if not current(scores, skill, config)]
+    wants_probe = bool(config.probe.tasks) and (
+        scores.probe is None or set(scores.probe["tasks"]) != set(config.probe.tasks)
+    )
+    if missing or wants_probe:
+        session = open_version(workspace, version, config)
+        for skill in missing:
+            found = measure_skill(session, skill, config, reporter, version)
+            scores.items[skill.name] = {item.id: item.score >= 1 for item in found.items}
+        probed = measure_probe(session, config, reporter, version) if wants_probe else None
+        scores.items |= probe_items(probed.items) if probed else {}
+    return scores

@@ -1,0 +1,102 @@
+"""A candidate that learned its skill but hurt something is not the end: a few attempts to keep both.
+
+In order, until one passes: the weights blended back towards the parent (three shares), a second training with more
+anchors, a third with a smaller learning rate. Several attempts are several chances to pass by luck, so the gate is
+strict with them: no observed loss beyond a budget, significant or not. The ledger holds every attempt and is what a
+resumed stage goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perdure.candidate import Candidate, measure_candidate
+from perdure.config import RunConfig, TrainConfig
+from perdure.measure import Scores
+from perdure.models import load, sync_weights
+from perdure.running import Run, train_stage
+from perdure.types import Verdict
+from perdure.workspace import BASE
+
+BLENDS = (0.75, 0.5, 0.25)
+"""Shares of the way from the parent to the candidate."""
+Weights = Mapping[str, Tensor]
+
+
+def worth_repairing(verdict: Verdict) -> bool:
+    """Refused for harm alone: the new skill was learned."""
+    verdicts = {row["verdict"] for row in verdict.table}
+    return verdict.decision == "refused" and "worse" in verdicts and not verdicts & {"not learned", "not measured"}
+
+
+def repair(run: Run, before: Scores, check: dict[str, Any] | None, name: str, harmed: Verdict) -> Candidate | None:
+    """The first attempt that passes, whose weights the session's student then has; None, and the student as it was,
+    when none of ``gate.repair`` attempts does."""
+    student = run.session.loaded.model
+    trained = {key: value.detach().clone() for key, value in student.named_parameters()}
+    parent = _parent_weights(run)
+    tries: dict[str, Callable[[], None]] = {
+        f"blend {share}": lambda share=share: _set(run, parent, trained, share) for share in BLENDS
+    }
+    for label, settings in (
+        ("more anchors", _anchored(run.config.train, harmed)),
+        ("smaller rate", _slower(run.config)),
+    ):
+        tries[label] = lambda label=label, settings=settings: _again(run, parent, check, label, settings)
+    past = {
+        event["attempt"]: event["decision"]
+        for event in run.workspace.ledger()
+        if event["event"] == "repair" and event["stage"] == run.stage
+    }
+    for label, attempt in list(tries.items())[: run.config.gate.repair]:
+        if past.get(label, "promoted") != "promoted":
+            continue
+        run.reporter.note(f"Repair: {label}.")
+        attempt()
+        found = measure_candidate(run, before, name, strict=True)
+        decision, reason = found.verdict.decision, found.verdict.reasons[0]
+        if label not in past:
+            run.workspace.append("repair", stage=run.stage, skill=run.skill.name, parent=run.parent, attempt=label,
+                                 decision=decision, reason=reason)  # fmt: skip
+        if decision == "promoted":
+            how = f"Repaired ({label}) after: {harmed.reasons[0]}"
+            return Candidate(found.scores, found.probed, Verdict(decision, (how, *found.verdict.reasons),
+                                                                 found.verdict.table))  # fmt: skip
+    _set(run, trained, trained, 1.0)
+    return None
+
+
+def _parent_weights(run: Run) -> Weights:
+    folder = None if run.parent == BASE else run.workspace.version_folder(run.parent)
+    return dict(load(run.config.model, folder).model.named_parameters())
+
+
+@torch.no_grad()
+def _set(run: Run, start: Weights, end: Weights, share: float) -> None:
+    """Give student and working copy the weights ``start`` + ``share`` * (``end`` - ``start``)."""
+    for key, parameter in run.session.loaded.model.named_parameters():
+        parameter.copy_(torch.lerp(start[key], end[key], share))
+    sync_weights(run.session.working, run.session.loaded.model)
+
+
+def _again(run: Run, parent: Weights, check: dict[str, Any] | None, label: str, settings: TrainConfig) -> None:
+    _set(run, parent, parent, 0.0)
+    train_stage(run, check, settings, "repair-" + label.replace(" ", "-"))
+
+
+def _anchored(config: TrainConfig, harmed: Verdict) -> TrainConfig:
+    """Half of each batch anchors, and of those more of the kind that was hurt: earlier skills or prior capabilities."""
+    skills = any(row["verdict"] == "worse" and row["kind"] in ("skill", "best ever") for row in harmed.table)
+    share = max(config.anchor_earlier_share, 0.75) if skills else min(config.anchor_earlier_share, 0.25)
+    return config.model_copy(
+        update={"anchor_share": max(config.anchor_share, 0.5), "anchor_earlier_share": share,
+                "anchor_rows": 2 * config.anchor_rows}
+    )  # fmt: skip
+
+
+def _slower(config: RunConfig) -> TrainConfig:
+    return config.train.model_copy(update={"learning_rate": config.train.learning_rate / 3})

@@ -1,0 +1,211 @@
+"""One stage while it runs: what it works on, its clock, and its first three parts: check, baseline, training."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perdure.anchors import make_anchors
+from perdure.config import RunConfig, TrainConfig
+from perdure.contexts import parse_template
+from perdure.files import read_json, replace_text
+from perdure.measure import (
+    Scores,
+    current,
+    known_scores,
+    measure_probe,
+    measure_skill,
+    probe_json,
+    score_json,
+    write_items,
+)
+from perdure.preflight import Subject, check_windows, preflight
+from perdure.reporting import Reporter
+from perdure.runlog import LoopState
+from perdure.seeds import derive_seed, permutation
+from perdure.session import Session, open_session
+from perdure.skills.base import Skill
+from perdure.stage import Stage
+from perdure.teacher import make_teacher
+from perdure.train import train
+from perdure.types import Example
+from perdure.workspace import BASE, Workspace
+
+
+@dataclass
+class Run:
+    """One stage while it runs."""
+
+    workspace: Workspace
+    config: RunConfig
+    reporter: Reporter
+    skill: Skill
+    scope: dict[str, Skill]
+    """Every skill to measure, by name: those taught before and those of this command."""
+    stage: str
+    parent: str
+    session: Session
+    seconds: dict[str, float] = field(default_factory=dict)
+    branch: str | None = None
+    """Set where the stage is part of a replay: its version does not become the champion by itself."""
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace.run_folder(self.stage)
+
+    @property
+    def seed(self) -> int:
+        return stage_seed(self.config, self.skill)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds to the stage's seconds of ``phase``, kept in a file so that a resumed stage counts all its attempts."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
+            replace_text(self.folder / "seconds.json", json.dumps(self.seconds) + "\n")
+
+
+def open_version(workspace: Workspace, name: str, config: RunConfig) -> Session:
+    """Load a version by its full name; the base model has no weights of its own here."""
+    return open_session(config, None if name == BASE else workspace.version_folder(name))
+
+
+def stage_seed(config: RunConfig, skill: Skill) -> int:
+    """The seed of a skill's stage: another content is another stage."""
+    return derive_seed(config.seed, "stage", skill.name, skill.content_hash)
+
+
+def preflight_of(session: Session, skill: Skill, config: RunConfig, reporter: Reporter) -> dict[str, Any]:
+    with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
+        found = preflight(subject_of(session, skill), config.context, config.preflight, config.train,
+                          stage_seed(config, skill), _rows_of(phase))  # fmt: skip
+    return found.to_json()
+
+
+def subject_of(session: Session, skill: Skill) -> Subject:
+    """What the preflight looks at."""
+    return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
+                   session.working, session.engine, session.renderer, session.dtype)  # fmt: skip
+
+
+def check_before(run: Run) -> dict[str, Any] | None:
+    """The preflight's result; None for a method that has no teacher with a demonstration. Every row must fit."""
+    if run.config.train.method != "sdft":
+        check_windows(subject_of(run.session, run.skill), [])
+        return None
+    file = run.folder / "preflight.json"
+    if not file.is_file():
+        with run.timed("preflight"):
+            result = preflight_of(run.session, run.skill, run.config, run.reporter)
+        replace_text(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    found = read_json(file)
+    run.reporter.note(describe_preflight(found))
+    return found
+
+
+def _rows_of(phase: Any) -> Callable[[int, int, int], None]:
+    return lambda tokens, done, total: phase.update(done, total, tokens=tokens)
+
+
+def describe_preflight(check: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"Teacher {check['teacher_accuracy']:.0%} with {check['template']}, student {check['student_accuracy']:.0%}, "
+        f"gap {check['gap']:+.0%} on {check['n']} rows; training is predicted to take {check['cost']['seconds']:.0f} s."
+    )
+
+
+def baseline(run: Run) -> Scores:
+    """What the parent scores on everything in scope; measured now where it is not known yet."""
+    scores = known_scores(run.workspace, run.parent)
+    missing = [skill for skill in run.scope.values() if not current(scores, skill, run.config)]
+    wants_probe = scores.probe is None or set(scores.probe["tasks"]) != set(run.config.probe.tasks)
+    folder = run.folder / "baseline"
+    if missing or (wants_probe and run.config.probe.tasks):
+        with run.timed("evaluate"):
+            measured = [measure_skill(run.session, s, run.config, run.reporter, run.parent) for s in missing]
+        with run.timed("probe"):
+            probed = measure_probe(run.session, run.config, run.reporter, run.parent) if wants_probe else None
+        write_items(folder, measured, probed)
+        entry = {"version": run.parent, "probe": probe_json(probed),
+                 "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in measured}}  # fmt: skip
+        replace_text(run.folder / "baseline.json", json.dumps(entry, indent=1) + "\n")
+        scores = known_scores(run.workspace, run.parent)
+    return scores
+
+
+def split_validation(
+    examples: tuple[Example, ...], share: float, most: int, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Training and validation rows: a seeded choice, at least one row left to train on."""
+    count = min(most, int(len(examples) * share))
+    chosen = set(permutation(derive_seed(seed, "validation"), len(examples))[:count])
+    rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
+    return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
+
+
+def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfig | None = None,
+                subfolder: str = "") -> LoopState:  # fmt: skip
+    """Train the session's student; ``train_config`` and ``subfolder`` make another attempt beside the first."""
+    config, session = run.config, run.session
+    train_config = train_config or config.train
+    rows, validation = split_validation(run.skill.train, train_config.validation_share, train_config.validation_max,
+                                        run.seed)  # fmt: skip
+    with run.timed("train"):
+        earlier = [run.scope[name] for name in run.workspace.taught(run.parent) if name != run.skill.name]
+        with run.reporter.phase("anchors: what the model says now", 0, "rows") as phase:
+            anchors = make_anchors(session, earlier, train_config, run.seed, _rows_of(phase))
+        stage = Stage(
+            student=session.loaded,
+            working=session.working,
+            engine=session.engine,
+            teacher=_teacher(run, anchored=bool(anchors.general or anchors.earlier)),
+            renderer=session.renderer,
+            template=parse_template(check["template"] if check else "turns:1"),
+            examples=rows,
+            validation=validation,
+            anchors=anchors,
+            grader=run.skill.grade,
+            max_new_tokens=run.skill.settings.max_new_tokens,
+            dtype=session.dtype,
+            seed=run.seed,
+            folder=run.folder / subfolder,
+        )
+        with run.reporter.phase(f"train on {len(rows)} rows", train_config.steps, "steps") as phase:
+            return train(stage, train_config, _steps_of(phase))
+
+
+def _teacher(run: Run, anchored: bool) -> Any:
+    config, session = run.config, run.session
+    if config.train.method == "sft" and not anchored:
+        return None
+    kind = config.train.teacher if config.train.method == "sdft" else "frozen"
+    original = open_session(config).loaded.model if kind == "original" else None
+    return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
+                        dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate)  # fmt: skip
+
+
+def _steps_of(phase: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Turns the loop's lines into progress: what a step processed, and the last validation's accuracy."""
+    seen, accuracy = 0, ""
+
+    def report(line: dict[str, Any], timings: dict[str, Any]) -> None:
+        nonlocal seen, accuracy
+        if "validation_accuracy" in line:
+            accuracy = f", validation {line['validation_accuracy']:.0%}"
+            phase.update(line["step"], note=accuracy.removeprefix(", "))
+            return
+        tokens = sum(timings["tokens"].values())
+        note = f"{line['phase'].replace('_', ' ')}, loss {line['loss']:.3f}{accuracy}"
+        phase.update(line["step"], tokens=tokens - seen, note=note)
+        seen = tokens
+
+    return report
