@@ -79,7 +79,7 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
     about: dict[str, Any] = {"skill": name, "before": accuracies[0], "after": accuracies[1],
                              "decision": verdict.decision, "reasons": list(verdict.reasons)}  # fmt: skip
     workspace.append("forget", version=version, parent=champion, **about)
-    if verdict.decision == "promoted":
+    if verdict.decision == "promoted" or not config.gate.enforce:
         workspace.promote(version, f"without {name}")
     return Forgotten(name, version, verdict.decision, verdict.reasons, *accuracies, n=len(before.items[name]))
 

@@ -1,0 +1,172 @@
+"""Repairing a candidate that hurt an earlier skill, and taking a skill out again: whole stages on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fakes import NUMBERS, save_tiny_model, toy_skill
+from perdure import repair
+from perdure.config import RunConfig
+from perdure.curriculum import learn
+from perdure.forgetting import forget
+from perdure.reporting import Silent
+from perdure.stages import create_workspace
+from perdure.types import InputError
+from perdure.workspace import Workspace
+
+Setup = tuple[Path, list[Path]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """A model, and two skills of which the second, taught without anchors, overwrites the first."""
+    folder = tmp_path_factory.mktemp("made")
+    skills = [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
+    return save_tiny_model(folder / "model", copies=True), skills
+
+
+def settings(model: Path, **gate: Any) -> RunConfig:
+    """On 8 test rows: a budget that so few can judge."""
+    train = {"method": "sft", "learning_rate": 3e-3, "steps": 40, "warm_start_steps": 20, "anchor_share": 0.0,
+             "anchor_general_tokens": 4}  # fmt: skip
+    return RunConfig.model_validate(
+        {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []}, "train": train,
+         "gate": {"budget": 0.45, "repair": 5} | gate}
+    )  # fmt: skip
+
+
+def taught(folder: Path, made: Setup, **gate: Any) -> Workspace:
+    config = settings(made[0], **gate)
+    workspace = create_workspace(folder, config)
+    learn(workspace, made[1], config, Silent())
+    return workspace
+
+
+def weights(workspace: Workspace, version: str) -> dict[str, torch.Tensor]:
+    return load_file(workspace.version_folder(version) / "model.safetensors")
+
+
+def attempts(workspace: Workspace) -> list[tuple[str, str]]:
+    return [(e["attempt"], e["decision"]) for e in workspace.ledger() if e["event"] == "repair"]
+
+
+@pytest.fixture(scope="module")
+def unrepaired(tmp_path_factory: pytest.TempPathFactory, made: Setup) -> Workspace:
+    return taught(tmp_path_factory.mktemp("unrepaired") / "bot", made, repair=0)
+
+
+def test_without_repair_the_candidate_is_refused(unrepaired: Workspace):
+    assert unrepaired.resolve("champion") == "v001" and not attempts(unrepaired)
+    assert "colours: got worse" in unrepaired.version("v002")["verdict"]["reasons"][0]
+
+
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory: pytest.TempPathFactory, made: Setup) -> Workspace:
+    return taught(tmp_path_factory.mktemp("repaired") / "bot", made, significance=0.1)
+
+
+def test_the_first_attempt_that_passes_becomes_the_version(repaired: Workspace, unrepaired: Workspace):
+    assert attempts(repaired) == [("blend 0.75", "refused"), ("blend 0.5", "refused"), ("blend 0.25", "promoted")]
+    assert repaired.resolve("champion") == "v002"
+    reasons = repaired.version("v002")["verdict"]["reasons"]
+    assert reasons[0].startswith("Repaired (blend 0.25) after: colours: got worse")
+    parent, candidate = weights(unrepaired, "v001"), weights(unrepaired, "v002")
+    for name, value in weights(repaired, "v002").items():
+        assert torch.equal(value, torch.lerp(parent[name], candidate[name], 0.25))
+
+
+def test_the_published_scores_are_those_of_the_published_weights(repaired: Workspace):
+    from perdure.curriculum import evaluate_version
+
+    measured = evaluate_version(repaired, "v002", [], repaired.config(), False, Silent())
+    assert measured["scores"] == repaired.version("v002")["scores"]
+
+
+def test_where_no_attempt_passes_the_candidate_stays_as_it_was_trained(
+    tmp_path: Path, made: Setup, unrepaired: Workspace
+):
+    workspace = taught(tmp_path / "bot", made)
+    labels = ["blend 0.75", "blend 0.5", "blend 0.25", "more anchors", "smaller rate"]
+    assert attempts(workspace) == [(label, "refused") for label in labels]
+    assert workspace.resolve("champion") == "v001"
+    first, second = (w.version("v002")["hashes"]["weights"] for w in (workspace, unrepaired))
+    assert first == second
+
+
+def test_an_interrupted_repair_goes_on_and_repeats_no_line(
+    tmp_path: Path, made: Setup, repaired: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    config = settings(made[0], significance=0.1)
+    workspace = create_workspace(tmp_path / "bot", config)
+    real, calls = repair.measure_candidate, 0
+
+    def dying(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(repair, "measure_candidate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        learn(workspace, made[1], config, Silent())
+    assert attempts(workspace) == [("blend 0.75", "refused"), ("blend 0.5", "refused")]
+    learn(workspace, made[1], config, Silent())
+    assert attempts(workspace) == attempts(repaired) and calls == 4
+    first, second = (w.version("v002")["hashes"]["weights"] for w in (workspace, repaired))
+    assert first == second
+
+
+def test_a_repair_is_strict_about_losses_that_chance_could_explain(tmp_path: Path, made: Setup):
+    """blend 0.5 loses 4 of 8 (p = 0.06): not significant at 0.05, but more than the budget of 45 points."""
+    workspace = taught(tmp_path / "bot", made, repair=2)
+    last = [event for event in workspace.ledger() if event["event"] == "repair"][-1]
+    assert "100.0% to 50.0%" in last["reason"] and last["decision"] == "refused"
+
+
+# Forgetting
+
+
+def test_forgetting_gives_the_weights_that_were_never_taught_the_skill(tmp_path: Path, made: Setup):
+    workspace = taught(tmp_path / "bot", made, significance=0.1, power=0.1)
+    config = workspace.config()
+    clean = create_workspace(tmp_path / "clean", config)
+    learn(clean, made[1][1:], config, Silent())
+    done = forget(workspace, "colours", config, Silent())
+    assert done.decision == "promoted" and done.version == "v003" and workspace.resolve("champion") == "v003"
+    assert (done.before, done.after, done.n) == (0.75, 0.0, 8)
+    assert workspace.version("v003")["hashes"]["weights"] == clean.version("v001")["hashes"]["weights"]
+    assert list(workspace.taught()) == ["numbers"] and workspace.lineage() == ["v000", "v003"]
+    events = [event["event"] for event in workspace.ledger()][-5:]
+    assert events == ["candidate", "verdict", "accept", "forget", "promote"]
+    workspace.rollback("v002")  # and nothing is lost
+    assert list(workspace.taught()) == ["colours", "numbers"]
+
+
+def test_forgetting_the_last_skill_needs_no_training(tmp_path: Path, made: Setup):
+    workspace = taught(tmp_path / "bot", made, significance=0.1, power=0.1)
+    done = forget(workspace, "numbers", workspace.config(), Silent())
+    assert done.version == "v001" and workspace.versions() == ["v000", "v001", "v002"]
+    assert list(workspace.taught()) == ["colours"]
+
+
+def test_what_was_not_taught_cannot_be_forgotten(repaired: Workspace):
+    with pytest.raises(InputError, match="not taught 'poetry'; it knows colours, numbers"):
+        forget(repaired, "poetry", repaired.config(), Silent())
+
+
+def test_a_version_carries_its_model_card(repaired: Workspace):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard((repaired.version_folder("v002") / "README.md").read_text(encoding="utf-8"))
+    info = repaired.version("v002")
+    results = {result.dataset_name: result for result in card.data.eval_results or []}
+    assert results["numbers"].metric_value == info["scores"]["numbers"]["accuracy"]
+    assert results["numbers"].dataset_revision == info["hashes"]["skill"]
+    assert info["hashes"]["weights"] in card.text and "| colours | " in card.text
+    assert info["verdict"]["reasons"][0] in card.text
