@@ -127,7 +127,8 @@ def preflight(skill: str, teacher: float, ready: bool) -> dict[str, Any]:
     return {"skill": skill, "student_accuracy": 0.0, "teacher_accuracy": teacher, "gap": teacher, "template": "turns:2",
             "kl_teacher_student": 2.8, "identity_kl": 3e-6, "leak_share": 0.0, "n": 32, "templates": templates,
             "window": {"limit": 4096, "longest_student": 120, "longest_teacher": {"turns:2": 420}, "too_long": []},
-            "cost": {"seconds": 300, "tokens": {"student": 40000}}, "ready": ready, "advice": [advice]}  # fmt: skip
+            "cost": {"seconds": {"train": 300}, "tokens": {"student": 40000}},
+            "ready": ready, "advice": [advice]}  # fmt: skip
 
 
 def metrics(method: str, steps: int, best: float, drift: float | None, speed: float) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ FLOORS = {
         "preflight", "anchors",
     ],
     "F5 deciding": [
-        "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "running", "candidate", "repair",
+        "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",
+        "candidate", "repair",
         "card", "judging", "curriculum", "forgetting",
     ],
     "F6 talking": [

@@ -10,7 +10,6 @@ import torch
 from fakes import ScriptedEngine, copying_model, example, loaded, renderer, toy_examples
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
 from perdure.contexts import parse_template
-from perdure.evaluate import evaluate
 from perdure.models import working_copy
 from perdure.preflight import (
     Preflight,
@@ -20,7 +19,6 @@ from perdure.preflight import (
     candidates,
     check_windows,
     choose_template,
-    predict_cost,
     preflight,
 )
 from perdure.rollout.local import LocalEngine
@@ -189,7 +187,7 @@ def test_the_same_seed_measures_the_same_rows(copier, examples):
     def measured(seed: int) -> tuple[list[str], Preflight]:
         engine = ScriptedEngine(lambda prompt: str(prompt.example.demonstration))
         found = preflight(replace(copier, engine=engine), context, few, TrainConfig(), seed)
-        return [prompt.example.id for prompt in engine.calls[0][0]], replace(found, cost={})
+        return [prompt.example.id for prompt in engine.calls[0][0]], replace(found, row_seconds={})
 
     assert measured(1) == measured(1) and measured(1)[0] != measured(2)[0] and len(measured(1)[0]) == 4
 
@@ -220,24 +218,3 @@ def test_only_the_measured_templates_have_to_fit():
     found = subject(rows, ScriptedEngine(lambda prompt: "red"), window=380)
     result = preflight(found, ContextConfig(candidates=("inline", "turns:1")), CONFIG, TrainConfig(), 0)
     assert result.template == "inline" and result.window["too_long"] == ["turns:1"]
-
-
-def test_predicted_tokens(copier, examples):
-    rows = examples[:4]
-    text = copier.renderer
-    best = score("turns:1", 1.0, tokens=30)
-    answers = evaluate(copier.engine, text, "toy", rows, graded_exactly, 4)
-    train = TrainConfig(steps=10, warm_start_steps=4, batch_size=8, anchor_share=0.25)
-    found = predict_cost(copier, rows, best, train, answers, decode_seconds=2.0)
-    completion = sum(len(text.demonstration(e).token_ids) for e in rows) / 4
-    prompt = sum(len(text.student_prompt(e).token_ids) for e in rows) / 4
-    assert found["tokens"] == {
-        "student": round(10 * 8 * (prompt + completion)),
-        "teacher": round(10 * 6 * (30 + completion)),  # 6 of 8 rows carry a demonstration
-        "rollout": round(6 * 6 * completion),  # 10 - 4 steps are on-policy
-    }
-    assert found["seconds"] > 0 and found["forward_tokens_per_second"] > 0
-    sft = predict_cost(copier, rows, best, TrainConfig(method="sft", steps=10), answers, decode_seconds=2.0)
-    assert sft["tokens"]["teacher"] == sft["tokens"]["rollout"] == 0
-    warm = predict_cost(copier, rows, best, TrainConfig(steps=4, warm_start_steps=40), answers, decode_seconds=2.0)
-    assert warm["tokens"]["rollout"] == 0

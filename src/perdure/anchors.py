@@ -32,7 +32,7 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     total, done, sampled = sum(len(rows) for _, rows, _ in pools), 0, []
     for name, rows, most in pools:
         part = part_of(progress, done, total)
-        sampled.append(_sample(session, rows, most, derive_seed(seed, "anchors of", name), part))
+        sampled.append(answered(session, rows, most, derive_seed(seed, "anchors of", name), part))
         done += len(rows)
     general, *of_earlier = sampled
     return Anchors(earlier=tuple(rollout for rollouts in of_earlier for rollout in rollouts), general=tuple(general))
@@ -47,9 +47,10 @@ def general_prompts() -> list[Example]:
     ]
 
 
-def _sample(
-    session: Session, rows: Sequence[Example], most: int, seed: int, progress: Progress | None
+def answered(
+    session: Session, rows: Sequence[Example], most: int, seed: int, progress: Progress | None = None
 ) -> list[Rollout]:
+    """Each row with the model's own answer, sampled at temperature 1, of at most ``most`` tokens."""
     prompts = [session.renderer.student_prompt(row) for row in rows]
     seeds = [derive_seed(seed, row.id) for row in rows]
     completions = session.engine.generate(prompts, SamplingParams(most), seeds, progress)

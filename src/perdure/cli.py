@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from perdure import __version__
@@ -241,19 +240,18 @@ def status(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> 
 
 @app.command()
 def log(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
-    """The ledger: every event, oldest first. A broken chain of hashes is an error."""
+    """The ledger: every event, oldest first; what each stage was predicted to cost, and did. A broken chain is an
+    error."""
     place, _ = _open(workspace, None)
     place.verify_ledger()
     events = place.ledger()
     if as_json:
         out.print_json(json.dumps(events))
         return
-    table = Table("time", "event", "version", "parent", "skill", "why", box=None, pad_edge=False)
-    for event in events:
-        why = event.get("reason") or event.get("decision") or ""
-        table.add_row(*(Text(str(event.get(key) or "")) for key in ("time", "event", "version", "parent", "skill")),
-                      Text(str(why)))  # fmt: skip
-    out.print(table)
+    from perdure.report.text import cost_table, ledger_table
+
+    ledger_table(events, out)
+    cost_table([place.version(name) for name in place.versions()[1:]], out)
 
 
 @app.command()

@@ -70,11 +70,14 @@ def check_skills(
 ) -> list[dict[str, Any]]:
     """The preflight of each skill on the champion; nothing is written."""
     skills = load_all(folders)
-    session = open_version(workspace, workspace.resolve("champion"), config)
+    champion = workspace.resolve("champion")
+    session = open_version(workspace, champion, config)
+    taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}
     results = []
     for skill in skills:
         reporter.stage(f"{skill.name}: {len(skill.train)} training rows, {len(skill.test)} test rows, all valid")
-        results.append(preflight_of(session, skill, config, reporter) | {"test": _test_power(workspace, skill, config)})
+        found = preflight_of(workspace, champion, session, skill, taught | {skill.name: skill}, config, reporter)
+        results.append(found | {"test": _test_power(workspace, skill, config)})
     return results
 
 

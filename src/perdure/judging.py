@@ -8,8 +8,8 @@ from typing import Any
 
 from perdure.candidate import measure_candidate
 from perdure.card import model_card
-from perdure.config import CostConfig
 from perdure.files import code_state, environment, now
+from perdure.forecast import priced
 from perdure.measure import Scores, probe_json, score_json, write_items
 from perdure.models import save
 from perdure.repair import repair, worth_repairing
@@ -44,17 +44,6 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     return Outcome(run.skill.name, run.stage, name, "promoted" if accepted else verdict.decision, verdict.reasons)
 
 
-def priced(config: CostConfig, seconds: float) -> dict[str, Any]:
-    """Energy and money of so many seconds at the configured prices, with the prices; empty without any."""
-    found: dict[str, Any] = {}
-    if config.watts:
-        found |= {"watts": config.watts, "energy_kwh": round(config.watts * seconds / 3.6e6, 6)}
-    if config.price_per_hour:
-        money = round(config.price_per_hour * seconds / 3600, 4)
-        found |= {"price_per_hour": config.price_per_hour, "money": money, "currency": config.currency}
-    return found
-
-
 def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:
     config = run.config
     base = run.workspace.version(BASE)["hashes"]["base"]
@@ -78,6 +67,7 @@ def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopStat
             "tokens": state.tokens,
             "steps": state.step,
             "best_step": state.best_step,
+            "predicted": check["cost"]["seconds"] if check else None,
             "priced": priced(config.cost, sum(run.seconds.values())),
         },
     }

@@ -6,8 +6,6 @@ sampled training row without a demonstration (student) and with it, under each c
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
 from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions
 from perdure.rollout.base import Progress, RolloutEngine, TotalProgress, part_of
+from perdure.runlog import Clock
 from perdure.seeds import derive_seed, permutation
 from perdure.types import Example, InputError, Rollout, SkillScore
 
@@ -61,7 +60,8 @@ class Preflight:
     leak_share: float
     window: dict[str, Any]
     templates: tuple[TemplateScore, ...]
-    cost: dict[str, Any]
+    row_seconds: dict[str, float]
+    """Seconds to answer one row: as ``student``, and as ``teacher`` with the chosen template."""
     ready: bool
     advice: tuple[str, ...]
 
@@ -144,17 +144,20 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
     identity = _identity(subject, rows)
     decodes = 1 + len(templates)
     parts = [part_of(progress, number * len(rows), len(rows) * decodes) for number in range(decodes)]
-    start = time.perf_counter()
+    clock = Clock()
     student = _answers(subject, rows, None, parts[0])
-    decode_seconds = time.perf_counter() - start
-    scores = [
-        _measure(subject, rows, t, train.micro_batch_tokens, p) for t, p in zip(templates, parts[1:], strict=True)
-    ]
+    clock.lap("student")
+    scores = []
+    for template, part in zip(templates, parts[1:], strict=True):
+        answers = _answers(subject, rows, template, part)
+        clock.lap(template.name)
+        scores.append(_measure(subject, rows, template, train.micro_batch_tokens, answers))
+        clock.lap("teacher-forced")
     best = choose_template(scores)
-    cost = predict_cost(subject, rows, best, train, student, decode_seconds)
+    taken = {"student": clock.seconds["student"] / len(rows), "teacher": clock.seconds[best.template] / len(rows)}
     ready, advice = _judge(config, student.accuracy, best)
     return Preflight(subject.skill, len(rows), student.accuracy, best.accuracy, best.accuracy - student.accuracy,
-                     best.template, best.kl, identity, best.leak_share, window, tuple(scores), cost, ready,
+                     best.template, best.kl, identity, best.leak_share, window, tuple(scores), taken, ready,
                      tuple(advice))  # fmt: skip
 
 
@@ -178,8 +181,7 @@ def _answers(
 
 
 def _measure(subject: Subject, rows: Sequence[Example], template: Template, budget: int,
-             progress: Progress | None) -> TemplateScore:  # fmt: skip
-    answers = _answers(subject, rows, template, progress)
+             answers: SkillScore) -> TemplateScore:  # fmt: skip
     rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), template) for e in rows]
     kl, probability = _teacher_forced(subject, rollouts, budget)
     tokens = sum(len(r.teacher_prompt.token_ids) for r in rollouts) / len(rollouts)
@@ -228,43 +230,6 @@ def _identity(subject: Subject, rows: Sequence[Example]) -> float:
             'weights or the precision are broken here (try model.compute_dtype = "float32")'
         )
     return identity
-
-
-def predict_cost(subject: Subject, rows: Sequence[Example], best: TemplateScore, train: TrainConfig,
-                 student: SkillScore, decode_seconds: float) -> dict[str, Any]:  # fmt: skip
-    """Tokens and seconds of the stage's training at most, from a short timed pass over some of the rows."""
-    renderer = subject.renderer
-    completions = [len(renderer.demonstration(e).token_ids) for e in rows]
-    prompts = [len(renderer.student_prompt(e).token_ids) for e in rows]
-    mean_completion = sum(completions) / len(rows)
-    mean_student = sum(prompts) / len(rows) + mean_completion
-    demonstrations = train.batch_size - round(train.batch_size * train.anchor_share)
-    distils = train.method == "sdft"
-    on_policy = max(0, train.steps - train.warm_start_steps) if distils else 0
-    tokens = {
-        "student": round(train.steps * train.batch_size * mean_student),
-        "teacher": round(train.steps * demonstrations * (best.tokens + mean_completion)) if distils else 0,
-        "rollout": round(on_policy * demonstrations * mean_completion),
-    }
-    forward = _forward_rate(subject, rows)
-    generated = sum(item.tokens for item in student.items)
-    # Backward costs two forwards; head, loss and optimizer about half of one more at this size.
-    seconds = tokens["student"] * 3.5 / forward + tokens["teacher"] / forward
-    seconds += tokens["rollout"] * decode_seconds / max(1, generated)
-    return {"seconds": round(seconds, 1), "tokens": tokens, "forward_tokens_per_second": round(forward)}
-
-
-@torch.inference_mode()
-def _forward_rate(subject: Subject, rows: Sequence[Example]) -> float:
-    """Tokens a second that the working copy reads; the better of two passes, since the first one warms up."""
-    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows[:16]]
-    batch = collate(rollouts, "student", subject.student.pad_id)
-    best = math.inf
-    for _ in range(2):
-        start = time.perf_counter()
-        hidden_at_loss_positions(subject.working, batch)
-        best = min(best, time.perf_counter() - start)
-    return float(batch.attention_mask_BT.sum()) / best
 
 
 def _judge(config: PreflightConfig, student_accuracy: float, best: TemplateScore) -> tuple[bool, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
-from perdure.contexts import parse_template
 from perdure.files import read_json, replace_text
+from perdure.forecast import forecast
 from perdure.measure import (
     Scores,
     current,
@@ -27,13 +27,10 @@ from perdure.measure import (
 from perdure.preflight import Subject, check_windows, preflight
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState
-from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill
-from perdure.stage import Stage
-from perdure.teacher import make_teacher
+from perdure.staging import make_stage, stage_seed
 from perdure.train import train
-from perdure.types import Example
 from perdure.workspace import BASE, Workspace
 
 
@@ -78,16 +75,15 @@ def open_version(workspace: Workspace, name: str, config: RunConfig) -> Session:
     return open_session(config, None if name == BASE else workspace.version_folder(name))
 
 
-def stage_seed(config: RunConfig, skill: Skill) -> int:
-    """The seed of a skill's stage: another content is another stage."""
-    return derive_seed(config.seed, "stage", skill.name, skill.content_hash)
-
-
-def preflight_of(session: Session, skill: Skill, config: RunConfig, reporter: Reporter) -> dict[str, Any]:
+def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
+                 config: RunConfig, reporter: Reporter) -> dict[str, Any]:  # fmt: skip
+    """The teacher gap of ``skill``, and what teaching it to ``parent`` will cost: preflight.json."""
     with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
         found = preflight(subject_of(session, skill), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
-    return found.to_json()
+    with reporter.phase("preflight: what it will cost", 0, "steps"):
+        cost = forecast(workspace, parent, session, skill, scope, config, found)
+    return found.to_json() | {"cost": cost}
 
 
 def subject_of(session: Session, skill: Skill) -> Subject:
@@ -104,7 +100,8 @@ def check_before(run: Run) -> dict[str, Any] | None:
     file = run.folder / "preflight.json"
     if not file.is_file():
         with run.timed("preflight"):
-            result = preflight_of(run.session, run.skill, run.config, run.reporter)
+            result = preflight_of(run.workspace, run.parent, run.session, run.skill, run.scope, run.config,
+                                  run.reporter)  # fmt: skip
         replace_text(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     found = read_json(file)
     run.reporter.note(describe_preflight(found))
@@ -117,9 +114,10 @@ def _rows_of(phase: Any) -> Callable[[int, int, int], None]:
 
 def describe_preflight(check: dict[str, Any]) -> str:
     """One line for people."""
+    total = sum(check["cost"]["seconds"].values())
     return (
         f"Teacher {check['teacher_accuracy']:.0%} with {check['template']}, student {check['student_accuracy']:.0%}, "
-        f"gap {check['gap']:+.0%} on {check['n']} rows; training is predicted to take {check['cost']['seconds']:.0f} s."
+        f"gap {check['gap']:+.0%} on {check['n']} rows; the stage will take about {total:.0f} s."
     )
 
 
@@ -142,55 +140,19 @@ def baseline(run: Run) -> Scores:
     return scores
 
 
-def split_validation(
-    examples: tuple[Example, ...], share: float, most: int, seed: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Training and validation rows: a seeded choice, at least one row left to train on."""
-    count = min(most, int(len(examples) * share))
-    chosen = set(permutation(derive_seed(seed, "validation"), len(examples))[:count])
-    rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
-    return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
-
-
 def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfig | None = None,
                 subfolder: str = "") -> LoopState:  # fmt: skip
     """Train the session's student; ``train_config`` and ``subfolder`` make another attempt beside the first."""
-    config, session = run.config, run.session
-    train_config = train_config or config.train
-    rows, validation = split_validation(run.skill.train, train_config.validation_share, train_config.validation_max,
-                                        run.seed)  # fmt: skip
+    train_config = train_config or run.config.train
     with run.timed("train"):
         earlier = [run.scope[name] for name in run.workspace.taught(run.parent) if name != run.skill.name]
         with run.reporter.phase("anchors: what the model says now", 0, "rows") as phase:
-            anchors = make_anchors(session, earlier, train_config, run.seed, _rows_of(phase))
-        stage = Stage(
-            student=session.loaded,
-            working=session.working,
-            engine=session.engine,
-            teacher=_teacher(run, anchored=bool(anchors.general or anchors.earlier)),
-            renderer=session.renderer,
-            template=parse_template(check["template"] if check else "turns:1"),
-            examples=rows,
-            validation=validation,
-            anchors=anchors,
-            grader=run.skill.grade,
-            max_new_tokens=run.skill.settings.max_new_tokens,
-            dtype=session.dtype,
-            seed=run.seed,
-            folder=run.folder / subfolder,
-        )
-        with run.reporter.phase(f"train on {len(rows)} rows", train_config.steps, "steps") as phase:
+            anchors = make_anchors(run.session, earlier, train_config, run.seed, _rows_of(phase))
+        template = check["template"] if check else "turns:1"
+        stage = make_stage(run.session, run.skill, run.config.model_copy(update={"train": train_config}), anchors,
+                           template, run.folder / subfolder)  # fmt: skip
+        with run.reporter.phase(f"train on {len(stage.examples)} rows", train_config.steps, "steps") as phase:
             return train(stage, train_config, _steps_of(phase))
-
-
-def _teacher(run: Run, anchored: bool) -> Any:
-    config, session = run.config, run.session
-    if config.train.method == "sft" and not anchored:
-        return None
-    kind = config.train.teacher if config.train.method == "sdft" else "frozen"
-    original = open_session(config).loaded.model if kind == "original" else None
-    return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
-                        dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate)  # fmt: skip
 
 
 def _steps_of(phase: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:

@@ -15,7 +15,16 @@ from rich.text import Text
 from perdure.report import results
 from perdure.report.words import count, interval, percent, points, safe_line, safe_text, seconds, sentences
 
-__all__ = ["diff_tables", "preflight_tables", "profile_table", "render", "safe_text", "score_table"]
+__all__ = [
+    "cost_table",
+    "diff_tables",
+    "ledger_table",
+    "preflight_tables",
+    "profile_table",
+    "render",
+    "safe_text",
+    "score_table",
+]
 
 NAME_WIDTH, LABEL_WIDTH = 16, 26
 """Longest skill name and row label in characters; longer ones are cut with an ellipsis."""
@@ -54,13 +63,20 @@ def preflight_tables(checks: Sequence[Mapping[str, Any]], console: Console) -> N
 
 
 def _preflight_line(found: Mapping[str, Any]) -> str:
-    cost = found.get("cost") or {}
-    tokens = sum((cost.get("tokens") or {}).values())
     student, teacher = percent(found["student_accuracy"]), percent(found["teacher_accuracy"])
     text = f"Without the demonstration {student}, with it {teacher}, gap {points(found['gap'])} points"
     text += f" on {found['n']} training rows."
-    if tokens:
-        text += f" Training will take about {seconds(cost['seconds'])} and {count(tokens)} tokens."
+    cost = found.get("cost") or {}
+    phases = cost.get("seconds") or {}
+    if phases:
+        parts = ", ".join(f"{phase} {seconds(value)}" for phase, value in phases.items())
+        total = count(sum(cost["tokens"].values()))
+        text += f" The stage will take about {seconds(sum(phases.values()))} ({parts}) and {total} training tokens."
+    priced = cost.get("priced") or {}
+    if "energy_kwh" in priced:
+        text += f" About {priced['energy_kwh']:.3f} kWh at {priced['watts']:.0f} W."
+    if "money" in priced:
+        text += f" About {priced['money']:.2f} {priced['currency']} at {priced['price_per_hour']:.2f} an hour."
     return text
 
 
@@ -81,6 +97,33 @@ def score_table(result: Mapping[str, Any], console: Console) -> None:
         _row(table, [name, *cells])
     if result["probe"]:
         _row(table, ["prior, average", percent(result["probe"]["average"], 1)], "bold")
+    console.print(table)
+
+
+def ledger_table(events: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the ledger's events."""
+    table = Table("time", "event", "version", "parent", "skill", "why", box=None, pad_edge=False)
+    for event in events:
+        why = event.get("reason") or event.get("decision") or ""
+        cells = [*(event.get(key) or "" for key in ("time", "event", "version", "parent", "skill")), why]
+        table.add_row(*(Text(safe_line(str(cell))) for cell in cells))
+    console.print(table)
+
+
+def cost_table(records: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print what each stage was predicted to take and took: ``records`` are contents of ``version.json``."""
+    known = [(record, record["cost"].get("predicted")) for record in records]
+    if not any(predicted for _, predicted in known):
+        return
+    phases = ("train", "evaluate", "probe")
+    table = _table("Seconds, predicted at most and actual", ["Stage", *phases, "In all", "Actual / predicted"])
+    for record, predicted in known:
+        if predicted:
+            actual = {phase: record["cost"]["seconds"].get(phase, 0.0) for phase in phases}
+            cells = [f"{predicted.get(phase, 0.0):.0f} / {actual[phase]:.0f}" for phase in phases]
+            totals = sum(predicted.values()), sum(actual.values())
+            _row(table, [str(record["stage"]), *cells, f"{totals[0]:.0f} / {totals[1]:.0f}",
+                         f"{totals[1] / totals[0]:.2f}"])  # fmt: skip
     console.print(table)
 
 

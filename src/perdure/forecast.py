@@ -1,0 +1,132 @@
+"""What a stage will cost, before it is paid for: a few real steps, answers and probe items are timed and scaled up.
+
+At most: training may stop earlier, when validation no longer improves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from perdure.anchors import answered, general_prompts
+from perdure.config import CostConfig, RunConfig, TrainConfig
+from perdure.measure import current, known_scores
+from perdure.preflight import Preflight
+from perdure.probe import probe
+from perdure.runlog import Clock, LoopState
+from perdure.session import Session
+from perdure.skills.base import Skill
+from perdure.stage import Anchors
+from perdure.staging import make_stage, stage_seed
+from perdure.train import batch_rows, complete, make_optimizer, optimise, score
+from perdure.workspace import Workspace
+
+PROBE_ROWS = 8
+"""Items a task that are timed."""
+STEPS = 2
+"""Steps that are timed, after one that warms up."""
+
+
+def forecast(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
+             config: RunConfig, found: Preflight) -> dict[str, Any]:  # fmt: skip
+    """``seconds`` of each phase that follows the preflight, ``tokens`` of training at most, and ``priced`` (see there).
+
+    ``scope``: every skill that will be measured. The session's student is used and comes back bit by bit as it was."""
+    earlier = [scope[name] for name in workspace.taught(parent) if name in scope and name != skill.name]
+    seconds = {
+        "train": _train(session, skill, earlier, config, found),
+        "evaluate": _evaluate(workspace, parent, scope, config, found),
+        "probe": _probe(workspace, parent, session, config),
+    }
+    seconds = {phase: round(value, 1) for phase, value in seconds.items() if value}
+    return {"seconds": seconds, "tokens": expected_tokens(session, skill, config.train, found),
+            "priced": priced(config.cost, sum(seconds.values()))}  # fmt: skip
+
+
+def _train(session: Session, skill: Skill, earlier: list[Skill], config: RunConfig, found: Preflight) -> float:
+    train = config.train
+    general = general_prompts()
+    count = round(train.batch_size * train.anchor_share)
+    start = time.perf_counter()
+    few = answered(session, general[:count], train.anchor_general_tokens, stage_seed(config, skill)) if count else []
+    a_general_row = (time.perf_counter() - start) / max(1, count)
+    anchor_rows = sum(min(train.anchor_rows, len(other.train)) for other in earlier)
+    anchors = a_general_row * len(general) + found.row_seconds["teacher"] * anchor_rows if count else 0.0
+    half = len(few) // 2 if earlier else 0
+    stage = make_stage(session, skill, config, Anchors(tuple(few[:half]), tuple(few[half:])), found.template, Path())
+    a_step = _step_seconds(stage, train)
+    demonstrations = train.batch_size - count
+    sampled = max(0, train.steps - train.warm_start_steps) * demonstrations if train.method == "sdft" else 0
+    validated = len(stage.validation) * len(
+        {*range(train.validate_every, train.steps + 1, train.validate_every), train.steps}
+    )
+    # Trained, the student answers as the teacher does.
+    return anchors + train.steps * a_step + (sampled + validated) * found.row_seconds["teacher"]
+
+
+def _step_seconds(stage: Any, train: TrainConfig) -> float:
+    """One step on demonstrations and anchors, timed with the loop's own parts at a learning rate of zero."""
+    optimizer = make_optimizer(stage, train)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    kept: dict[Any, Any] = {}
+    start = 0.0
+    for step in range(1 + STEPS):
+        if step == 1:
+            start = time.perf_counter()
+        rollouts = [complete(stage, train, row) for row in batch_rows(stage, train, step)]
+        hidden = score(stage, train, rollouts, kept, LoopState())
+        optimise(stage, train, optimizer, rollouts, hidden, "warm_start", Clock(), LoopState())
+    return (time.perf_counter() - start) / STEPS
+
+
+def _evaluate(
+    workspace: Workspace, parent: str, scope: Mapping[str, Skill], config: RunConfig, found: Preflight
+) -> float:
+    """The candidate on every skill, and the parent on those that it was not measured on yet."""
+    scores = known_scores(workspace, parent)
+    rows = {name: len(other.test[: config.eval.rows or None]) for name, other in scope.items()}
+    missing = sum(rows[name] for name, other in scope.items() if not current(scores, other, config))
+    return sum(rows.values()) * found.row_seconds["teacher"] + missing * found.row_seconds["student"]
+
+
+def _probe(workspace: Workspace, parent: str, session: Session, config: RunConfig) -> float:
+    tasks = config.probe.tasks
+    if not tasks:
+        return 0.0
+    known = known_scores(workspace, parent).probe
+    times = 1 if known and set(known["tasks"]) == set(tasks) else 2
+    taken = []
+    for rows in (1, PROBE_ROWS):  # the first one loads data and warms up
+        start = time.perf_counter()
+        probe(session.working, session.loaded.tokenizer, tasks=tasks, rows=rows, seed=config.seed)
+        taken.append(time.perf_counter() - start)
+    return times * taken[1] * config.probe.rows / PROBE_ROWS
+
+
+def expected_tokens(session: Session, skill: Skill, train: TrainConfig, found: Preflight) -> dict[str, int]:
+    """Tokens of training at most, by what reads or writes them."""
+    rows, renderer = skill.train[: found.n], session.renderer
+    completion = sum(len(renderer.demonstration(e).token_ids) for e in rows) / len(rows)
+    prompt = sum(len(renderer.student_prompt(e).token_ids) for e in rows) / len(rows)
+    teacher_prompt = next(score.tokens for score in found.templates if score.template == found.template)
+    demonstrations = train.batch_size - round(train.batch_size * train.anchor_share)
+    on_policy = max(0, train.steps - train.warm_start_steps)
+    return {
+        "student": round(train.steps * train.batch_size * (prompt + completion)),
+        "teacher": round(train.steps * demonstrations * (teacher_prompt + completion)),
+        "rollout": round(on_policy * demonstrations * completion),
+    }
+
+
+def priced(config: CostConfig, seconds: float) -> dict[str, Any]:
+    """Energy and money of so many seconds at the configured prices, with the prices; empty without any."""
+    found: dict[str, Any] = {}
+    if config.watts:
+        found |= {"watts": config.watts, "energy_kwh": round(config.watts * seconds / 3.6e6, 6)}
+    if config.price_per_hour:
+        money = round(config.price_per_hour * seconds / 3600, 4)
+        found |= {"price_per_hour": config.price_per_hour, "money": money, "currency": config.currency}
+    return found

@@ -1,0 +1,61 @@
+"""From a session and a skill to the live objects of a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from perdure.config import RunConfig
+from perdure.contexts import parse_template
+from perdure.seeds import derive_seed, permutation
+from perdure.session import Session, open_session
+from perdure.skills.base import Skill
+from perdure.stage import Anchors, Stage
+from perdure.teacher import Teacher, make_teacher
+from perdure.types import Example
+
+
+def stage_seed(config: RunConfig, skill: Skill) -> int:
+    """The seed of a skill's stage: another content is another stage."""
+    return derive_seed(config.seed, "stage", skill.name, skill.content_hash)
+
+
+def split_validation(
+    examples: tuple[Example, ...], share: float, most: int, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Training and validation rows: a seeded choice, at least one row left to train on."""
+    count = min(most, int(len(examples) * share))
+    chosen = set(permutation(derive_seed(seed, "validation"), len(examples))[:count])
+    rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
+    return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
+
+
+def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Anchors, template: str,
+               folder: Path) -> Stage:  # fmt: skip
+    """The stage that trains the session's student on the skill; a frozen teacher is the student as it is now."""
+    train, seed = config.train, stage_seed(config, skill)
+    rows, validation = split_validation(skill.train, train.validation_share, train.validation_max, seed)
+    return Stage(
+        student=session.loaded,
+        working=session.working,
+        engine=session.engine,
+        teacher=_teacher(session, config, anchored=bool(anchors.general or anchors.earlier)),
+        renderer=session.renderer,
+        template=parse_template(template),
+        examples=rows,
+        validation=validation,
+        anchors=anchors,
+        grader=skill.grade,
+        max_new_tokens=skill.settings.max_new_tokens,
+        dtype=session.dtype,
+        seed=seed,
+        folder=folder,
+    )
+
+
+def _teacher(session: Session, config: RunConfig, anchored: bool) -> Teacher | None:
+    if config.train.method == "sft" and not anchored:
+        return None
+    kind = config.train.teacher if config.train.method == "sdft" else "frozen"
+    original = open_session(config).loaded.model if kind == "original" else None
+    return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
+                        dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate)  # fmt: skip
