@@ -1,8 +1,10 @@
 """What a kill at any point of a write leaves behind, and one writer at a time."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 import warnings
@@ -166,3 +168,13 @@ def test_replace_text_leaves_the_old_file_or_the_new_one(tmp_path):
         assert path.read_text(encoding="utf-8") in ("old", "new text")
         assert killed or path.read_text(encoding="utf-8") == "new text"
     assert not killed
+
+
+def test_kills_at_random_moments_of_whole_stages_change_nothing(tmp_path):
+    """PERDURE_KILLS=200 for the long run (about five minutes)."""
+    kills = int(os.environ.get("PERDURE_KILLS", "24"))
+    script = Path(__file__).parent / "killing.py"
+    done = subprocess.run([sys.executable, str(script), str(tmp_path / "w"), str(kills), "0"], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sum(json.loads(done.stdout)["kills"].values()) == kills

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perdure.gates import Items, decide
+from perdure.gates import Guard, Items, decide
 from perdure.measure import Scores, guards, measure_probe, measure_skill, probe_items
 from perdure.probe import ProbeResult
 from perdure.running import Run
@@ -23,15 +23,28 @@ class Candidate:
 
 def measure_candidate(run: Run, before: Scores, name: str, strict: bool = False) -> Candidate:
     """Measure the session's student on every skill in scope and on the prior tasks, and judge it against ``before``,
-    the parent's scores. ``strict``: see ``gates.decide``."""
-    workspace, config = run.workspace, run.config
-    with run.timed("evaluate"):
-        scores = [measure_skill(run.session, skill, config, run.reporter, name) for skill in run.scope.values()]
+    the parent's scores. ``strict``: see ``gates.decide``; what then fails on the skills alone is not measured on the
+    rest."""
+    config, skill = run.config, run.skill.name
+    earlier = {taught: run.scope[taught] for taught in run.workspace.taught(run.parent) if taught != skill}
+    kept = guards(run.workspace, run.parent, before, earlier, config)
+
+    def verdict(after: dict[str, Items], kept: Sequence[Guard]) -> Verdict:
+        return decide(config.gate, skill, before.items.get(skill), after, kept, strict)
+
+    scores = {taught: _measure(run, name, taught) for taught in (*earlier, skill)}
+    after: dict[str, Items] = {s.skill: {item.id: item.score >= 1 for item in s.items} for s in scores.values()}
+    if strict:
+        first = verdict(after, [guard for guard in kept if guard.name in earlier])
+        if first.decision != "promoted":
+            return Candidate(tuple(scores.values()), None, first)
+    scores |= {other: _measure(run, name, other) for other in run.scope if other not in scores}
     with run.timed("probe"):
         probed = measure_probe(run.session, config, run.reporter, name)
-    after: dict[str, Items] = {s.skill: {item.id: item.score >= 1 for item in s.items} for s in scores}
     after |= probe_items(probed.items if probed else [])
-    earlier = {skill: run.scope[skill] for skill in workspace.taught(run.parent) if skill != run.skill.name}
-    kept = guards(workspace, run.parent, before, earlier, config)
-    skill = run.skill.name
-    return Candidate(scores, probed, decide(config.gate, skill, before.items.get(skill), after, kept, strict))
+    return Candidate(tuple(scores[name] for name in run.scope), probed, verdict(after, kept))
+
+
+def _measure(run: Run, name: str, skill: str) -> SkillScore:
+    with run.timed("evaluate"):
+        return measure_skill(run.session, run.scope[skill], run.config, run.reporter, name)

@@ -360,6 +360,27 @@ def rollback(
 
 
 @app.command()
+def sync(
+    tracker: Annotated[str, typer.Argument(help="mlflow.")],
+    workspace: WorkspaceOption = HERE,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow's; default: an SQLite file in the workspace.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of experiment and registered model; default: the folder's.")] = None,
+) -> None:
+    """Mirror versions, scores and aliases into a tracker. The workspace stays the truth; repeating it adds nothing."""
+    from perdure.trackers import sync_mlflow
+
+    if tracker != "mlflow":
+        raise InputError(f"no tracker {tracker!r}; there is: mlflow")
+    place, _ = _open(workspace, None)
+    mirror = sync_mlflow(place, tracking_uri, name)
+    out.print(f"{mirror.uri}: {len(mirror.added)} versions added to {mirror.model}", soft_wrap=True)
+    for alias, version in mirror.aliases.items():
+        out.print(f"{alias}: {version}")
+
+
+@app.command()
 def report(
     workspace: WorkspaceArgument = HERE,
     as_json: JsonOption = False,

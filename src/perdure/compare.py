@@ -21,7 +21,7 @@ def compare(workspace: Workspace, first: str, second: str) -> dict[str, Any]:
     records = [workspace.version(name) for name in names]
     scores = [known_scores(workspace, name).items for name in names]
     measured = sorted(scores[0].keys() | scores[1].keys(), key=lambda name: (name.startswith("probe"), name))
-    before, after = (_flat(record["config"]) for record in records)
+    before, after = (flat(record["config"]) for record in records)
     return {
         "first": names[0],
         "second": names[1],
@@ -48,8 +48,9 @@ def _difference(before: Items | None, after: Items | None) -> dict[str, Any] | N
     return asdict(paired_difference(list(before.values()), [after[item] for item in before]))
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

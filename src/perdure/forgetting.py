@@ -7,7 +7,6 @@ The replay is a branch: its stages publish versions, and the champion changes on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from perdure.config import RunConfig
 from perdure.curriculum import learn_one
@@ -76,9 +75,10 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
     before, after = (_scores(workspace, who, taught, config, reporter) for who in (champion, version))
     verdict: Verdict = decide_kept(config.gate, after.items, guards(workspace, champion, before, others, config))
     accuracies = [sum(s.items[name].values()) / len(s.items[name]) for s in (before, after)]
-    about: dict[str, Any] = {"skill": name, "before": accuracies[0], "after": accuracies[1],
-                             "decision": verdict.decision, "reasons": list(verdict.reasons)}  # fmt: skip
-    workspace.append("forget", version=version, parent=champion, **about)
+    key = {"event": "forget", "version": version, "parent": champion, "skill": name}
+    if not any(event | key == event for event in workspace.ledger()):  # else killed before its promotion
+        workspace.append(**key, before=accuracies[0], after=accuracies[1], decision=verdict.decision,
+                         reasons=list(verdict.reasons))  # fmt: skip
     if verdict.decision == "promoted" or not config.gate.enforce:
         workspace.promote(version, f"without {name}")
     return Forgotten(name, version, verdict.decision, verdict.reasons, *accuracies, n=len(before.items[name]))

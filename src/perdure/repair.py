@@ -36,6 +36,7 @@ def worth_repairing(verdict: Verdict) -> bool:
 def repair(run: Run, before: Scores, check: dict[str, Any] | None, name: str, harmed: Verdict) -> Candidate | None:
     """The first attempt that passes, whose weights the session's student then has; None, and the student as it was,
     when none of ``gate.repair`` attempts does."""
+    run.reporter.note(f"Refused so far: {harmed.reasons[0]}")
     student = run.session.loaded.model
     trained = {key: value.detach().clone() for key, value in student.named_parameters()}
     parent = _parent_weights(run)

@@ -1,0 +1,75 @@
+"""The forecast of a stage's cost, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fakes import NUMBERS, save_tiny_model, toy_skill
+from perdure.config import CostConfig, RunConfig
+from perdure.forecast import expected_tokens, forecast, priced
+from perdure.preflight import preflight
+from perdure.running import open_version, subject_of
+from perdure.skills.base import Skill, load_skill
+from perdure.stages import create_workspace
+
+
+@pytest.fixture
+def skill(tmp_path: Path) -> Skill:
+    return load_skill(toy_skill(tmp_path / "colours"))
+
+
+def config_of(folder: Path, **train: object) -> RunConfig:
+    model = {"source": str(save_tiny_model(folder / "model", copies=True)), "compute_dtype": "float32"}
+    settings = {"batch_size": 8, "steps": 10, "warm_start_steps": 4, "anchor_general_tokens": 4} | train
+    return RunConfig.model_validate(
+        {"model": model, "probe": {"tasks": []}, "preflight": {"rows": 8}, "train": settings}
+    )
+
+
+@pytest.mark.parametrize("train", [{}, {"anchor_share": 0.0}, {"teacher": "ema"}])
+def test_the_student_comes_back_bit_by_bit(tmp_path: Path, skill: Skill, train: dict):
+    config = config_of(tmp_path, **train)
+    workspace = create_workspace(tmp_path / "bot", config)
+    session = open_version(workspace, "v000", config)
+    before = [p.detach().clone() for p in (*session.loaded.model.parameters(), *session.working.parameters())]
+    found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, 0)
+    other = load_skill(toy_skill(tmp_path / "numbers", NUMBERS))
+    cost = forecast(workspace, "v000", session, skill, {"colours": skill, "numbers": other}, config, found)
+    after = (*session.loaded.model.parameters(), *session.working.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None for p in session.loaded.model.parameters())
+    assert set(cost["seconds"]) == {"train", "evaluate"} and cost["priced"] == {}
+
+
+def test_more_work_is_predicted_to_take_longer(tmp_path: Path, skill: Skill):
+    config = config_of(tmp_path)
+    workspace = create_workspace(tmp_path / "bot", config)
+    session = open_version(workspace, "v000", config)
+    found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, 0)
+    few = forecast(workspace, "v000", session, skill, {"colours": skill}, config, found)["seconds"]["train"]
+    long = config.model_copy(update={"train": config.train.model_copy(update={"steps": 300})})
+    assert forecast(workspace, "v000", session, skill, {"colours": skill}, long, found)["seconds"]["train"] > 3 * few
+
+
+def test_expected_tokens(tmp_path: Path, skill: Skill):
+    config = config_of(tmp_path)
+    session = open_version(create_workspace(tmp_path / "bot", config), "v000", config)
+    found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, 0)
+    rows, text = skill.train[: found.n], session.renderer
+    completion = sum(len(text.demonstration(e).token_ids) for e in rows) / len(rows)
+    prompt = sum(len(text.student_prompt(e).token_ids) for e in rows) / len(rows)
+    teacher = next(score.tokens for score in found.templates if score.template == found.template)
+    assert expected_tokens(session, skill, config.train, found) == {
+        "student": round(10 * 8 * (prompt + completion)),
+        "teacher": round(10 * 6 * (teacher + completion)),  # 6 of 8 rows carry a demonstration
+        "rollout": round(6 * 6 * completion),  # 10 - 4 steps are on-policy
+    }
+
+
+def test_prices():
+    assert priced(CostConfig(), 3600) == {}
+    assert priced(CostConfig(watts=50, price_per_hour=2, currency="USD"), 1800) == {
+        "watts": 50, "energy_kwh": 0.025, "price_per_hour": 2, "money": 1.0, "currency": "USD"}  # fmt: skip
