@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_workspace import FakeWorkspace
 from fakes import COLOURS, save_tiny_model, toy_skill
 from perdure.cli import app
 
@@ -20,13 +21,27 @@ SURFACE = {
     "init": {"workspace", "--model", "--set"},
     "import": {"source", "target", "--file", "--grader", "--test-share", "--seed"},
     "check": {"skills", "--workspace", "-w", "--set", "--json"},
-    "learn": {"skills", "--workspace", "-w", "--method", "--set", "--force", "--restart", "--profile"},
+    "learn": {
+        "skills",
+        "--workspace",
+        "-w",
+        "--method",
+        "--set",
+        "--force",
+        "--restart",
+        "--profile",
+        "--repair",
+        "--no-repair",
+    },
     "eval": {"--workspace", "-w", "--version", "--skill", "--probe", "--set", "--json"},
     "status": {"workspace", "--json"},
     "log": {"workspace", "--json"},
     "verify": {"workspace", "--json"},
     "show": {"version", "--workspace", "-w"},
-    "promote": {"version", "--workspace", "-w", "--reason"},
+    "diff": {"first", "second", "--workspace", "-w", "--json"},
+    "promote": {"version", "--workspace", "-w", "--reason", "--force"},
+    "forget": {"skill", "--workspace", "-w", "--set"},
+    "sync": {"tracker", "--workspace", "-w", "--tracking-uri", "--name"},
     "rollback": {"--workspace", "-w", "--to"},
     "report": {"workspace", "--json", "--open"},
 }
@@ -44,7 +59,11 @@ def test_the_surface_is_frozen():
         name: {
             option
             for parameter in command.params
-            for option in (parameter.opts if parameter.param_type_name == "option" else [parameter.name])
+            for option in (
+                [*parameter.opts, *parameter.secondary_opts]
+                if parameter.param_type_name == "option"
+                else [parameter.name]
+            )
             if option != "--help"
         }
         for name, command in commands.items()
@@ -198,3 +217,46 @@ def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, t
     assert (bot / "versions/v001/model.safetensors").read_bytes() == (
         straight / "versions/v001/model.safetensors"
     ).read_bytes()
+
+
+# What the gate held
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Path:
+    """v001 promoted, v002 held."""
+    fake = FakeWorkspace(tmp_path / "bot")
+    fake.candidate(fake.start("colours"), {"colours": 9}, {"piqa": 60, "boolq": 50})
+    fake.candidate(fake.start("numbers"), {"colours": 5, "numbers": 9}, {"piqa": 60, "boolq": 50}, decision="held",
+                   reasons=("colours: cannot tell.",))  # fmt: skip
+    fake.workspace.hold("v002", reason="colours: cannot tell.")
+    return fake.folder
+
+
+def test_what_the_gate_held_is_promoted_only_by_force_and_with_a_reason(held: Path):
+    done = perdure("promote", "candidate", "-w", held)
+    assert done.returncode == 1 and "v002 was held by the gate: colours: cannot tell." in done.stdout
+    assert "--force --reason" in done.stdout
+    assert_one_error(perdure("promote", "v2", "-w", held, "--force"), 2, "--force needs --reason")
+    assert json.loads(perdure("status", held, "--json").stdout)["champion"] == "v001"
+    assert perdure("promote", "v2", "-w", held, "--force", "--reason", "looked at by hand").returncode == 0
+    last = json.loads(perdure("log", held, "--json").stdout)[-1]
+    assert (last["event"], last["version"], last["forced"], last["reason"]) == (
+        "promote", "v002", True, "looked at by hand")  # fmt: skip
+    assert perdure("promote", "v001", "-w", held).returncode == 0  # passed once: no force
+
+
+def test_diff_compares_on_the_same_items(held: Path):
+    found = json.loads(perdure("diff", "v1", "v2", "-w", held, "--json").stdout)
+    assert (found["first"], found["second"], found["between"]) == ("v001", "v002", ["v001", "v002"])
+    colours = found["scores"]["colours"]
+    assert (colours["before"], colours["after"], colours["lost"], colours["gained"]) == (0.9, 0.5, 4, 0)
+    assert colours["p_worse"] == 1 / 16 and colours["low"] <= -0.4 <= colours["high"]
+    assert found["scores"]["numbers"] is None and found["config"] == {}
+    text = perdure("diff", "v1", "v2", "-w", held).stdout
+    assert "−40.0" in text and "v001 > v002" in text
+
+
+def test_what_diff_forget_and_sync_cannot_do(held: Path):
+    assert_one_error(perdure("diff", "v1", "v9", "-w", held), 2, "no version 'v9'")
+    assert_one_error(perdure("sync", "wandb", "-w", held), 2, "no tracker 'wandb'")

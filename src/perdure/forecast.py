@@ -12,6 +12,7 @@ from typing import Any
 
 from perdure.anchors import answered, general_prompts
 from perdure.config import CostConfig, RunConfig, TrainConfig
+from perdure.evaluate import evaluate
 from perdure.measure import current, known_scores
 from perdure.preflight import Preflight
 from perdure.probe import probe
@@ -25,6 +26,8 @@ from perdure.workspace import Workspace
 
 PROBE_ROWS = 8
 """Items a task that are timed."""
+EVALUATED = 96
+"""Training rows that are answered as in an evaluation: enough to fill its batches."""
 STEPS = 2
 """Steps that are timed, after one that warms up."""
 
@@ -37,7 +40,7 @@ def forecast(workspace: Workspace, parent: str, session: Session, skill: Skill, 
     earlier = [scope[name] for name in workspace.taught(parent) if name in scope and name != skill.name]
     seconds = {
         "train": _train(session, skill, earlier, config, found),
-        "evaluate": _evaluate(workspace, parent, scope, config, found),
+        "evaluate": _evaluate(workspace, parent, session, skill, scope, config),
         "probe": _probe(workspace, parent, session, config),
     }
     seconds = {phase: round(value, 1) for phase, value in seconds.items() if value}
@@ -82,14 +85,16 @@ def _step_seconds(stage: Any, train: TrainConfig) -> float:
     return (time.perf_counter() - start) / STEPS
 
 
-def _evaluate(
-    workspace: Workspace, parent: str, scope: Mapping[str, Skill], config: RunConfig, found: Preflight
-) -> float:
+def _evaluate(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
+              config: RunConfig) -> float:  # fmt: skip
     """The candidate on every skill, and the parent on those that it was not measured on yet."""
     scores = known_scores(workspace, parent)
     rows = {name: len(other.test[: config.eval.rows or None]) for name, other in scope.items()}
     missing = sum(rows[name] for name, other in scope.items() if not current(scores, other, config))
-    return sum(rows.values()) * found.row_seconds["teacher"] + missing * found.row_seconds["student"]
+    few = skill.train[:EVALUATED]
+    start = time.perf_counter()
+    evaluate(session.engine, session.renderer, skill.name, few, skill.grade, skill.settings.max_new_tokens)
+    return (time.perf_counter() - start) / len(few) * (sum(rows.values()) + missing)
 
 
 def _probe(workspace: Workspace, parent: str, session: Session, config: RunConfig) -> float:

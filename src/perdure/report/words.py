@@ -199,7 +199,9 @@ def _cost(summary: dict[str, Any]) -> str:
     served = any(stage["in_force"] and stage["decision"] in TURNED_AWAY for stage in stages)
     verdict = turned_away(stages) or ("not refused" if len(stages) == 1 else "none of them refused")
     but = " but served all the same" if served else ""
-    return f"{text} for {plural(len(stages), 'stage')}, {verdict} by the gate{but}."
+    repaired = sum(any(reason.startswith("Repaired") for reason in stage["reasons"][:1]) for stage in stages)
+    after = f"; {repaired} passed after a repair" if repaired else ""
+    return f"{text} for {plural(len(stages), 'stage')}, {verdict} by the gate{but}{after}."
 
 
 def turned_away(stages: Sequence[Mapping[str, Any]]) -> str:
