@@ -45,6 +45,11 @@ def items(skill: str, right: int, n: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def probe_rows(right: Right, n: int = 100) -> list[dict[str, Any]]:
+    """The first ``right`` of each task's ``n`` items are right."""
+    return [{"task": task, "id": str(i), "correct": i < hits} for task, hits in right.items() for i in range(n)]
+
+
 class FakeWorkspace:
     """Adds stages to a workspace; every number is what the test says."""
 
@@ -94,6 +99,8 @@ class FakeWorkspace:
         def write(folder: Path) -> None:
             for key, rows in every.items():
                 write_jsonl(folder / "evaluation" / f"{key}.jsonl", rows)
+            if prior is not None:
+                write_jsonl(folder / "evaluation" / "probe.jsonl", probe_rows(prior))
 
         workspace.add_version(info, write)
         workspace.append("candidate", version=name, stage=stage, skill=skill, parent=info["parent"])

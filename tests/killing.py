@@ -113,7 +113,8 @@ def state(workspace: Workspace) -> dict[str, Any]:
     versions = {}
     for name in workspace.versions():
         info = workspace.version(name)
-        versions[name] = [info[key] for key in ("parent", "stage", "skill", "hashes", "scores", "verdict")]
+        hashes = {key: value for key, value in info["hashes"].items() if key != "code"}  # somebody may edit meanwhile
+        versions[name] = [hashes, *(info[key] for key in ("parent", "stage", "skill", "scores", "verdict"))]
         versions[name].append(info["cost"].get("tokens"))
     runs = {
         str(path.relative_to(workspace.folder)): path.read_text()
@@ -162,10 +163,19 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             counts[mode] += 1
         found = state(Workspace.open(bot))
         for key, value in wanted.items():
-            assert found[key] == value, f"{key} differs after {counts}: {found[key]} instead of {value}"
+            assert found[key] == value, f"{key} differs after {counts}: {_first_difference(found[key], value)}"
         shutil.rmtree(bot)
         rounds += 1
     return {"kills": counts, "finished runs": rounds}
+
+
+def _first_difference(found: Any, wanted: Any) -> str:
+    parts = (
+        [(found.get(k), wanted.get(k)) for k in wanted]
+        if isinstance(wanted, dict)
+        else zip(found, wanted, strict=False)
+    )
+    return str(next((pair for pair in parts if pair[0] != pair[1]), (len(found), len(wanted))))[:3000]
 
 
 if __name__ == "__main__":

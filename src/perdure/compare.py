@@ -29,7 +29,7 @@ def compare(workspace: Workspace, first: str, second: str) -> dict[str, Any]:
         "scores": {name: _difference(*(items.get(name) for items in scores)) for name in measured},
         "config": {key: [before.get(key), after.get(key)] for key in sorted(before.keys() | after.keys())
                    if before.get(key) != after.get(key)},
-        "weights": [record["hashes"]["weights"] for record in records],
+        "weights": [record["hashes"].get("weights") for record in records],
         "seconds": [sum(record["cost"]["seconds"].values()) for record in records],
     }  # fmt: skip
 
