@@ -36,7 +36,7 @@ def main() -> None:
             taught = {f"skill{skill}": 15 for skill in range(min(number + 1, args.skills))}
             fake.candidate(stage, taught, {"piqa": 60, "boolq": 50})
         report: dict[str, Any] = {"versions": args.versions, "skills": args.skills, "many_versions": {}}
-        for command in ("--help", "status", "log", "verify"):
+        for command in ("--help", "status", "log"):
             report["many_versions"][command] = spread([seconds(command, fake.folder) for _ in range(args.rounds)])
     finish(report, args.json)
 

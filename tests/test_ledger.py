@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from perdure import ledger
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -102,6 +103,24 @@ def test_a_kill_between_line_and_head_is_no_damage(grown):
     assert grown.verify_ledger() == 4
     grown.append("refuse", version="v003")
     assert grown.verify_ledger() == 5 and b'"lines": 5' in head.read_bytes()
+
+
+def test_two_kills_between_line_and_head_in_a_row_are_no_damage(grown, monkeypatch):
+    real = ledger.replace_text
+
+    def full(path, text):
+        if f'"lines":{len(grown.ledger())}' in text.replace(" ", ""):  # the head of the newest line
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    monkeypatch.setattr(ledger, "replace_text", full)
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space"):
+            grown.append("verdict", version="v003")
+    monkeypatch.undo()
+    assert grown.verify_ledger() == 6
+    grown.append("verdict", version="v003")
+    assert grown.verify_ledger() == 7
 
 
 @pytest.mark.parametrize("aliases", [None, b"", b"{", b"[1]", b'{"champion": "v001", "previous": "v000"}', b"{}"])

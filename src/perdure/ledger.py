@@ -30,7 +30,8 @@ class Ledger:
             data = file.read()
             whole = data[: data.rfind(b"\n") + 1]
             lines = whole.split(b"\n")[:-1]
-            self._check_end(lines)
+            if self._check_end(lines) < len(lines):  # first: a second kill would leave the head two lines behind
+                replace_text(self.head_path, _head_text(len(lines), lines[-1]))
             if len(whole) < len(data):
                 file.truncate(len(whole))
             before = line_sha256(lines[-1]) if lines else None
@@ -61,10 +62,11 @@ class Ledger:
         self._check_end(lines)
         return len(events)
 
-    def _check_end(self, lines: list[bytes]) -> None:
+    def _check_end(self, lines: list[bytes]) -> int:
+        """How many lines the head counts: all of them, or one fewer."""
         if not self.head_path.exists():
             if len(lines) <= 1:  # nothing yet, or killed between the first line and its head
-                return
+                return 0
             raise InputError(
                 f"{self.head_path}: missing, so lines lost at the ledger's end could not be seen; it was removed, or "
                 "the workspace is older than this file: bring it back, or make a new workspace"
@@ -75,6 +77,7 @@ class Ledger:
             raise InputError(f"{self.path}: has {len(lines)} lines, but ledger.head counts {count}: lines were lost")
         if self.head_path.read_text(encoding="utf-8") != _head_text(count, lines[count - 1]):
             raise InputError(f"{self.path}:{count}: this line was altered, or ledger.head was: its hash is not there")
+        return count
 
 
 def _head_text(count: int, last: bytes) -> str:

@@ -294,8 +294,8 @@ class Workspace:
         return sorted(names, key=_stage_number)
 
     def next_stage(self, skill: str) -> str:
-        """A name for a new stage: one more than the last one that has a folder or a version."""
-        numbers = [_stage_number(name) for name in (*self.stages(), *self.closed_stages())]
+        """A name for a new stage: one more than the last one that has begun or has a version."""
+        numbers = [_stage_number(name) for name in (*self._begun(), *self.closed_stages())]
         return f"s{max(numbers, default=0) + 1:02d}-{skill}"
 
     def closed_stages(self) -> set[str]:
@@ -306,8 +306,11 @@ class Workspace:
     def unfinished(self) -> list[str]:
         """Stages that have begun and given no version yet, in order."""
         closed = self.closed_stages()
-        begun = (stage for stage in self.stages() if (self.run_folder(stage) / "stage.json").is_file())
-        return [stage for stage in begun if stage not in closed]
+        return [stage for stage in self._begun() if stage not in closed]
+
+    def _begun(self) -> list[str]:
+        """A folder without its stage.json was left by a kill before the stage began."""
+        return [stage for stage in self.stages() if (self.run_folder(stage) / "stage.json").is_file()]
 
     def remove_run(self, stage: str) -> None:
         """Drop a stage's run folder. One rename hides it first: a half-removed run could be taken for a whole one."""
