@@ -248,10 +248,11 @@ def log(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> Non
     if as_json:
         out.print_json(json.dumps(events))
         return
+    from perdure.report.record import read_version
     from perdure.report.text import cost_table, ledger_table
 
     ledger_table(events, out)
-    cost_table([place.version(name) for name in place.versions()[1:]], out)
+    cost_table([read_version(place, name) for name in place.versions()[1:]], out)
 
 
 @app.command()

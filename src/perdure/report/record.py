@@ -55,6 +55,8 @@ class Verdict(_Record):
 class Cost(_Record):
     seconds: dict[str, Seconds] = {}
     tokens: dict[str, Tokens] = {}
+    predicted: dict[str, Seconds] | None = None
+    """Seconds by phase, from the preflight; None for a method without one."""
 
 
 class Version(_Record):
@@ -227,6 +229,11 @@ def read_compared(folder: Path) -> dict[str, Record]:
     """The workspaces under ``compare/``, by method. Empty where nothing was compared."""
     folders = sorted((folder / "compare").glob("*/perdure.toml"))
     return {path.parent.name: read_record(path.parent) for path in folders}
+
+
+def read_version(workspace: Workspace, name: str) -> Version:
+    """One version.json. Raises InputError where it is damaged."""
+    return _read(Version, workspace.folder / "versions" / name / "version.json")
 
 
 def checked(kind: type[Kind], raw: Any, path: Path) -> Kind:

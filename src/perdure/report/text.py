@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.report import results
+from perdure.report.record import Version
 from perdure.report.words import count, interval, percent, points, safe_line, safe_text, seconds, sentences
 
 __all__ = [
@@ -110,20 +111,19 @@ def ledger_table(events: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def cost_table(records: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print what each stage was predicted to take and took: ``records`` are contents of ``version.json``."""
-    known = [(record, record["cost"].get("predicted")) for record in records]
-    if not any(predicted for _, predicted in known):
+def cost_table(versions: Sequence[Version], console: Console) -> None:
+    """Print what each stage was predicted to take, and took."""
+    known = [(version, version.cost.predicted) for version in versions if version.cost.predicted]
+    if not known:
         return
     phases = ("train", "evaluate", "probe")
-    table = _table("Seconds, predicted at most and actual", ["Stage", *phases, "In all", "Actual / predicted"])
-    for record, predicted in known:
-        if predicted:
-            actual = {phase: record["cost"]["seconds"].get(phase, 0.0) for phase in phases}
-            cells = [f"{predicted.get(phase, 0.0):.0f} / {actual[phase]:.0f}" for phase in phases]
-            totals = sum(predicted.values()), sum(actual.values())
-            _row(table, [str(record["stage"]), *cells, f"{totals[0]:.0f} / {totals[1]:.0f}",
-                         f"{totals[1] / totals[0]:.2f}"])  # fmt: skip
+    table = _table("Seconds, predicted at most and actual", ["Stage", *phases, "In all", "Ratio"])
+    for version, predicted in known:
+        actual = {phase: version.cost.seconds.get(phase, 0.0) for phase in phases}
+        cells = [f"{predicted.get(phase, 0.0):.0f} / {actual[phase]:.0f}" for phase in phases]
+        totals = sum(predicted.values()), sum(actual.values())
+        ratio = f"{totals[1] / totals[0]:.2f}" if totals[0] else "–"
+        _row(table, [safe_line(str(version.stage)), *cells, f"{totals[0]:.0f} / {totals[1]:.0f}", ratio])
     console.print(table)
 
 
