@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 TRL_VENV ?= .venv-trl
+# make bench ROUNDS=1 is a third of the time.
+ROUNDS ?= 3
 
 .PHONY: venv demo test check bench format clean
 .DEFAULT_GOAL := venv
@@ -45,11 +47,12 @@ check: venv
 
 # The ratios of docs/performance.md, with TRL in an environment of its own.
 bench: venv $(TRL_VENV)/.stamp
-	$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_VENV)/bin/python --json bench-workspace/vs_trl.json
+	$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_VENV)/bin/python --rounds $(ROUNDS) --json bench-workspace/vs_trl.json
 	$(BIN)/python benchmarks/vs_trl.py --trl-python $(TRL_VENV)/bin/python --long --rounds 1 --states trained --json bench-workspace/vs_trl_long.json
-	$(BIN)/python benchmarks/vs_sft.py --json bench-workspace/vs_sft.json
-	$(BIN)/python benchmarks/decode.py --json bench-workspace/decode.json
+	$(BIN)/python benchmarks/vs_sft.py --rounds $(ROUNDS) --json bench-workspace/vs_sft.json
+	$(BIN)/python benchmarks/decode.py --rounds $(ROUNDS) --json bench-workspace/decode.json
 	$(BIN)/python benchmarks/loss_memory.py --trl-python $(TRL_VENV)/bin/python --json bench-workspace/loss_memory.json
+	$(BIN)/python benchmarks/many_versions.py --rounds $(ROUNDS) --json bench-workspace/many_versions.json
 	$(BIN)/python benchmarks/plot.py bench-workspace/vs_trl.json bench-workspace/performance.svg
 
 $(TRL_VENV)/.stamp: $(VENV)/.stamp-python benchmarks/requirements-trl.txt constraints.txt

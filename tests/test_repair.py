@@ -36,7 +36,7 @@ def settings(model: Path, **gate: Any) -> RunConfig:
              "anchor_general_tokens": 4}  # fmt: skip
     return RunConfig.model_validate(
         {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []}, "train": train,
-         "gate": {"budget": 0.45, "repair": 5} | gate}
+         "gate": {"budget": 0.45, "repair": 6} | gate}
     )  # fmt: skip
 
 
@@ -127,6 +127,14 @@ def test_a_repair_is_strict_about_losses_that_chance_could_explain(tmp_path: Pat
     workspace = taught(tmp_path / "bot", made, repair=2)
     last = [event for event in workspace.ledger() if event["event"] == "repair"][-1]
     assert "100.0% to 50.0%" in last["reason"] and last["decision"] == "refused"
+
+
+def test_an_earlier_checkpoint_is_tried_first(tmp_path: Path, made: Setup):
+    config = settings(made[0], repair=1)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every": 15})})
+    workspace = create_workspace(tmp_path / "bot", config)
+    learn(workspace, made[1], config, Silent())
+    assert [label for label, _ in attempts(workspace)] == ["checkpoint 30"]
 
 
 # Forgetting

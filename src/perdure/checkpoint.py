@@ -99,6 +99,16 @@ def load_checkpoint(
     return json.loads((folder / "loop.json").read_text(encoding="utf-8")), teacher
 
 
+def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """The student's weights in a checkpoint, by name."""
+    tensors = load_file(folder / "state.safetensors")
+    return {key.removeprefix("student."): value for key, value in tensors.items() if key.startswith("student.")}
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
+
+
 def save_weights(student: Any, path: Path) -> None:
     """The student's parameters as one safetensors file, replaced atomically."""
     beside = path.with_name(f".{path.name}.tmp")

@@ -177,7 +177,7 @@ def learn(
     from perdure.report.text import render
 
     extra = [f'train.method="{method}"'] if method else []
-    extra += [] if repair is None else [f"gate.repair={5 if repair else 0}"]
+    extra += [] if repair is None else [f"gate.repair={6 if repair else 0}"]
     place, config = _open(workspace, [*extra, *(settings or [])])
     with place.lock():
         outcomes = learn_skills(place, skills, config, _reporter(), force=force, restart=restart)

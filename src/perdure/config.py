@@ -171,9 +171,10 @@ class GateConfig(_Section):
     """Chance that a stage without any harm is refused."""
     power: float = Field(default=0.9, gt=0, lt=1)
     """Chance to find a loss of twice the budget; a comparison whose items give less is held."""
-    repair: int = Field(default=3, ge=0, le=5)
-    """Attempts to save a candidate that learned but hurt something: three blends of its weights with its parent's (an
-    evaluation each), then more anchors, then a smaller rate (a training each); 0 = none."""
+    repair: int = Field(default=4, ge=0, le=6)
+    """Attempts to save a candidate that learned but hurt something: an earlier checkpoint of the stage, where there is
+    one, three blends of its weights with its parent's (an evaluation each), then more anchors, then a smaller rate (a
+    training each); 0 = none."""
 
 
 class CostConfig(_Section):

@@ -18,7 +18,7 @@ from perdure.types import Verdict
 Items = Mapping[str, bool]
 """Item id -> right or wrong."""
 
-NOT_FOUND = "cannot tell"
+CANNOT_TELL = "cannot tell"
 USUAL_NOISE = 0.02
 """Share of items that change each way between versions without meaning; seen in the demo: 0 to 0.06 (docs/log.md)."""
 
@@ -81,11 +81,11 @@ def _losses(
 
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> Verdict:
-    failed = sorted((row for row in rows if not row["passed"]), key=lambda row: row["verdict"] == NOT_FOUND)
+    failed = sorted((row for row in rows if not row["passed"]), key=lambda row: row["verdict"] == CANNOT_TELL)
     reasons = tuple(row["reason"] for row in failed or rows) or ("There is nothing that could have got worse.",)
     if not failed:
         return Verdict("promoted", reasons, tuple(rows))
-    return Verdict("held" if failed[0]["verdict"] == NOT_FOUND else "refused", reasons, tuple(rows))
+    return Verdict("held" if failed[0]["verdict"] == CANNOT_TELL else "refused", reasons, tuple(rows))
 
 
 def _paired(old: Items | None, new: Items | None) -> tuple[list[bool], list[bool]] | None:
@@ -116,7 +116,7 @@ def _gain(config: GateConfig, skill: str, before: Items | None, after: Items | N
     numbers = f"{row['before']:.0%} to {row['after']:.0%} on {row['n']} items (p = {p_value:.2g})"
     row["reason"] = f"{skill}: {row['verdict']}, {numbers}."
     if not real and row["change"] > 0 and 0.5 ** pair[0].count(False) > config.significance:
-        row["verdict"] = NOT_FOUND
+        row["verdict"] = CANNOT_TELL
         row["reason"] = f"{skill}: {numbers}; so few items cannot show a gain: add test rows."
     return row | {"passed": real}
 
@@ -126,21 +126,22 @@ def _loss(guard: Guard, pair: tuple[list[bool], list[bool]] | None, p_value: flo
     row = _row(guard.name, guard.kind, pair, budget=guard.budget, reference=guard.reference, p_value=p_value)
     if pair is None:
         return row
+    label = "all prior tasks together" if guard.kind == "priors" else guard.name
     against = f" against {guard.reference}, its best" if guard.kind == "best ever" else ""
     numbers = f"{row['before']:.1%} to {row['after']:.1%}{against} on {row['n']} items (p = {p_value:.2g})"
     if counts and row["change"] < -guard.budget:
-        reason = f"{guard.name}: got worse, {numbers}, budget {guard.budget:.1%}."
+        reason = f"{label}: got worse, {numbers}, budget {guard.budget:.1%}."
         return row | {"verdict": "worse", "passed": False, "reason": reason}
     if not guard.decisive or _can_tell(guard, pair, level, power):
-        return row | {"verdict": "kept", "passed": True, "reason": f"{guard.name}: kept, {numbers}."}
+        return row | {"verdict": "kept", "passed": True, "reason": f"{label}: kept, {numbers}."}
     needed = items_needed(2 * guard.budget, _noise(pair), level, power, guard.budget)
     row["needed"] = needed
     asked = f"that takes about {needed}" if needed else "a million cannot either"
     reason = (
-        f"{guard.name}: cannot tell, {numbers}: so few items cannot show a loss of twice the budget of "
+        f"{label}: cannot tell, {numbers}: so few items cannot show a loss of twice the budget of "
         f"{guard.budget:.1%} ({asked}). Add test rows, or set a budget that they can judge."
     )
-    return row | {"verdict": NOT_FOUND, "passed": False, "reason": reason}
+    return row | {"verdict": CANNOT_TELL, "passed": False, "reason": reason}
 
 
 def _noise(pair: tuple[list[bool], list[bool]]) -> float:

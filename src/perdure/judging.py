@@ -25,7 +25,7 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     workspace, config, name = run.workspace, run.config, run.workspace.next_version()
     candidate = measure_candidate(run, before, name)
     if config.gate.repair and worth_repairing(candidate.verdict):
-        candidate = repair(run, before, check, name, candidate.verdict) or candidate
+        candidate = repair(run, before, check, name, candidate.verdict, state.best_step) or candidate
     info = _describe(run, name, check, state, candidate.verdict) | {
         "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in candidate.scores},
         "probe": probe_json(candidate.probed),

@@ -1,9 +1,9 @@
 """A candidate that learned its skill but hurt something is not the end: a few attempts to keep both.
 
-In order, until one passes: the weights blended back towards the parent (three shares), a second training with more
-anchors, a third with a smaller learning rate. Several attempts are several chances to pass by luck, so the gate is
-strict with them: no observed loss beyond a budget, significant or not. The ledger holds every attempt and is what a
-resumed stage goes by.
+In order, until one passes: the stage's last checkpoint, where that is earlier than the weights it ended with; the
+weights blended back towards the parent (three shares); a second training with more anchors; a third with a smaller
+learning rate. Several attempts are several chances to pass by luck, so the gate is strict with them: no observed loss
+beyond a budget, significant or not. The ledger holds every attempt and is what a resumed stage goes by.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from perdure.candidate import Candidate, measure_candidate
+from perdure.checkpoint import checkpoint_step, checkpoint_weights, checkpoints
 from perdure.config import RunConfig, TrainConfig
 from perdure.measure import Scores
 from perdure.models import load, sync_weights
@@ -33,16 +34,21 @@ def worth_repairing(verdict: Verdict) -> bool:
     return verdict.decision == "refused" and "worse" in verdicts and not verdicts & {"not learned", "not measured"}
 
 
-def repair(run: Run, before: Scores, check: dict[str, Any] | None, name: str, harmed: Verdict) -> Candidate | None:
+def repair(
+    run: Run, before: Scores, check: dict[str, Any] | None, name: str, harmed: Verdict, best_step: int
+) -> Candidate | None:
     """The first attempt that passes, whose weights the session's student then has; None, and the student as it was,
     when none of ``gate.repair`` attempts does."""
     run.reporter.note(f"Refused so far: {harmed.reasons[0]}")
     student = run.session.loaded.model
     trained = {key: value.detach().clone() for key, value in student.named_parameters()}
     parent = _parent_weights(run)
-    tries: dict[str, Callable[[], None]] = {
-        f"blend {share}": lambda share=share: _set(run, parent, trained, share) for share in BLENDS
-    }
+    tries: dict[str, Callable[[], None]] = {}
+    for folder in checkpoints(run.folder):
+        if (step := checkpoint_step(folder)) < best_step:
+            tries[f"checkpoint {step}"] = lambda folder=folder: _set(run, parent, checkpoint_weights(folder), 1.0)
+    for share in BLENDS:
+        tries[f"blend {share}"] = lambda share=share: _set(run, parent, trained, share)
     for label, settings in (
         ("more anchors", _anchored(run.config.train, harmed)),
         ("smaller rate", _slower(run.config)),
