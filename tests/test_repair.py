@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,37 @@ def test_an_earlier_checkpoint_is_tried_first(tmp_path: Path, made: Setup):
     workspace = create_workspace(tmp_path / "bot", config)
     learn(workspace, made[1], config, Silent())
     assert [label for label, _ in attempts(workspace)] == ["checkpoint 30"]
+
+
+def test_another_gate_judges_what_is_on_file_and_trains_nothing(tmp_path: Path, made: Setup, unrepaired: Workspace):
+    workspace = Workspace(shutil.copytree(unrepaired.folder, tmp_path / "bot"))
+    lines = len(workspace.ledger())
+    lax = settings(made[0], repair=0, significance=0.001)
+    (_, second) = learn(workspace, made[1], lax, Silent())
+    assert (second.version, second.decision) == ("v002", "refused")  # 0 to 75 % on 8 items is no gain at 0.001
+    assert workspace.versions() == ["v000", "v001", "v002"] and len(workspace.stages()) == 2
+    assert [event["event"] for event in workspace.ledger()[lines:]] == ["verdict", "refuse"]
+    assert len(learn(workspace, made[1], lax, Silent())) == 2 and len(workspace.ledger()) == lines + 2  # once
+    free = settings(made[0], repair=0, enforce=False)
+    (_, second) = learn(workspace, made[1], free, Silent())
+    assert second.decision == "promoted" and workspace.resolve("champion") == "v002"
+    workspace.rollback()
+    (_, second) = learn(workspace, made[1], settings(made[0], repair=0), Silent())  # the first gate again
+    assert second.decision == "refused" and workspace.resolve("champion") == "v001"
+
+
+def test_a_kill_between_the_new_verdict_and_its_promotion(
+    tmp_path: Path, made: Setup, unrepaired: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    workspace = Workspace(shutil.copytree(unrepaired.folder, tmp_path / "bot"))
+    lax = settings(made[0], repair=0, enforce=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "promote", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learn(workspace, made[1], lax, Silent())
+    learn(workspace, made[1], lax, Silent())
+    assert [event["event"] for event in workspace.ledger()][-2:] == ["verdict", "promote"]
+    assert workspace.resolve("champion") == "v002"
 
 
 # Forgetting

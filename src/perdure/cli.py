@@ -317,7 +317,7 @@ def promote(
         raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
     with place.lock():
         name = place.resolve(version)
-        verdict = place.version(name)["verdict"]
+        verdict = place.verdict(name)
         passed = verdict is None or verdict["decision"] == "promoted"
         if verdict and not passed and not force:
             words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "

@@ -9,7 +9,7 @@ from typing import Any
 from perdure.config import RunConfig
 from perdure.files import read_json
 from perdure.gates import USUAL_NOISE, least_budget
-from perdure.judging import judge
+from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
@@ -34,6 +34,9 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
         if done := finished(workspace, skill, config):
             reporter.note(f"{skill.name}: {done.decision} already as {done.version}; nothing to do.")
             outcomes.append(done)
+            continue
+        if judged := judge_again(workspace, skill, config, reporter):
+            outcomes.append(judged)
             continue
         reporter.stage(f"Skill {number} of {len(kept)}: {skill.name} ({config.train.method.upper()})")
         taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}

@@ -8,16 +8,20 @@ from typing import Any
 
 from perdure.candidate import measure_candidate
 from perdure.card import model_card
+from perdure.config import RunConfig
 from perdure.files import code_state, environment, now
 from perdure.forecast import priced
-from perdure.measure import Scores, probe_json, score_json, write_items
+from perdure.gates import decide
+from perdure.measure import Scores, guards, known_scores, probe_json, score_json, write_items
 from perdure.models import save
 from perdure.repair import repair, worth_repairing
+from perdure.reporting import Reporter
 from perdure.runlog import LoopState
 from perdure.running import Run
+from perdure.skills.base import Skill, load_skill
 from perdure.stages import Outcome, settings_hash, settle
 from perdure.types import Verdict
-from perdure.workspace import BASE
+from perdure.workspace import BASE, Workspace
 
 
 def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopState) -> Outcome:
@@ -42,6 +46,60 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     for reason in verdict.reasons:
         run.reporter.note(reason)
     return Outcome(run.skill.name, run.stage, name, "promoted" if accepted else verdict.decision, verdict.reasons)
+
+
+def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter: Reporter) -> Outcome | None:
+    """The last version that taught this content to the champion and was turned away, under another gate than then: its
+    results are on file, so the gate alone decides anew and nothing is trained. None where there is no such version."""
+    champion = workspace.resolve("champion")
+    for name in reversed(workspace.versions()[1:]):
+        info = workspace.version(name)
+        same = info["parent"] == champion and info["hashes"]["skill"] == skill.content_hash and not info["branch"]
+        if not same or _without_gate(info["config"]) != _without_gate(config.model_dump(mode="json")):
+            continue
+        said = [event for event in workspace.ledger() if event.get("version") == name]
+        judged = [event.get("gate", info["config"]["gate"]) for event in said if event["event"] == "verdict"]
+        gate = config.gate.model_dump(mode="json")
+        if said[-1]["event"] != "verdict" and judged[-1] == gate:
+            return None
+        if judged[-1] != gate:
+            reporter.note(f"{name} is judged again under the gate's new settings; nothing is trained.")
+            verdict = _verdict_on_file(workspace, skill, config, champion, name)
+            workspace.append("verdict", version=name, decision=verdict.decision, reasons=list(verdict.reasons),
+                             table=list(verdict.table), gate=gate)  # fmt: skip
+        return _follow(workspace, name, config)
+    return None
+
+
+def _without_gate(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide which weights come out; ``gate.repair`` is one of them."""
+    others = {section: values for section, values in config.items() if section not in ("gate", "cost")}
+    return others | {"repair": config["gate"]["repair"]}
+
+
+def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, parent: str, name: str) -> Verdict:
+    earlier = {
+        taught: load_skill(folder) for taught, folder in workspace.taught(parent).items() if taught != skill.name
+    }
+    before, after = known_scores(workspace, parent), known_scores(workspace, name)
+    kept = guards(workspace, parent, before, earlier, config)
+    return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept)
+
+
+def _follow(workspace: Workspace, name: str, config: RunConfig) -> Outcome:
+    """Do what the last verdict on a version asks for."""
+    info, verdict = workspace.version(name), workspace.verdict(name)
+    assert verdict is not None
+    about = {"parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
+    decision, reasons = verdict["decision"], tuple(verdict["reasons"])
+    if decision == "promoted" or not config.gate.enforce:
+        workspace.promote(name, reasons[0])
+        decision = "promoted"
+    elif decision == "held":
+        workspace.hold(name, **about, reason=reasons[0])
+    else:
+        workspace.append("refuse", version=name, **about, reason=reasons[0])
+    return Outcome(info["skill"], info["stage"], name, decision, reasons)
 
 
 def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:

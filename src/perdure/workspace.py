@@ -113,6 +113,12 @@ class Workspace:
             raise InputError(f"{self.folder}: no version {name!r}; there are {', '.join(self.versions())}")
         return full
 
+    def verdict(self, name: str) -> dict[str, Any] | None:
+        """The last verdict on a version: its own, or a later one under another gate. None for the base model."""
+        full = self.resolve(name)
+        said = [event for event in self.ledger() if event["event"] == "verdict" and event.get("version") == full]
+        return said[-1] if said else self.version(full)["verdict"]
+
     def next_version(self) -> str:
         return f"v{int(self.versions()[-1][1:]) + 1:03d}"
 

@@ -221,8 +221,13 @@ def read_record(folder: Path) -> Record:
     if BASE not in names:
         raise InputError(f"{folder}: damaged, the base model's versions/{BASE} is missing")
     versions = {name: _read(Version, folder / "versions" / name / "version.json") for name in names}
-    runs = _read_runs(folder / "runs")
-    return Record(folder, workspace.config(), workspace.aliases(), versions, runs, tuple(workspace.ledger()))
+    runs, ledger = _read_runs(folder / "runs"), workspace.ledger()
+    for event in ledger:  # a version that was judged again, under another gate
+        name = event.get("version")
+        if event.get("event") == "verdict" and "table" in event and name in versions:
+            later = checked(Verdict, event, folder / "ledger.jsonl")
+            versions[name] = versions[name].model_copy(update={"verdict": later})
+    return Record(folder, workspace.config(), workspace.aliases(), versions, runs, tuple(ledger))
 
 
 def read_compared(folder: Path) -> dict[str, Record]:
