@@ -33,7 +33,8 @@ FLOORS = {
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
         "report.samples", "report.results", "report.process", "report.text", "report.html",
-        "export", "serve", "trackers", "progress", "demo", "cli",
+        "export", "serve", "trackers", "progress", "demo", "cli_common", "cli_learn",
+        "cli_versions", "cli",
     ],
 }  # fmt: skip
 ORDER = [(floor, pattern) for floor, patterns in FLOORS.items() for pattern in patterns]

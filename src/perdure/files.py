@@ -33,6 +33,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def manifest_of(folder: Path) -> dict[str, str]:
+    """Hex sha256 of every file of a version but version.json itself, by its path in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    names.pop("version.json", None)
+    return {name: file_sha256(path) if path.is_file() else "no file" for name, path in names.items()}
+
+
 def check_free(folder: Path) -> None:
     """Raises InputError when something is there already; an empty folder may be filled."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -45,6 +45,19 @@ class Ledger:
         """All events. Raises InputError naming the line that is no JSON object."""
         return read_jsonl(self.path, growing=True)
 
+    def aliases(self) -> dict[str, str | None]:
+        """champion, previous and candidate by the ledger. Raises InputError when it names no champion."""
+        candidate = None
+        for event in reversed(self.events()):
+            kind, version, parent = event.get("event"), event.get("version"), event.get("parent")
+            if kind == "hold" and candidate is None and isinstance(version, str):
+                candidate = version
+            if kind in ("init", "promote", "rollback"):
+                if not isinstance(version, str) or not isinstance(parent, str | None):
+                    break
+                return {"champion": version, "previous": parent, "candidate": candidate}
+        raise InputError(f"{self.path}: damaged, it names no champion")
+
     def verify(self) -> int:
         """Check the chain and its end; returns the number of lines.
 

@@ -20,6 +20,7 @@ from perdure.config import RunConfig, TrainConfig
 from perdure.measure import Scores
 from perdure.models import load, sync_weights
 from perdure.running import Run, train_stage
+from perdure.stages import settings_hash
 from perdure.types import Verdict
 from perdure.workspace import BASE
 
@@ -54,11 +55,10 @@ def repair(
         ("smaller rate", _slower(run.config)),
     ):
         tries[label] = lambda label=label, settings=settings: _again(run, parent, check, label, settings)
+    key = {"event": "repair", "stage": run.stage, "parent": run.parent, "config": settings_hash(run.config)}
     past = {
-        event["attempt"]: event["decision"]
-        for event in run.workspace.ledger()
-        if event["event"] == "repair" and event["stage"] == run.stage
-    }
+        event["attempt"]: event["decision"] for event in run.workspace.ledger() if event | key == event
+    }  # a stage that was begun anew under other settings may have the same name
     for label, attempt in list(tries.items())[: run.config.gate.repair]:
         if past.get(label, "promoted") != "promoted":
             continue
@@ -67,8 +67,7 @@ def repair(
         found = measure_candidate(run, before, name, strict=True)
         decision, reason = found.verdict.decision, found.verdict.reasons[0]
         if label not in past:
-            run.workspace.append("repair", stage=run.stage, skill=run.skill.name, parent=run.parent, attempt=label,
-                                 decision=decision, reason=reason)  # fmt: skip
+            run.workspace.append(**key, skill=run.skill.name, attempt=label, decision=decision, reason=reason)
         if decision == "promoted":
             how = f"Repaired ({label}) after: {harmed.reasons[0]}"
             return Candidate(found.scores, found.probed, Verdict(decision, (how, *found.verdict.reasons),

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perdure.files import file_sha256, read_json
+from perdure.files import file_sha256, manifest_of, read_json
 from perdure.ledger import Ledger
 from perdure.skills.base import content_hash, skill_files
 from perdure.types import InputError
-from perdure.workspace import MANIFEST, Workspace, aliases_text, manifest_of
+from perdure.workspace import MANIFEST, Workspace, aliases_text
 
 Progress = Callable[[int, int], None]
 """Called with (folders checked, folders in all)."""

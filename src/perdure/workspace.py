@@ -21,6 +21,7 @@ from perdure.files import (
     check_free,
     file_sha256,
     files_sha256,
+    manifest_of,
     now,
     read_json,
     replace_text,
@@ -236,17 +237,8 @@ class Workspace:
             return False
 
     def expected_aliases(self) -> dict[str, str | None]:
-        """champion, previous and candidate by the ledger. Raises InputError when it names no champion."""
-        candidate = None
-        for event in reversed(self.ledger()):
-            kind, version, parent = event.get("event"), event.get("version"), event.get("parent")
-            if kind == "hold" and candidate is None and isinstance(version, str):
-                candidate = version
-            if kind in ("init", "promote", "rollback"):
-                if not isinstance(version, str) or not isinstance(parent, str | None):
-                    break
-                return {"champion": version, "previous": parent, "candidate": candidate}
-        raise InputError(f"{self.folder / 'ledger.jsonl'}: damaged, it names no champion")
+        """See Ledger.aliases."""
+        return Ledger(self.folder).aliases()
 
     def _write_aliases(self) -> None:
         replace_text(self.folder / "aliases.json", aliases_text(self.expected_aliases()))
@@ -352,14 +344,6 @@ class Workspace:
 def aliases_text(aliases: dict[str, str | None]) -> str:
     """What aliases.json holds."""
     return to_json(aliases) + "\n"
-
-
-def manifest_of(folder: Path) -> dict[str, str]:
-    """Hex sha256 of every file of a version but version.json itself, by its path in the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    names.pop("version.json", None)
-    return {name: file_sha256(path) if path.is_file() else "no file" for name, path in names.items()}
 
 
 def _of_content(entry: Any) -> Any:

@@ -1,0 +1,49 @@
+"""What all commands share: the application, its consoles, options and exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from perdure.config import RunConfig, with_settings
+
+if TYPE_CHECKING:
+    from perdure.workspace import Workspace
+
+REFUSED, BAD_INPUT, INTERRUPTED = 1, 2, 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="One language model learns skill after skill from demonstrations and keeps what it knew.",
+)
+out = Console(highlight=False, markup=False)
+"""Results."""
+err = Console(stderr=True, highlight=False, markup=False)
+"""Progress and errors."""
+
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", "-w", envvar="PERDURE_WORKSPACE", help="Workspace folder.")
+]
+WorkspaceArgument = Annotated[Path, typer.Argument(envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting as in perdure.toml: train.steps=80")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+HERE = Path(".")
+
+
+def reporter() -> Any:
+    from perdure.progress import ConsoleReporter
+
+    return ConsoleReporter(err)
+
+
+def open_workspace(folder: Path, settings: list[str] | None) -> tuple[Workspace, RunConfig]:
+    from perdure.workspace import Workspace
+
+    place = Workspace.open(folder)
+    return place, with_settings(place.config(), settings or [])

@@ -1,0 +1,161 @@
+"""Commands that teach and measure. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from perdure.cli_common import (
+    HERE,
+    REFUSED,
+    JsonOption,
+    SetOption,
+    WorkspaceOption,
+    app,
+    open_workspace,
+    out,
+    reporter,
+)
+from perdure.config import RunConfig, with_settings
+
+if TYPE_CHECKING:
+    from perdure.workspace import Workspace
+
+
+@app.command()
+def demo(
+    workspace: WorkspaceOption = Path("demo-workspace"),
+    compare: Annotated[str | None, typer.Option("--compare", help="Also run the chain with this method: sft.")] = None,
+) -> None:
+    """The embedded model learns three real skills in a row; the report shows what it learned and kept."""
+    from perdure.demo import run_demo
+    from perdure.report.text import render
+
+    summary, report = run_demo(workspace, compare, reporter())
+    render(summary, out)
+    out.print(f"\nReport: {report}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    workspace: Annotated[Path, typer.Argument(help="Folder to make.")],
+    model: Annotated[str, typer.Option(help="embedded, a folder, a GGUF file or a hub id.")] = "embedded",
+    settings: SetOption = None,
+) -> None:
+    """Make a workspace whose champion is the base model."""
+    from perdure.stages import create_workspace
+
+    config = with_settings(RunConfig(), [f"model.source={json.dumps(model)}", *(settings or [])])
+    create_workspace(workspace, config)
+    out.print(f"{workspace}: ready. Next: perdure check skills/NAME -w {workspace}", soft_wrap=True)
+
+
+@app.command("import")
+def import_skill(
+    source: Annotated[str, typer.Argument(help="home-assistant, bfcl, mmlu, sst2, tldr or jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Skill folder to make.")],
+    file: Annotated[Path | None, typer.Option("--file", help="jsonl only: the demonstrations.")] = None,
+    grader: Annotated[str, typer.Option(help="jsonl only: how answers are graded.")] = "exact",
+    test_share: Annotated[float, typer.Option(help="jsonl only: share of the rows held out.", min=0.01, max=0.9)] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the split and of drawn rows.")] = 0,
+) -> None:
+    """Bring a known source, or a JSONL file of your own, into a skill folder."""
+    from perdure.importers import run_importer
+
+    run_importer(source, target, seed, file, grader, test_share)
+    out.print(f"{target}: ready. Next: perdure check {target}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    skills: Annotated[list[Path], typer.Argument(help="Skill folders.")],
+    workspace: WorkspaceOption = HERE,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Will this work, and what will it cost? Data, windows, teacher gap. Exit code 1: not ready."""
+    from perdure.curriculum import check_skills
+    from perdure.report.text import preflight_tables
+
+    place, config = open_workspace(workspace, settings)
+    results = check_skills(place, skills, config, reporter())
+    if as_json:
+        out.print_json(json.dumps({"skills": results}))
+    else:
+        preflight_tables(results, out)
+    raise typer.Exit(0 if all(result["ready"] for result in results) else REFUSED)
+
+
+@app.command()
+def learn(
+    skills: Annotated[list[Path], typer.Argument(help="Skill folders, taught in this order.")],
+    workspace: WorkspaceOption = HERE,
+    method: Annotated[str | None, typer.Option(help="sdft or sft; default: perdure.toml.")] = None,
+    settings: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Train although the preflight sees no teacher gap.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="All five attempts to save a candidate that hurt something, or none; default: gate.repair.",
+        ),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Where each stage's training time went.")] = False,
+) -> None:
+    """Teach skills: preflight, train, evaluate everything, gate; promote, hold or refuse. Exit code 1: not all were
+    promoted."""
+    from perdure.curriculum import learn as learn_skills
+    from perdure.report.html import write_report
+    from perdure.report.numbers import summary
+    from perdure.report.text import render
+
+    extra = [f'train.method="{method}"'] if method else []
+    extra += [] if repair is None else [f"gate.repair={6 if repair else 0}"]
+    place, config = open_workspace(workspace, [*extra, *(settings or [])])
+    with place.lock():
+        outcomes = learn_skills(place, skills, config, reporter(), force=force, restart=restart)
+        report = write_report(place.folder)
+    render(summary(place.folder), out)
+    if profile:
+        _profile(place, config, [outcome.stage for outcome in outcomes])
+    for outcome in outcomes:
+        if outcome.decision != "promoted":
+            out.print(Text(f"{outcome.skill} was {outcome.decision}: {' '.join(outcome.reasons)}"), soft_wrap=True)
+    out.print(f"\nReport: {report}", soft_wrap=True)
+    raise typer.Exit(0 if all(outcome.decision == "promoted" for outcome in outcomes) else REFUSED)
+
+
+def _profile(place: Workspace, config: RunConfig, stages: list[str]) -> None:
+    from perdure.models import compute_dtype, matmul_peak
+    from perdure.report.profile import profile
+    from perdure.report.text import profile_table
+
+    peak = matmul_peak(compute_dtype(config.model))
+    for stage in stages:
+        profile_table(stage, profile(place.run_folder(stage), peak), peak, out)
+
+
+@app.command("eval")
+def evaluate(
+    workspace: WorkspaceOption = HERE,
+    version: Annotated[str, typer.Option(help="v3, champion, previous or candidate.")] = "champion",
+    skill: Annotated[list[Path] | None, typer.Option("--skill", help="Skill folder; default: all taught ones.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Prior capabilities as well.")] = False,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a version on skills and prior capabilities."""
+    from perdure.curriculum import evaluate_version
+    from perdure.report.text import score_table
+
+    place, config = open_workspace(workspace, settings)
+    result = evaluate_version(place, version, skill or [], config, probe, reporter())
+    if as_json:
+        out.print_json(json.dumps(result))
+    else:
+        score_table(result, out)

@@ -1,0 +1,203 @@
+"""Commands about versions: what there is, what was served, what is served from now on."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from perdure.cli_common import (
+    BAD_INPUT,
+    HERE,
+    REFUSED,
+    JsonOption,
+    SetOption,
+    WorkspaceArgument,
+    WorkspaceOption,
+    app,
+    open_workspace,
+    out,
+    reporter,
+)
+from perdure.types import InputError
+
+
+@app.command()
+def status(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
+    """The champion, its skills, and anything unfinished."""
+    place, _ = open_workspace(workspace, None)
+    unfinished = place.unfinished()
+    state = {**place.aliases(), "skills": list(place.taught()), "unfinished": unfinished}
+    if as_json:
+        out.print_json(json.dumps(state))
+        return
+    out.print(f"champion  {state['champion']}   previous  {state['previous'] or '-'}")
+    out.print(f"skills    {', '.join(state['skills']) or 'none taught yet'}")
+    for stage in unfinished:
+        out.print(f"unfinished stage {stage}: repeat the learn command to go on with it")
+
+
+@app.command()
+def log(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
+    """The ledger: every event, oldest first; what each stage was predicted to cost, and did. A broken chain is an
+    error."""
+    place, _ = open_workspace(workspace, None)
+    place.verify_ledger()
+    events = place.ledger()
+    if as_json:
+        out.print_json(json.dumps(events))
+        return
+    from perdure.report.record import read_version
+    from perdure.report.text import cost_table, ledger_table
+
+    ledger_table(events, out)
+    cost_table([read_version(place, name) for name in place.versions()[1:]], out)
+
+
+@app.command()
+def verify(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
+    """Check every byte of versions, skills and ledger against what was written. Exit code 2: something was changed."""
+    from perdure.report.text import safe_text
+    from perdure.verify import verify as problems_of_workspace
+
+    if not (workspace / "perdure.toml").is_file():
+        raise InputError(f"{workspace}: not a workspace (no perdure.toml)")
+    with reporter().phase("verify", 0, "folders") as phase:
+        problems = problems_of_workspace(workspace, lambda done, total: phase.update(done, total))
+    if as_json:
+        out.print_json(json.dumps({"problems": problems}))
+    else:
+        for problem in problems:
+            out.print(Text(safe_text(problem)), soft_wrap=True)
+        out.print("Everything is as it was written." if not problems else f"{len(problems)} problems.")
+    raise typer.Exit(BAD_INPUT if problems else 0)
+
+
+@app.command()
+def show(
+    version: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")] = "champion",
+    workspace: WorkspaceOption = HERE,
+) -> None:
+    """A version's record: parent, skill, scores, verdict, hashes, cost (JSON)."""
+    place, _ = open_workspace(workspace, None)
+    out.print_json(json.dumps(place.version(version)))
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")] = "previous",
+    second: Annotated[str, typer.Argument(help="The same.")] = "champion",
+    workspace: WorkspaceOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Two versions side by side: every score on the same items, and the settings that differ."""
+    from perdure.compare import compare
+    from perdure.report.text import diff_tables
+
+    place, _ = open_workspace(workspace, None)
+    found = compare(place, first, second)
+    if as_json:
+        out.print_json(json.dumps(found))
+    else:
+        diff_tables(found, out)
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Version to make the champion.")],
+    workspace: WorkspaceOption = HERE,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Although the gate did not pass it; needs --reason.")] = False,
+) -> None:
+    """Make a version the champion. One that the gate held or refused needs --force and a reason; both stay in the
+    ledger. Exit code 1: the gate did not pass it."""
+    place, _ = open_workspace(workspace, None)
+    if force and not (reason or "").strip():
+        raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
+    with place.lock():
+        name = place.resolve(version)
+        verdict = place.verdict(name)
+        passed = verdict is None or verdict["decision"] == "promoted"
+        if verdict and not passed and not force:
+            words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "
+            out.print(Text(f'{words}perdure promote {name} --force --reason "..."'), soft_wrap=True)
+            raise typer.Exit(REFUSED)
+        place.promote(name, reason or "by hand", **({} if passed else {"forced": True}))
+    out.print(f"champion: {name}")
+
+
+@app.command()
+def forget(
+    skill: Annotated[str, typer.Argument(help="Name of a skill that the champion was taught.")],
+    workspace: WorkspaceOption = HERE,
+    settings: SetOption = None,
+) -> None:
+    """Take a skill out: replay the chain without it, gate the result, promote it. Exit code 1: not promoted."""
+    from perdure.forgetting import forget as forget_skill
+    from perdure.report.html import write_report
+
+    place, config = open_workspace(workspace, settings)
+    with place.lock():
+        done = forget_skill(place, skill, config, reporter())
+        write_report(place.folder)
+    out.print(f"{done.skill}: {done.before:.1%} before, {done.after:.1%} without it, on {done.n} items")
+    for reason in done.reasons:
+        out.print(Text(reason), soft_wrap=True)
+    verb = "is the champion" if done.decision == "promoted" else f"was {done.decision}; the champion stays"
+    out.print(f"{done.version} {verb}")
+    raise typer.Exit(0 if done.decision == "promoted" else REFUSED)
+
+
+@app.command()
+def rollback(
+    workspace: WorkspaceOption = HERE,
+    to: Annotated[str | None, typer.Option(help="Version to go back to; default: the champion's parent.")] = None,
+) -> None:
+    """Go back to an earlier version. No weights are moved: it takes no time."""
+    place, _ = open_workspace(workspace, None)
+    with place.lock():
+        out.print(f"champion: {place.rollback(to)}")
+
+
+@app.command()
+def sync(
+    tracker: Annotated[str, typer.Argument(help="mlflow.")],
+    workspace: WorkspaceOption = HERE,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow's; default: an SQLite file in the workspace.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of experiment and registered model; default: the folder's.")] = None,
+) -> None:
+    """Mirror versions, scores and aliases into a tracker. The workspace stays the truth; repeating it adds nothing."""
+    from perdure.trackers import sync_mlflow
+
+    if tracker != "mlflow":
+        raise InputError(f"no tracker {tracker!r}; there is: mlflow")
+    place, _ = open_workspace(workspace, None)
+    mirror = sync_mlflow(place, tracking_uri, name)
+    out.print(f"{mirror.uri}: {len(mirror.added)} versions added to {mirror.model}", soft_wrap=True)
+    for alias, version in mirror.aliases.items():
+        out.print(f"{alias}: {version}")
+
+
+@app.command()
+def report(
+    workspace: WorkspaceArgument = HERE,
+    as_json: JsonOption = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write report.html; with --json print its numbers instead."""
+    from perdure.report.html import write_report
+    from perdure.report.numbers import summary
+
+    place, _ = open_workspace(workspace, None)
+    if as_json:
+        out.print_json(json.dumps(summary(place.folder)))
+        return
+    path = write_report(place.folder)
+    out.print(str(path), soft_wrap=True)
+    if open_it:
+        webbrowser.open(path.resolve().as_uri())
