@@ -177,8 +177,8 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp
         "import perdure.workspace as w, perdure.cli as c\n"
         "def full(path, text):\n"
         "    raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
-        "import perdure.curriculum, perdure.stages\n"
-        "perdure.stages.replace_text = perdure.curriculum.replace_text = full\n"
+        "import perdure.running, perdure.stages\n"
+        "perdure.stages.replace_text = perdure.running.replace_text = full\n"
         "c.main()"
     )
     done = subprocess.run([sys.executable, "-c", code, "learn", str(skill), "-w", str(bot)],
