@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perdure.rollout.draft import FIRST_BLOCK, Draft, FirstBlock
+from perdure.rollout.draft import FIRST_BLOCK, Draft
 
 TEXT = tuple(range(100, 140))
 
@@ -66,15 +66,3 @@ def test_any_draft_leads_to_the_end(reference: list[int], said: list[int]) -> No
 
 def test_no_reference_proposes_nothing() -> None:
     assert Draft(()).propose(5) == ()
-
-
-def test_first_block_follows_the_rows_before() -> None:
-    first = FirstBlock()
-    first.saw([0, 0], [0, 0])  # no row had a reference: nothing learned
-    assert first.size == FIRST_BLOCK
-    first.saw([8, 8, 5, 0], [8, 8, 2, 0])
-    assert first.size == 4 * FIRST_BLOCK
-    first.saw([32, 32, 32], [3, 0, 6])
-    assert first.size == 6
-    first.saw([6, 6], [0, 0])
-    assert first.size == 1

@@ -18,36 +18,14 @@ SURE = 2
 """A match of at least this many tokens is followed at once; after a miss a shorter one is not."""
 
 
-class FirstBlock:
-    """How much to draft beside a prompt, from what became of it in the rows before: a model that has learned the skill
-    says whole references with the prompt's own pass, one that knows nothing pays for no more than one token."""
-
-    def __init__(self) -> None:
-        self.size = FIRST_BLOCK
-
-    def saw(self, proposed: Sequence[int], accepted: Sequence[int]) -> None:
-        """Draft tokens of each row of a first pass, and how many of them were right."""
-        drafted = [(p, a) for p, a in zip(proposed, accepted, strict=True) if p]
-        if not drafted:
-            return
-        if 2 * sum(p == a for p, a in drafted) > len(drafted):
-            self.size *= 4
-        else:
-            self.size = max(1, round(2 * sum(a for _, a in drafted) / len(drafted)))
-
-
 class Draft:
     """Where a row is in its reference, and how far to trust it."""
 
-    def __init__(self, reference: Sequence[int]):
+    def __init__(self, reference: Sequence[int], first_block: int = FIRST_BLOCK):
         self.reference = tuple(reference)
         self._at = 0
-        self._block = FIRST_BLOCK
-        self._follow = True
-
-    def begin(self, first_block: int) -> None:
-        """Before the first block."""
         self._block = first_block
+        self._follow = True
 
     def propose(self, most: int) -> tuple[int, ...]:
         """The next block, at most ``most`` tokens; empty where the place in the reference is not known."""

@@ -17,7 +17,7 @@ from perdure.attention import packed_hidden
 from perdure.models import LoadedModel, backbone, head_of
 from perdure.packing import KeyValues, Layout, advance, pack
 from perdure.rollout.base import Progress, SamplingParams
-from perdure.rollout.draft import Draft, FirstBlock
+from perdure.rollout.draft import Draft
 from perdure.rollout.sampling import choose, uniforms
 from perdure.types import Completion, Prompt
 
@@ -58,14 +58,10 @@ class LocalEngine:
     def _decode(self, queue: deque[_Row], store: KeyValues, params: SamplingParams, progress: Progress | None) -> None:
         active: list[_Row] = []  # the row in slot s of the store is active[s]
         done = tokens = 0
-        first = FirstBlock()
         while queue or active:
             free = store.slots - len(active)
-            begins = bool(queue and free and (not active or 4 * free >= store.slots))
-            if begins:
+            if queue and free and (not active or 4 * free >= store.slots):
                 fed = _admit(queue, free)
-                for row in fed:
-                    row.draft.begin(first.size)
                 slots = range(len(active), len(active) + len(fed))
                 layout = pack([row.feed() for row in fed], self.model.device, store, slots)
                 active += fed
@@ -73,8 +69,6 @@ class LocalEngine:
                 fed = active
                 layout = advance(store, [row.feed() for row in fed], [row.length for row in fed], self.model.device)
             tokens += self._draw(fed, layout, params)
-            if begins:
-                first.saw([len(row.block) for row in fed], [row.agreed for row in fed])
             ended = _compact(active, store)
             if ended and progress:
                 done += ended
@@ -110,8 +104,6 @@ class _Row:
         """Tokens of the row in the store."""
         self.block: tuple[int, ...] = ()
         """Draft tokens in the pass under way."""
-        self.agreed = 0
-        """How many of them the last pass drew itself."""
         self.uniforms, self.draft, self.most = uniforms, draft, most
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -128,9 +120,8 @@ class _Row:
 
     def take(self, drawn: Sequence[int], logprobs: Sequence[float], end_ids: frozenset[int]) -> int:
         """Keep the drawn tokens up to the first that the draft did not foresee; returns how many."""
-        differs = (i for i, (a, b) in enumerate(zip(drawn, self.block, strict=False)) if a != b)
-        self.agreed = next(differs, len(self.block))
-        kept = list(drawn[: self.agreed + 1])
+        agreed = next((i for i, (a, b) in enumerate(zip(drawn, self.block, strict=False)) if a != b), len(self.block))
+        kept = list(drawn[: agreed + 1])
         end = next((i for i, token in enumerate(kept) if token in end_ids), None)
         if end is not None:
             kept, self.finished = kept[: end + 1], True
@@ -139,7 +130,7 @@ class _Row:
         self.length += len(self.pending) + len(kept) - 1
         self.pending = kept[-1:]
         if not self.ended:
-            self.draft.saw(self.tokens, len(self.block), self.agreed)
+            self.draft.saw(self.tokens, len(self.block), agreed)
         return len(kept)
 
 
