@@ -104,7 +104,7 @@ class FakeWorkspace:
 
         workspace.add_version(info, write)
         workspace.append("candidate", version=name, stage=stage, skill=skill, parent=info["parent"])
-        workspace.append("verdict", version=name, decision=decision)
+        workspace.append("verdict", version=name, decision=decision, reasons=list(reasons))
         if promote if promote is not None else decision == "promoted":
             workspace.promote(name, "gate")
         return name

@@ -25,9 +25,9 @@ def answer(example) -> str:
 
 
 def test_a_skill_has_enough_rows_and_its_own_demonstrations_are_right(imported: tuple[str, Skill]):
-    _, skill = imported
+    name, skill = imported
     assert len(skill.train) >= 400
-    assert len(skill.test) == 120
+    assert len(skill.test) == (120 if name == "bfcl" else 240)  # bfcl-eval has no more
     assert all(skill.grade(answer(example), example) == 1 for example in (*skill.train, *skill.test))
     assert skill.settings.licence
     assert "==" in skill.settings.source

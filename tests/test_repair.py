@@ -141,12 +141,12 @@ def test_an_earlier_checkpoint_is_tried_first(tmp_path: Path, made: Setup):
 def test_another_gate_judges_what_is_on_file_and_trains_nothing(tmp_path: Path, made: Setup, unrepaired: Workspace):
     workspace = Workspace(shutil.copytree(unrepaired.folder, tmp_path / "bot"))
     lines = len(workspace.ledger())
-    lax = settings(made[0], repair=0, significance=0.001)
-    (_, second) = learn(workspace, made[1], lax, Silent())
-    assert (second.version, second.decision) == ("v002", "refused")  # 0 to 75 % on 8 items is no gain at 0.001
+    strict = settings(made[0], repair=0, significance=0.01)
+    (_, second) = learn(workspace, made[1], strict, Silent())
+    assert (second.version, second.decision) == ("v002", "refused")  # 0 to 75 % on 8 items, p = 0.016
     assert workspace.versions() == ["v000", "v001", "v002"] and len(workspace.stages()) == 2
     assert [event["event"] for event in workspace.ledger()[lines:]] == ["verdict", "refuse"]
-    assert len(learn(workspace, made[1], lax, Silent())) == 2 and len(workspace.ledger()) == lines + 2  # once
+    assert len(learn(workspace, made[1], strict, Silent())) == 2 and len(workspace.ledger()) == lines + 2  # once
     free = settings(made[0], repair=0, enforce=False)
     (_, second) = learn(workspace, made[1], free, Silent())
     assert second.decision == "promoted" and workspace.resolve("champion") == "v002"

@@ -61,7 +61,7 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
         judged = [event.get("gate", info["config"]["gate"]) for event in said if event["event"] == "verdict"]
         gate = config.gate.model_dump(mode="json")
         if said[-1]["event"] != "verdict" and judged[-1] == gate:
-            return None
+            return _as_it_is(workspace, name)
         if judged[-1] != gate:
             reporter.note(f"{name} is judged again under the gate's new settings; nothing is trained.")
             verdict = _verdict_on_file(workspace, skill, config, champion, name)
@@ -69,6 +69,16 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
                              table=list(verdict.table), gate=gate)  # fmt: skip
         return _follow(workspace, name, config)
     return None
+
+
+def _as_it_is(workspace: Workspace, name: str) -> Outcome:
+    """A version outside the champion's lineage on which the last verdict was followed already."""
+    info, verdict = workspace.version(name), workspace.verdict(name)
+    assert verdict is not None
+    decision, reasons = verdict["decision"], tuple(verdict["reasons"])
+    if decision == "promoted":
+        decision, reasons = "refused", (f"it was rolled back; perdure promote {name} brings it back",)
+    return Outcome(info["skill"], info["stage"], name, decision, reasons)
 
 
 def _without_gate(config: dict[str, Any]) -> dict[str, Any]:

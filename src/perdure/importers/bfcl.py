@@ -33,7 +33,7 @@ MAX_ARGUMENTS = 110
 """Longest arguments kept, in characters of JSON."""
 
 
-def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 240) -> Path:
+def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 120) -> Path:
     """Write the skill folder. Raises InputError when the package is missing."""
     by_function: dict[str, list[Row]] = {}
     prompts: set[str] = set()
