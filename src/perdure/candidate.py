@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perdure.gates import Guard, Items, decide
-from perdure.measure import Scores, guards, measure_probe, measure_skill, probe_items
+from perdure.measure import Scores, measure_probe, measure_skill, probe_items, skill_items
 from perdure.probe import ProbeResult
 from perdure.running import Run
 from perdure.types import SkillScore, Verdict
@@ -21,19 +21,18 @@ class Candidate:
     verdict: Verdict
 
 
-def measure_candidate(run: Run, before: Scores, name: str, strict: bool = False) -> Candidate:
+def measure_candidate(run: Run, before: Scores, kept: Sequence[Guard], name: str, strict: bool = False) -> Candidate:
     """Measure the session's student on every skill in scope and on the prior tasks, and judge it against ``before``,
-    the parent's scores. ``strict``: see ``gates.decide``; what then fails on the skills alone is not measured on the
-    rest."""
+    the parent's scores, and all that must be ``kept``. ``strict``: see ``gates.decide``; what then fails on the skills
+    alone is not measured on the rest."""
     config, skill = run.config, run.skill.name
-    earlier = {taught: run.scope[taught] for taught in run.workspace.taught(run.parent) if taught != skill}
-    kept = guards(run.workspace, run.parent, before, earlier, config)
+    earlier = run.earlier
 
     def verdict(after: dict[str, Items], kept: Sequence[Guard]) -> Verdict:
         return decide(config.gate, skill, before.items.get(skill), after, kept, strict)
 
     scores = {taught: _measure(run, name, taught) for taught in (*earlier, skill)}
-    after: dict[str, Items] = {s.skill: {item.id: item.score >= 1 for item in s.items} for s in scores.values()}
+    after: dict[str, Items] = {s.skill: skill_items(s) for s in scores.values()}
     if strict:
         first = verdict(after, [guard for guard in kept if guard.name in earlier])
         if first.decision != "promoted":

@@ -13,7 +13,7 @@ from typing import Any
 from perdure.anchors import answered, general_prompts
 from perdure.config import CostConfig, RunConfig, TrainConfig
 from perdure.evaluate import evaluate
-from perdure.measure import current, known_scores
+from perdure.measure import known_scores, unmeasured
 from perdure.preflight import Preflight
 from perdure.probe import probe
 from perdure.runlog import Clock, LoopState
@@ -88,27 +88,25 @@ def _step_seconds(stage: Any, train: TrainConfig) -> float:
 def _evaluate(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
               config: RunConfig) -> float:  # fmt: skip
     """The candidate on every skill, and the parent on those that it was not measured on yet."""
-    scores = known_scores(workspace, parent)
+    missing, _ = unmeasured(known_scores(workspace, parent), scope.values(), config)
     rows = {name: len(other.test[: config.eval.rows or None]) for name, other in scope.items()}
-    missing = sum(rows[name] for name, other in scope.items() if not current(scores, other, config))
     few = skill.train[:EVALUATED]
     start = time.perf_counter()
     evaluate(session.engine, session.renderer, skill.name, few, skill.grade, skill.settings.max_new_tokens)
-    return (time.perf_counter() - start) / len(few) * (sum(rows.values()) + missing)
+    return (time.perf_counter() - start) / len(few) * (sum(rows.values()) + sum(rows[other.name] for other in missing))
 
 
 def _probe(workspace: Workspace, parent: str, session: Session, config: RunConfig) -> float:
     tasks = config.probe.tasks
     if not tasks:
         return 0.0
-    known = known_scores(workspace, parent).probe
-    times = 1 if known and set(known["tasks"]) == set(tasks) else 2
+    _, before = unmeasured(known_scores(workspace, parent), (), config)
     taken = []
     for rows in (1, PROBE_ROWS):  # the first one loads data and warms up
         start = time.perf_counter()
         probe(session.working, session.loaded.tokenizer, tasks=tasks, rows=rows, seed=config.seed)
         taken.append(time.perf_counter() - start)
-    return times * taken[1] * config.probe.rows / PROBE_ROWS
+    return (1 + before) * taken[1] * config.probe.rows / PROBE_ROWS
 
 
 def expected_tokens(session: Session, skill: Skill, train: TrainConfig, found: Preflight) -> dict[str, int]:

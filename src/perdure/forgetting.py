@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from perdure.config import RunConfig
 from perdure.curriculum import learn_one
 from perdure.gates import decide_kept
-from perdure.measure import Scores, current, guards, known_scores, measure_probe, measure_skill, probe_items
+from perdure.measure import (
+    Scores,
+    guards,
+    known_scores,
+    measure_probe,
+    measure_skill,
+    probe_items,
+    skill_items,
+    unmeasured,
+)
 from perdure.reporting import Reporter
 from perdure.running import open_version
 from perdure.skills.base import Skill, load_skill
@@ -88,15 +97,11 @@ def _scores(workspace: Workspace, version: str, skills: dict[str, Skill], config
             reporter: Reporter) -> Scores:  # fmt: skip
     """What ``version`` scores on ``skills`` and the prior tasks; measured now where no file says it."""
     scores = known_scores(workspace, version)
-    missing = [skill for skill in skills.values() if not current(scores, skill, config)]
-    wants_probe = bool(config.probe.tasks) and (
-        scores.probe is None or set(scores.probe["tasks"]) != set(config.probe.tasks)
-    )
+    missing, wants_probe = unmeasured(scores, skills.values(), config)
     if missing or wants_probe:
         session = open_version(workspace, version, config)
         for skill in missing:
-            found = measure_skill(session, skill, config, reporter, version)
-            scores.items[skill.name] = {item.id: item.score >= 1 for item in found.items}
+            scores.items[skill.name] = skill_items(measure_skill(session, skill, config, reporter, version))
         probed = measure_probe(session, config, reporter, version) if wants_probe else None
         scores.items |= probe_items(probed.items) if probed else {}
     return scores

@@ -19,7 +19,7 @@ from perdure.reporting import Reporter
 from perdure.runlog import LoopState
 from perdure.running import Run
 from perdure.skills.base import Skill, load_skill
-from perdure.stages import Outcome, settings_hash, settle
+from perdure.stages import Outcome, follow, settings_hash, settle, turned_away
 from perdure.types import Verdict
 from perdure.workspace import BASE, Workspace
 
@@ -27,9 +27,10 @@ from perdure.workspace import BASE, Workspace
 def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopState) -> Outcome:
     """Bring a trained stage to its version; ``before`` holds the parent's scores."""
     workspace, config, name = run.workspace, run.config, run.workspace.next_version()
-    candidate = measure_candidate(run, before, name)
+    kept = guards(workspace, run.parent, before, run.earlier, config)
+    candidate = measure_candidate(run, before, kept, name)
     if config.gate.repair and worth_repairing(candidate.verdict):
-        candidate = repair(run, before, check, name, candidate.verdict, state.best_step) or candidate
+        candidate = repair(run, before, kept, check, name, candidate.verdict, state.best_step) or candidate
     info = _describe(run, name, check, state, candidate.verdict) | {
         "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in candidate.scores},
         "probe": probe_json(candidate.probed),
@@ -61,24 +62,14 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
         judged = [event.get("gate", info["config"]["gate"]) for event in said if event["event"] == "verdict"]
         gate = config.gate.model_dump(mode="json")
         if said[-1]["event"] != "verdict" and judged[-1] == gate:
-            return _as_it_is(workspace, name)
+            return turned_away(info, workspace.verdict(name) or info["verdict"])
         if judged[-1] != gate:
             reporter.note(f"{name} is judged again under the gate's new settings; nothing is trained.")
             verdict = _verdict_on_file(workspace, skill, config, champion, name)
             workspace.append("verdict", version=name, decision=verdict.decision, reasons=list(verdict.reasons),
                              table=list(verdict.table), gate=gate)  # fmt: skip
-        return _follow(workspace, name, config)
+        return follow(workspace, info, workspace.verdict(name) or info["verdict"], config.gate.enforce)
     return None
-
-
-def _as_it_is(workspace: Workspace, name: str) -> Outcome:
-    """A version outside the champion's lineage on which the last verdict was followed already."""
-    info, verdict = workspace.version(name), workspace.verdict(name)
-    assert verdict is not None
-    decision, reasons = verdict["decision"], tuple(verdict["reasons"])
-    if decision == "promoted":
-        decision, reasons = "refused", (f"it was rolled back; perdure promote {name} brings it back",)
-    return Outcome(info["skill"], info["stage"], name, decision, reasons)
 
 
 def _without_gate(config: dict[str, Any]) -> dict[str, Any]:
@@ -94,22 +85,6 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
     before, after = known_scores(workspace, parent), known_scores(workspace, name)
     kept = guards(workspace, parent, before, earlier, config)
     return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept)
-
-
-def _follow(workspace: Workspace, name: str, config: RunConfig) -> Outcome:
-    """Do what the last verdict on a version asks for."""
-    info, verdict = workspace.version(name), workspace.verdict(name)
-    assert verdict is not None
-    about = {"parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
-    decision, reasons = verdict["decision"], tuple(verdict["reasons"])
-    if decision == "promoted" or not config.gate.enforce:
-        workspace.promote(name, reasons[0])
-        decision = "promoted"
-    elif decision == "held":
-        workspace.hold(name, **about, reason=reasons[0])
-    else:
-        workspace.append("refuse", version=name, **about, reason=reasons[0])
-    return Outcome(info["skill"], info["stage"], name, decision, reasons)
 
 
 def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:

@@ -93,5 +93,10 @@ class Ledger:
         return count
 
 
+def aliases_text(aliases: dict[str, str | None]) -> str:
+    """What aliases.json holds."""
+    return to_json(aliases) + "\n"
+
+
 def _head_text(count: int, last: bytes) -> str:
     return to_json({"lines": count, "sha256": line_sha256(last)}) + "\n"

@@ -6,7 +6,7 @@ A version's scores lie in its ``version.json``; what a parent scored before a st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ def write_items(folder: Path, scores: Sequence[SkillScore], probed: ProbeResult 
         write_jsonl(folder / f"{PROBE}.jsonl", probed.items)
 
 
+def skill_items(score: SkillScore) -> Items:
+    """A score's items as the gates want them."""
+    return {item.id: item.score >= 1 for item in score.items}
+
+
 def probe_items(rows: Sequence[Mapping[str, Any]]) -> dict[str, Items]:
     """Lines of ``probe.jsonl`` as the gates want them: ``probe/<task>`` -> item id -> right, and ``probe`` for all."""
     items: dict[str, dict[str, bool]] = {}
@@ -121,6 +126,13 @@ def current(scores: Scores, skill: Skill, config: RunConfig) -> bool:
     score = scores.skills.get(skill.name)
     rows = len(skill.test[: config.eval.rows or None])
     return score is not None and score["skill_hash"] == skill.content_hash and score["n"] == rows
+
+
+def unmeasured(scores: Scores, skills: Iterable[Skill], config: RunConfig) -> tuple[list[Skill], bool]:
+    """Which of ``skills`` have no current score, and whether the configured prior tasks have none."""
+    tasks = set(config.probe.tasks)
+    wants_probe = bool(tasks) and (scores.probe is None or set(scores.probe["tasks"]) != tasks)
+    return [skill for skill in skills if not current(scores, skill, config)], wants_probe
 
 
 def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[str, Skill],

@@ -8,7 +8,7 @@ beyond a budget, significant or not. The ledger holds every attempt and is what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from perdure.candidate import Candidate, measure_candidate
 from perdure.checkpoint import checkpoint_step, checkpoint_weights, checkpoints
 from perdure.config import RunConfig, TrainConfig
+from perdure.gates import Guard
 from perdure.measure import Scores
 from perdure.models import load, sync_weights
 from perdure.running import Run, train_stage
@@ -36,8 +37,9 @@ def worth_repairing(verdict: Verdict) -> bool:
 
 
 def repair(
-    run: Run, before: Scores, check: dict[str, Any] | None, name: str, harmed: Verdict, best_step: int
-) -> Candidate | None:
+    run: Run, before: Scores, kept: Sequence[Guard], check: dict[str, Any] | None, name: str, harmed: Verdict,
+    best_step: int,
+) -> Candidate | None:  # fmt: skip
     """The first attempt that passes, whose weights the session's student then has; None, and the student as it was,
     when none of ``gate.repair`` attempts does."""
     run.reporter.note(f"Refused so far: {harmed.reasons[0]}")
@@ -64,7 +66,7 @@ def repair(
             continue
         run.reporter.note(f"Repair: {label}.")
         attempt()
-        found = measure_candidate(run, before, name, strict=True)
+        found = measure_candidate(run, before, kept, name, strict=True)
         decision, reason = found.verdict.decision, found.verdict.reasons[0]
         if label not in past:
             run.workspace.append(**key, skill=run.skill.name, attempt=label, decision=decision, reason=reason)

@@ -16,12 +16,12 @@ from perdure.files import read_json, replace_text
 from perdure.forecast import forecast
 from perdure.measure import (
     Scores,
-    current,
     known_scores,
     measure_probe,
     measure_skill,
     probe_json,
     score_json,
+    unmeasured,
     write_items,
 )
 from perdure.preflight import Subject, check_windows, preflight
@@ -58,6 +58,12 @@ class Run:
     @property
     def seed(self) -> int:
         return stage_seed(self.config, self.skill)
+
+    @property
+    def earlier(self) -> dict[str, Skill]:
+        """Skills that the parent was taught, without the one that is taught now."""
+        taught = self.workspace.taught(self.parent)
+        return {name: self.scope[name] for name in taught if name != self.skill.name}
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -124,10 +130,9 @@ def describe_preflight(check: dict[str, Any]) -> str:
 def baseline(run: Run) -> Scores:
     """What the parent scores on everything in scope; measured now where it is not known yet."""
     scores = known_scores(run.workspace, run.parent)
-    missing = [skill for skill in run.scope.values() if not current(scores, skill, run.config)]
-    wants_probe = scores.probe is None or set(scores.probe["tasks"]) != set(run.config.probe.tasks)
+    missing, wants_probe = unmeasured(scores, run.scope.values(), run.config)
     folder = run.folder / "baseline"
-    if missing or (wants_probe and run.config.probe.tasks):
+    if missing or wants_probe:
         with run.timed("evaluate"):
             measured = [measure_skill(run.session, s, run.config, run.reporter, run.parent) for s in missing]
         with run.timed("probe"):
@@ -145,9 +150,8 @@ def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfi
     """Train the session's student; ``train_config`` and ``subfolder`` make another attempt beside the first."""
     train_config = train_config or run.config.train
     with run.timed("train"):
-        earlier = [run.scope[name] for name in run.workspace.taught(run.parent) if name != run.skill.name]
         with run.reporter.phase("anchors: what the model says now", 0, "rows") as phase:
-            anchors = make_anchors(run.session, earlier, train_config, run.seed, _rows_of(phase))
+            anchors = make_anchors(run.session, list(run.earlier.values()), train_config, run.seed, _rows_of(phase))
         template = check["template"] if check else "turns:1"
         stage = make_stage(run.session, run.skill, run.config.model_copy(update={"train": train_config}), anchors,
                            template, run.folder / subfolder)  # fmt: skip

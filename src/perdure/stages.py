@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from perdure.checkpoint import checkpoints, drop_training_state
 from perdure.config import RunConfig
@@ -83,20 +84,34 @@ def settle(workspace: Workspace, name: str) -> bool:
         workspace.append("candidate", version=name, **about)
     if "verdict" not in known:
         workspace.append("verdict", version=name, decision=verdict["decision"], reasons=verdict["reasons"])
-    accepted = verdict["decision"] == "promoted"
-    promoted = accepted or not info["config"]["gate"]["enforce"]
     if not known & SETTLED:
-        reason = verdict["reasons"][0]
-        if promoted and info.get("branch"):
-            workspace.append("accept", version=name, **about, branch=info["branch"], reason=reason)
-        elif promoted:
-            workspace.promote(name, reason if accepted else f"{verdict['decision']}, but gate.enforce is off")
-        elif verdict["decision"] == "held":
-            workspace.hold(name, **about, reason=reason)
-        else:
-            workspace.append("refuse", version=name, **about, reason=reason)
+        follow(workspace, info, verdict, info["config"]["gate"]["enforce"])
     drop_training_state(workspace.run_folder(info["stage"]))
-    return promoted
+    return verdict["decision"] == "promoted" or not info["config"]["gate"]["enforce"]
+
+
+def follow(workspace: Workspace, info: dict[str, Any], verdict: dict[str, Any], enforce: bool) -> Outcome:
+    """Do what a verdict on the version ``info`` asks for, or promote it all the same where it is not enforced."""
+    name, decision, reason = info["version"], verdict["decision"], verdict["reasons"][0]
+    about = {"parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
+    accepted = decision == "promoted"
+    if (accepted or not enforce) and info.get("branch"):
+        workspace.append("accept", version=name, **about, branch=info["branch"], reason=reason)
+    elif accepted or not enforce:
+        workspace.promote(name, reason if accepted else f"{decision}, but gate.enforce is off")
+    elif decision == "held":
+        workspace.hold(name, **about, reason=reason)
+    else:
+        workspace.append("refuse", version=name, **about, reason=reason)
+    return Outcome(info["skill"], info["stage"], name, decision if enforce else "promoted", tuple(verdict["reasons"]))
+
+
+def turned_away(info: dict[str, Any], verdict: dict[str, Any]) -> Outcome:
+    """How a version outside the champion's lineage stands."""
+    decision, reasons = verdict["decision"], tuple(verdict["reasons"])
+    if decision == "promoted":
+        decision, reasons = "refused", (f"it was rolled back; perdure promote {info['version']} brings it back",)
+    return Outcome(info["skill"], info["stage"], info["version"], decision, reasons)
 
 
 def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
@@ -107,16 +122,12 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
         info = workspace.version(name)
         if info["skill"] != skill.name or info["hashes"]["skill"] != skill.content_hash:
             continue
-        reasons = tuple(info["verdict"]["reasons"])
         if name in lineage:
-            return Outcome(skill.name, info["stage"], name, "promoted", reasons)
+            return Outcome(skill.name, info["stage"], name, "promoted", tuple(info["verdict"]["reasons"]))
         if info.get("branch"):
             continue
         if info["parent"] == champion and info["hashes"]["config"] == settings_hash(config):
-            if info["verdict"]["decision"] == "promoted":
-                reasons = (f"it was rolled back; perdure promote {name} brings it back",)
-                return Outcome(skill.name, info["stage"], name, "refused", reasons)
-            return Outcome(skill.name, info["stage"], name, info["verdict"]["decision"], reasons)
+            return turned_away(info, info["verdict"])
     return None
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from perdure.files import file_sha256, manifest_of, read_json
-from perdure.ledger import Ledger
+from perdure.ledger import Ledger, aliases_text
 from perdure.skills.base import content_hash, skill_files
 from perdure.types import InputError
-from perdure.workspace import MANIFEST, Workspace, aliases_text
+from perdure.workspace import MANIFEST, Workspace
 
 Progress = Callable[[int, int], None]
 """Called with (folders checked, folders in all)."""

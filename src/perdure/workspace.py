@@ -29,7 +29,7 @@ from perdure.files import (
     sync_path,
     to_json,
 )
-from perdure.ledger import Ledger
+from perdure.ledger import Ledger, aliases_text
 from perdure.skills.base import check_inside, content_hash, skill_files
 from perdure.types import InputError
 
@@ -339,11 +339,6 @@ class Workspace:
                 yield
             finally:
                 file.truncate(0)
-
-
-def aliases_text(aliases: dict[str, str | None]) -> str:
-    """What aliases.json holds."""
-    return to_json(aliases) + "\n"
 
 
 def _of_content(entry: Any) -> Any:
