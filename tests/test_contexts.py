@@ -308,8 +308,9 @@ def test_weights_travel_with_their_rows() -> None:
     from dataclasses import replace
 
     rollout = renderer().rollout(plain(), Completion((1, 2), (), True), parse_template("turns:1"))
-    batch = collate([rollout, replace(rollout, weight=0.5)], "student", 0)
+    batch = collate([rollout, replace(rollout, weight=0.5, label_weight=0.25)], "student", 0)
     torch.testing.assert_close(batch.weights_N, torch.tensor([1.0, 1.0, 0.5, 0.5]))
+    torch.testing.assert_close(batch.label_weights_N, torch.tensor([0.0, 0.0, 0.25, 0.25]))
 
 
 def test_an_empty_batch_is_an_error() -> None:

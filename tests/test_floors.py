@@ -13,17 +13,17 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 # Names below "perdure."; the package itself ("", its version) comes first. A pattern stands for modules that do not
 # import each other.
 FLOORS = {
-    "F0 words": ["", "types", "config"],
+    "F0 words": ["", "types", "methods", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds"],
     "F2 text and weights": ["files", "contexts", "packing", "attention", "models", "teacher", "likelihood"],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
         "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.base",
-        "importers.base", "importers.*", "importers",
+        "importers.base", "importers.tldr", "importers.*", "importers",
     ],
     "F4 doing": [
-        "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage", "train",
-        "preflight", "anchors",
+        "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
+        "rows", "monitor", "train", "written", "preflight", "anchors",
     ],
     "F5 deciding": [
         "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",

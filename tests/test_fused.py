@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,21 @@ SPECS = {
     "reverse-topk": LossSpec("reverse_kl", "teacher_topk", topk=4),
     "jsd-topk": LossSpec("generalized_jsd", "teacher_topk", jsd_beta=0.7, topk=1),
     "sampled": LossSpec("reverse_kl", "sampled"),
-    "sft-with-anchors": LossSpec("forward_kl", demonstrated="nll"),
+    "sft-with-anchors": LossSpec(),
+    "dft-with-anchors": LossSpec(label="dft"),
+    "sft-held": LossSpec(),
+    "dft-held-by-topk": LossSpec("reverse_kl", "teacher_topk", topk=4, label="dft"),
 }
+
+
+def inputs_of(name: str, *args: Any, **options: Any) -> LossInputs:
+    """The inputs of a spec: demonstrated rows take the label loss alone ("with-anchors") or both losses ("held")."""
+    inputs = make_inputs(*args, **options)
+    if name.endswith("with-anchors"):
+        none = torch.zeros_like(inputs.weights_N)
+        weights = torch.where(inputs.demonstrated_N, none, inputs.weights_N)
+        return replace(inputs, weights_N=weights, label_weights_N=torch.where(inputs.demonstrated_N, 0.7, none))
+    return replace(inputs, label_weights_N=inputs.demonstrated_N * 0.4) if "held" in name else inputs
 
 
 def make_inputs(seed: int, n: int = 13, h: int = 6, v: int = 17, dtype: torch.dtype = torch.float32) -> LossInputs:
@@ -52,8 +66,8 @@ def naive(spec: LossSpec, inputs: LossInputs, student: Head, teacher: Head | Non
         logits_NV = teacher.logits(inputs.teacher_hidden_NH).detach()
         scale_N = torch.where(inputs.demonstrated_N, inputs.teacher_temperature, 1.0)
         teacher_NV = (logits_NV / scale_N[:, None]).log_softmax(-1)
-    losses_N = position_losses(spec, student_NV, teacher_NV, inputs.targets_N, inputs.demonstrated_N)
-    return (losses_N * inputs.weights_N).sum()
+    losses_N = position_losses(spec, student_NV, teacher_NV, inputs.targets_N, inputs.weights_N, inputs.label_weights_N)
+    return losses_N.sum()
 
 
 def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -64,7 +78,7 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, None), (True, 3.0)])
 @pytest.mark.parametrize("name", SPECS)
 def test_chunked_equals_naive(name: str, bias: bool, softcap: float | None, chunk: int) -> None:
-    spec, inputs = SPECS[name], make_inputs(0)
+    spec, inputs = SPECS[name], inputs_of(name, 0)
     student, teacher = make_head(1, bias, softcap), make_head(2, bias, softcap)
     trained = (inputs.student_hidden_NH, student.weight_VH, student.bias_V)
     expected = naive(spec, inputs, student, teacher)
@@ -90,10 +104,10 @@ def test_a_tied_head_gets_the_gradients_of_both_uses() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(SPECS.keys() - {"sampled"}))
+@pytest.mark.parametrize("name", sorted(name for name in SPECS if name != "sampled" and "dft" not in name))
 def test_gradcheck_in_float64(name: str) -> None:
-    """``sampled`` is left out: its gradient is by design not the derivative of its value."""
-    inputs, teacher = make_inputs(0, n=5, dtype=torch.float64), make_head(2, True, 3.0)
+    """``sampled`` and ``dft`` are left out: their gradients are by design not the derivatives of their values."""
+    inputs, teacher = inputs_of(name, 0, n=5, dtype=torch.float64), make_head(2, True, 3.0)
     spec = replace(SPECS[name], topk=min(SPECS[name].topk, 3))
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ def test_gradcheck_in_float64(name: str) -> None:
 def test_bfloat16_is_no_worse_than_the_naive_bfloat16(name: str) -> None:
     """Errors of loss and gradients, each measured against float32 on the same numbers."""
     n, h, v = 64, 32, 300
-    exact_inputs = make_inputs(0, n, h, v, torch.bfloat16)
+    exact_inputs = inputs_of(name, 0, n, h, v, torch.bfloat16)
     head = Head(torch.randn(v, h, generator=torch.Generator().manual_seed(1)).mul(0.3).bfloat16())
     teacher = Head(torch.randn(v, h, generator=torch.Generator().manual_seed(2)).mul(0.3).bfloat16())
 
@@ -216,12 +230,10 @@ def test_the_teacher_is_sharpened_on_demonstrated_rows_only() -> None:
 
 
 def test_without_a_teacher_only_sft_can_run() -> None:
-    inputs, head = replace(make_inputs(0), teacher_hidden_NH=None), make_head(1, False, None)
-    with pytest.raises(ValueError, match="teacher"):
-        chunked_loss(SPECS["forward"], inputs, head, None)
+    inputs, head = replace(inputs_of("sft-with-anchors", 0), teacher_hidden_NH=None), make_head(1, False, None)
     with pytest.raises(ValueError, match="teacher"):
         chunked_loss(SPECS["sft-with-anchors"], inputs, head, None)
-    rows = replace(inputs, demonstrated_N=torch.ones(13, dtype=torch.bool))
+    rows = replace(inputs, weights_N=torch.zeros(13), label_weights_N=torch.ones(13))
     loss, _ = chunked_loss(SPECS["sft-with-anchors"], rows, head, None, 5)
     expected = naive(SPECS["sft-with-anchors"], rows, head, None)
     torch.testing.assert_close(loss, expected)
@@ -245,8 +257,8 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) 
     seen: list[int] = []
     original = Head.product
     monkeypatch.setattr(Head, "product", lambda head, hidden: seen.append(len(hidden)) or original(head, hidden))
-    inputs = make_inputs(0)
-    chunked_loss(SPECS["forward"], inputs, make_head(1, False, None), make_head(2, False, None), 4)
+    inputs = inputs_of("sft-with-anchors", 0)
+    chunked_loss(SPECS["forward"], make_inputs(0), make_head(1, False, None), make_head(2, False, None), 4)
     assert seen == list(itertools.chain.from_iterable((n, n) for n in (4, 4, 4, 1)))
     seen.clear()
     chunked_loss(SPECS["sft-with-anchors"], inputs, make_head(1, False, None), make_head(2, False, None))
@@ -257,7 +269,7 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", sorted(SPECS.keys() - {"sampled"}))
 def test_what_has_no_probability_counts_nothing(name: str) -> None:
     """Two tokens ruled out by the heads' biases, as padded vocabularies do: finite, and the same as without them."""
-    spec, inputs = SPECS[name], make_inputs(0)
+    spec, inputs = SPECS[name], inputs_of(name, 0)
     heads = [make_head(seed, True, None) for seed in (1, 2)]
     out = [Head(head.weight_VH, head.bias_V.detach().index_fill(0, torch.tensor([3, 9]), -math.inf).requires_grad_())
            for head in heads if head.bias_V is not None]  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perdure.losses import (
     LossSpec,
+    dft,
     forward_kl,
     generalized_jsd,
     nll,
@@ -158,9 +159,25 @@ def test_sampled_reverse_kl_is_right_in_expectation() -> None:
     assert exact_grad.abs().max() > 0.1  # the comparison says something
 
 
-def test_sft_with_anchors_mixes_the_two_losses_row_by_row() -> None:
+def test_each_position_takes_its_own_share_of_the_two_losses() -> None:
     student, teacher = logprobs(0), logprobs(1)
-    targets, demonstrated = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([True, False, True, False, False])
-    got = position_losses(LossSpec(demonstrated="nll"), student, teacher, targets, demonstrated)
-    torch.testing.assert_close(got[demonstrated], nll(student, targets)[demonstrated])
-    torch.testing.assert_close(got[~demonstrated], forward_kl(student, teacher)[~demonstrated])
+    targets, weights = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0.0, 1.0, 0.0, 0.5, 0.0])
+    labels = torch.tensor([1.0, 0.0, 2.0, 0.25, 0.0])
+    for label, loss in (("nll", nll), ("dft", dft)):
+        got = position_losses(LossSpec(label=label), student, teacher, targets, weights, labels)
+        torch.testing.assert_close(got, weights * forward_kl(student, teacher) + labels * loss(student, targets))
+        assert got[4] == 0
+    with pytest.raises(ValueError, match="teacher"):
+        position_losses(LossSpec(), student, None, targets, weights)
+    torch.testing.assert_close(
+        position_losses(LossSpec(), student, None, targets, torch.zeros(5), labels), labels * nll(student, targets)
+    )
+
+
+def test_dft_weighs_a_token_by_its_own_probability_without_a_gradient_of_that() -> None:
+    logits = torch.tensor([[0.3, -1.0, 0.8]], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([1])
+    probability = logits.softmax(-1)[0, 1].item()
+    (of_dft,) = torch.autograd.grad(dft(logits.log_softmax(-1), target).sum(), logits)
+    (of_nll,) = torch.autograd.grad(nll(logits.log_softmax(-1), target).sum(), logits)
+    torch.testing.assert_close(of_dft, probability * of_nll)

@@ -19,26 +19,15 @@ from perdure.contexts import parse_template
 from perdure.evaluate import evaluate
 from perdure.losses import forward_kl
 from perdure.models import working_copy
+from perdure.monitor import anchor_drift, describe, validate
 from perdure.rollout.base import RolloutEngine
 from perdure.rollout.local import LocalEngine
+from perdure.rows import batch_rows, complete, phase_of, sample
 from perdure.runlog import Clock, LoopState
 from perdure.skills.graders import exact
 from perdure.stage import Anchors, Stage
 from perdure.teacher import FixedTeacher, make_teacher
-from perdure.train import (
-    anchor_drift,
-    batch_rows,
-    complete,
-    describe,
-    make_optimizer,
-    optimise,
-    phase_of,
-    sample,
-    score,
-    set_learning_rate,
-    train,
-    validate,
-)
+from perdure.train import make_optimizer, optimise, score, set_learning_rate, train
 from perdure.types import Completion, Example, InputError, Rollout
 
 TURNS = parse_template("turns:2")

@@ -1,7 +1,8 @@
 """Anchor rows: prompts without a demonstration, with what the stage's first weights answer to them.
 
 They are sampled once, before the first step, from the version promoted last. Training then holds the student to that
-version's own distribution there: on earlier skills' prompts and on general ones that the project writes itself.
+version's own distribution there: on earlier skills' prompts and on general ones that the project writes itself. The
+replay methods put supervised rows in the place of the earlier skills' anchors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 from importlib import resources
 
 from perdure.config import TrainConfig
+from perdure.methods import METHODS, Method
 from perdure.rollout.base import Progress, SamplingParams, TotalProgress, part_of
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session
@@ -21,21 +23,49 @@ from perdure.types import Example, Rollout
 
 def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig, seed: int,
                  progress: TotalProgress | None = None) -> Anchors:  # fmt: skip
-    """Sample the answers at temperature 1; empty where ``anchor_share`` is 0."""
-    if config.anchor_share == 0:
-        return Anchors()
-    pools = [("general", general_prompts(), config.anchor_general_tokens)]
-    for skill in earlier:
-        chosen = permutation(derive_seed(seed, "anchors", skill.name), len(skill.train))[: config.anchor_rows]
-        rows = [replace(skill.train[place], demonstration=None) for place in chosen]
-        pools.append((skill.name, rows, skill.settings.max_new_tokens))
-    total, done, sampled = sum(len(rows) for _, rows, _ in pools), 0, []
-    for name, rows, most in pools:
-        part = part_of(progress, done, total)
-        sampled.append(answered(session, rows, most, derive_seed(seed, "anchors of", name), part))
+    """General prompts with answers sampled at temperature 1, and rows of ``earlier`` skills as the method wants them.
+
+    Without anchors in the batch (``anchor_share`` 0) there are none, but for the general prompts of re-invocation."""
+    method = METHODS[config.method]
+    wants_general = method.reinvoked or (config.anchor_share > 0 and config.anchor_earlier_share < 1)
+    general = general_prompts() if wants_general else []
+    wants_earlier = config.anchor_share > 0 and config.anchor_earlier_share > 0
+    chosen = {skill.name: _chosen(skill, config, seed) for skill in earlier} if wants_earlier else {}
+    total, done = len(general) + sum(map(len, chosen.values())), 0
+    most = config.anchor_general_tokens
+    answers = answered(session, general, most, derive_seed(seed, "anchors of", "general"), part_of(progress, 0, total))
+    found: list[Rollout] = []
+    done = len(general)
+    for skill in earlier if chosen else ():
+        rows = chosen[skill.name]
+        found += _earlier(session, skill, rows, method, derive_seed(seed, "anchors of", skill.name),
+                          part_of(progress, done, total))  # fmt: skip
         done += len(rows)
-    general, *of_earlier = sampled
-    return Anchors(earlier=tuple(rollout for rollouts in of_earlier for rollout in rollouts), general=tuple(general))
+    return Anchors(tuple(found), tuple(answers))
+
+
+def _chosen(skill: Skill, config: TrainConfig, seed: int) -> list[Example]:
+    places = permutation(derive_seed(seed, "anchors", skill.name), len(skill.train))[: config.anchor_rows]
+    return [skill.train[place] for place in places]
+
+
+def _earlier(session: Session, skill: Skill, rows: Sequence[Example], method: Method, seed: int,
+             progress: Progress | None) -> list[Rollout]:  # fmt: skip
+    """Rows of an earlier skill: anchors, or replay (of the demonstrations, or of own answers that are right)."""
+    renderer = session.renderer
+    bare = [replace(row, demonstration=None) for row in rows]
+    if method.earlier == "demonstrations":
+        stored = [renderer.demonstration(row) for row in rows]
+        return [_label(renderer.rollout(row, c, None)) for row, c in zip(bare, stored, strict=True)]
+    answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress)
+    if method.earlier == "answers":
+        return answers
+    return [_label(answer) for answer, row in zip(answers, rows, strict=True)
+            if skill.grade(renderer.text(answer.completion), row) >= 1]  # fmt: skip
+
+
+def _label(rollout: Rollout) -> Rollout:
+    return replace(rollout, weight=0.0, label_weight=1.0)
 
 
 def general_prompts() -> list[Example]:
@@ -51,6 +81,8 @@ def answered(
     session: Session, rows: Sequence[Example], most: int, seed: int, progress: Progress | None = None
 ) -> list[Rollout]:
     """Each row with the model's own answer, sampled at temperature 1, of at most ``most`` tokens."""
+    if not rows:
+        return []
     prompts = [session.renderer.student_prompt(row) for row in rows]
     seeds = [derive_seed(seed, row.id) for row in rows]
     completions = session.engine.generate(prompts, SamplingParams(most), seeds, progress)

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from perdure.methods import METHODS
 from perdure.models import EMBEDDED_HUB_ID
 
 PAPER = "https://arxiv.org/abs/2601.19897"
@@ -51,7 +52,7 @@ def _text(info: Mapping[str, Any], taught: list[str]) -> str:
         f"# {_name(info)}",
         "",
         f"Version {info['version']}, made from {info['parent']} on {info['created']} by teaching it "
-        f"**{info['skill']}** with Perdure ([{info['method'].upper()}]({PAPER})).",
+        f"**{info['skill']}** with Perdure ([{METHODS[info['method']].label}]({PAPER})).",
         f"Skills in order: {', '.join(taught)}.",
         "",
         f"The gate's verdict: **{verdict['decision']}**.",

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 @app.command()
 def demo(
     workspace: WorkspaceOption = Path("demo-workspace"),
-    compare: Annotated[str | None, typer.Option("--compare", help="Also run the chain with this method: sft.")] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="Also run the chain with this method, such as sft.")
+    ] = None,
 ) -> None:
     """The embedded model learns three real skills in a row; the report shows what it learned and kept."""
     from perdure.demo import run_demo
@@ -56,7 +58,9 @@ def init(
 
 @app.command("import")
 def import_skill(
-    source: Annotated[str, typer.Argument(help="home-assistant, bfcl, mmlu, sst2, tldr or jsonl.")],
+    source: Annotated[
+        str, typer.Argument(help="home-assistant, bfcl, mmlu, sst2, tldr, commands, sciq, forms-NAME or jsonl.")
+    ],
     target: Annotated[Path, typer.Argument(help="Skill folder to make.")],
     file: Annotated[Path | None, typer.Option("--file", help="jsonl only: the demonstrations.")] = None,
     grader: Annotated[str, typer.Option(help="jsonl only: how answers are graded.")] = "exact",
@@ -94,7 +98,7 @@ def check(
 def learn(
     skills: Annotated[list[Path], typer.Argument(help="Skill folders, taught in this order.")],
     workspace: WorkspaceOption = HERE,
-    method: Annotated[str | None, typer.Option(help="sdft or sft; default: perdure.toml.")] = None,
+    method: Annotated[str | None, typer.Option(help="sdft, sft ... (docs/method.md); default: perdure.toml.")] = None,
     settings: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Train although the preflight sees no teacher gap.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,

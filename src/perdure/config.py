@@ -50,7 +50,10 @@ class ContextConfig(_Section):
 class TrainConfig(_Section):
     """The distillation step and its schedule."""
 
-    method: Literal["sdft", "sft"] = "sdft"
+    method: Literal[
+        "sdft", "sft", "dft", "sft_kl", "sft_replay", "onpolicy_replay", "reinvoke", "rewrite_sft", "offline"
+    ] = "sdft"
+    """See ``methods.METHODS`` and docs/method.md."""
     divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"
     """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher)."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
@@ -82,6 +85,15 @@ class TrainConfig(_Section):
     """At most this many first steps score the demonstration's own tokens instead of sampling."""
     warm_start_until: float = Field(default=0.8, gt=0, le=1)
     """The warm start ends early when the student's mean probability of a demonstration token passes this."""
+    demonstration_weight: float = Field(default=0.0, ge=0, le=1)
+    """sdft only: share of the demonstration's own token in the target, where the completion is the demonstration."""
+    on_policy_share: float = Field(default=1.0, gt=0, le=1)
+    """sdft only: share of the rows to learn that the student answers itself after the warm start; the others go on with
+    the demonstration's own tokens."""
+    kl_weight: float = Field(default=0.5, ge=0)
+    """sft_kl only: weight of the divergence from the last version on the rows to learn."""
+    reinvoke_steps: int = Field(default=20, ge=1)
+    """reinvoke only: this many last steps distil from the last version on general prompts."""
     skip_first_tokens: int = Field(default=0, ge=0)
     """Completion tokens at the start of each row that carry no loss (the paper's code: 3)."""
     sampling_temperature: float = Field(default=1.0, gt=0)
@@ -108,6 +120,10 @@ class TrainConfig(_Section):
             ("jsd_beta", "divergence", "generalized_jsd"),
             ("topk", "support", "teacher_topk"),
             ("teacher_update_rate", "teacher", "ema"),
+            ("demonstration_weight", "method", "sdft"),
+            ("on_policy_share", "method", "sdft"),
+            ("kl_weight", "method", "sft_kl"),
+            ("reinvoke_steps", "method", "reinvoke"),
         )
         return [
             f'{name} has an effect only with {owner} = "{value}"'
@@ -125,11 +141,14 @@ class TrainConfig(_Section):
             "warm_start_steps = 0": self.warm_start_steps == 0,
             "anchor_share = 0": self.anchor_share == 0,
             "sampling_temperature = 1": self.sampling_temperature == 1,
+            "on_policy_share = 1": self.on_policy_share == 1,
         }
         missing = [setting for setting, met in wanted.items() if not met]
         return [f'support = "sampled" needs the student\'s own samples: set {", ".join(missing)}'] if missing else []
 
     def _without_rows(self) -> list[str]:
+        if self.method == "reinvoke" and self.reinvoke_steps >= self.steps:
+            return [f"reinvoke_steps = {self.reinvoke_steps} of steps = {self.steps} leaves no step to learn in"]
         if round(self.batch_size * self.anchor_share) < self.batch_size:
             return []
         return [f"anchor_share = {self.anchor_share} of batch_size = {self.batch_size} leaves no row to learn from"]

@@ -264,16 +264,16 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
         input_ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
     places = [
-        (index, len(p.token_ids) + t - 1, token, r.weight, r.has_demonstration)
+        (index, len(p.token_ids) + t - 1, token, r.weight, r.label_weight, r.has_demonstration)
         for index, (p, r) in enumerate(zip(prompts, rollouts, strict=True))
         for t, token in enumerate(r.completion.token_ids)
         if t >= skip_first_tokens
     ]
-    columns = list(zip(*places, strict=True)) or [(), (), (), (), ()]
+    columns = list(zip(*places, strict=True)) or [()] * 6
     row_N, position_N, target_N = (torch.tensor(column, dtype=torch.int64) for column in columns[:3])
-    weights_N = torch.tensor(columns[3], dtype=torch.float32)
-    demonstrated_N = torch.tensor(columns[4], dtype=torch.bool)
-    return Batch(input_ids, mask, row_N, position_N, target_N, weights_N, demonstrated_N)
+    weights_N, label_weights_N = (torch.tensor(column, dtype=torch.float32) for column in columns[3:5])
+    demonstrated_N = torch.tensor(columns[5], dtype=torch.bool)
+    return Batch(input_ids, mask, row_N, position_N, target_N, weights_N, label_weights_N, demonstrated_N)
 
 
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from perdure.files import read_json
 from perdure.gates import USUAL_NOISE, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json
+from perdure.methods import METHODS
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, load_skill
@@ -38,7 +39,7 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
         if judged := judge_again(workspace, skill, config, reporter):
             outcomes.append(judged)
             continue
-        reporter.stage(f"Skill {number} of {len(kept)}: {skill.name} ({config.train.method.upper()})")
+        reporter.stage(f"Skill {number} of {len(kept)}: {skill.name} ({METHODS[config.train.method].label})")
         taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}
         outcomes.append(learn_one(workspace, skill, taught | kept, config, reporter,
                                   parent=workspace.resolve("champion"), force=force, restart=restart))  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from perdure.config import RunConfig, parse
 from perdure.curriculum import learn
 from perdure.importers import IMPORTERS
+from perdure.methods import METHODS
 from perdure.models import EMBEDDED_NAME, EMBEDDED_PACKAGE, embedded_is_ready
 from perdure.report.html import write_report
 from perdure.report.numbers import summary
@@ -45,8 +46,9 @@ def run_demo(folder: Path, compare: str | None, reporter: Reporter) -> tuple[dic
 
     With ``compare`` the same chain runs with that method in a workspace below, where the gate records its verdicts but
     does not refuse, so that both methods take all three steps. Raises InputError for an unknown method."""
-    if compare not in (None, "sft"):
-        raise InputError(f"--compare {compare}: the method to compare with is sft")
+    others = [name for name in METHODS if name != "sdft"]
+    if compare is not None and compare not in others:
+        raise InputError(f"--compare {compare}: no such method; one of {', '.join(others)}")
     if not embedded_is_ready():
         reporter.note(f"Preparing {EMBEDDED_NAME} from {EMBEDDED_PACKAGE}: once, about 20 s.")
     workspace = _workspace(folder, SETTINGS)

@@ -14,14 +14,16 @@ from perdure.anchors import answered, general_prompts
 from perdure.config import CostConfig, RunConfig, TrainConfig
 from perdure.evaluate import evaluate
 from perdure.measure import known_scores, unmeasured
+from perdure.methods import METHODS
 from perdure.preflight import Preflight
 from perdure.probe import probe
+from perdure.rows import batch_rows, complete
 from perdure.runlog import Clock, LoopState
 from perdure.session import Session
 from perdure.skills.base import Skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
-from perdure.train import batch_rows, complete, make_optimizer, optimise, score
+from perdure.train import make_optimizer, optimise, score
 from perdure.workspace import Workspace
 
 PROBE_ROWS = 8
@@ -61,12 +63,19 @@ def _train(session: Session, skill: Skill, earlier: list[Skill], config: RunConf
     stage = make_stage(session, skill, config, Anchors(tuple(few[:half]), tuple(few[half:])), found.template, Path())
     a_step = _step_seconds(stage, train)
     demonstrations = train.batch_size - count
-    sampled = max(0, train.steps - train.warm_start_steps) * demonstrations if train.method == "sdft" else 0
+    sampled = _decoded(train, demonstrations, len(stage.examples))
     validated = len(stage.validation) * len(
         {*range(train.validate_every, train.steps + 1, train.validate_every), train.steps}
     )
     # Trained, the student answers as the teacher does.
     return anchors + train.steps * a_step + (sampled + validated) * found.row_seconds["teacher"]
+
+
+def _decoded(train: TrainConfig, demonstrations: int, rows: int) -> int:
+    """Answers to write while, or before, the stage trains, at most."""
+    if METHODS[train.method].writes_once:
+        return min(rows, train.steps * demonstrations)
+    return round(max(0, train.steps - train.warm_start_steps) * demonstrations * train.on_policy_share)
 
 
 def _step_seconds(stage: Any, train: TrainConfig) -> float:
@@ -116,11 +125,10 @@ def expected_tokens(session: Session, skill: Skill, train: TrainConfig, found: P
     prompt = sum(len(renderer.student_prompt(e).token_ids) for e in rows) / len(rows)
     teacher_prompt = next(score.tokens for score in found.templates if score.template == found.template)
     demonstrations = train.batch_size - round(train.batch_size * train.anchor_share)
-    on_policy = max(0, train.steps - train.warm_start_steps)
     return {
         "student": round(train.steps * train.batch_size * (prompt + completion)),
         "teacher": round(train.steps * demonstrations * (teacher_prompt + completion)),
-        "rollout": round(on_policy * demonstrations * completion),
+        "rollout": round(_decoded(train, demonstrations, len(skill.train)) * completion),
     }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perdure.losses import LossSpec, pick, with_tail
+from perdure.losses import NO_TEACHER, LossSpec, pick, with_tail
 
 CHUNK_ELEMENTS = 2**25
 """Most logits of one role in memory at once: 64 MiB in bfloat16."""
@@ -64,15 +64,17 @@ class LossInputs:
 
     student_hidden_NH: Tensor
     teacher_hidden_NH: Tensor | None
-    """None where no row has a teacher: plain SFT without anchors."""
+    """None where no row asks the teacher: plain SFT without anchors."""
     targets_N: Tensor
     """int64 [N], the completion's tokens."""
     weights_N: Tensor
-    """float32 [N]."""
+    """float32 [N]; of the divergence. Where it is 0 the teacher is not asked."""
     demonstrated_N: Tensor
     """bool [N]."""
     teacher_temperature: float = 1.0
     """Divides the teacher's logits where ``demonstrated_N``; below 1 sharpens the target."""
+    label_weights_N: Tensor | None = None
+    """float32 [N]; of the label loss. None = 0 everywhere."""
 
 
 METRICS = ("entropy", "target_probability", "demonstrated_target_probability", "demonstrated_tokens")
@@ -83,16 +85,14 @@ def chunked_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted sum of the losses over all positions (float32 scalar with gradient) and summed metrics.
 
-    ``chunk`` x V logits of each role exist at a time (by default as many as CHUNK_ELEMENTS allows). Rows that take
-    ``nll`` never ask for the teacher's. Divide by the global token count afterwards. Raises ValueError where a
+    ``chunk`` x V logits of each role exist at a time (by default as many as CHUNK_ELEMENTS allows). Rows without a
+    divergence never ask for the teacher's. Divide by the global token count afterwards. Raises ValueError where a
     divergence is wanted and there is no teacher."""
-    takes_nll_N = inputs.demonstrated_N & (spec.demonstrated == "nll")
-    if (inputs.teacher_hidden_NH is None or teacher_head is None) and not bool(takes_nll_N.all()):
-        raise ValueError("a divergence needs the teacher's hidden states; only nll on demonstrated rows does not")
+    asks_N = inputs.weights_N != 0
+    if (inputs.teacher_hidden_NH is None or teacher_head is None) and bool(asks_N.any()):
+        raise ValueError(NO_TEACHER)
     chunk = chunk or max(1, CHUNK_ELEMENTS // student_head.weight_VH.shape[0])
-    parts = [
-        (rows_C, kind) for kind in (True, False) for rows_C in (takes_nll_N == kind).nonzero().flatten().split(chunk)
-    ]
+    parts = [(rows_C, asks) for asks in (False, True) for rows_C in (asks_N == asks).nonzero().flatten().split(chunk)]
     job = _Job(spec, inputs, student_head, teacher_head, [part for part in parts if len(part[0])],
                dict.fromkeys(METRICS, 0.0))  # fmt: skip
     trained = (inputs.student_hidden_NH, student_head.weight_VH, student_head.bias_V)
@@ -111,14 +111,14 @@ class _Job(NamedTuple):
     student_head: Head
     teacher_head: Head | None
     parts: list[tuple[Tensor, bool]]
-    """(rows, whether they take nll) of each chunk."""
+    """(rows, whether they ask the teacher) of each chunk."""
     metrics: dict[str, float]
 
-    def chunk_loss(self, rows_C: Tensor, nll: bool, raw_CV: Tensor, wants: bool) -> Tensor:
+    def chunk_loss(self, rows_C: Tensor, asks: bool, raw_CV: Tensor, wants: bool) -> Tensor:
         """Weighted loss sum of a chunk from the student's raw logits, which its gradient by them replaces."""
         inputs, exact = self.inputs, accumulator(raw_CV)
         teacher_CV = None
-        if not nll:
+        if asks:
             assert self.teacher_head is not None and inputs.teacher_hidden_NH is not None
             teacher_CV = self.teacher_head.product(inputs.teacher_hidden_NH[rows_C])
         total = torch.zeros((), dtype=exact, device=raw_CV.device)
@@ -131,18 +131,35 @@ class _Job(NamedTuple):
             student_BV -= student_BV.logsumexp(-1, keepdim=True)
             probabilities_BV = student_BV.exp()
             self._count(rows_B, student_BV, probabilities_BV)
-            if teacher_CV is None:
-                loss_B, grad_BV = _nll(student_BV, probabilities_BV, inputs.targets_N[rows_B], wants)
-            else:
-                teacher_BV = self._teacher(rows_B, teacher_CV[part], exact)
-                loss_B, grad_BV = _divergence(self.spec, student_BV, probabilities_BV, teacher_BV,
-                                              inputs.targets_N[rows_B], wants)  # fmt: skip
-            weights_B = inputs.weights_N[rows_B].to(exact)
-            total += torch.dot(loss_B, weights_B)
+            loss_B, grad_BV = self._weighted(rows_B, student_BV, probabilities_BV,
+                                             None if teacher_CV is None else teacher_CV[part], wants)  # fmt: skip
+            total += loss_B
             if grad_BV is not None:
-                grad_BV *= weights_B[:, None]
                 raw_CV[part] = grad_BV if slope_BV is None else grad_BV.mul_(slope_BV)
         return total
+
+    def _weighted(self, rows_B: Tensor, student_BV: Tensor, probabilities_BV: Tensor, teacher_raw_BV: Tensor | None,
+                  wants: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Weighted loss sum of a block, and its gradient by the student's logits."""
+        inputs, exact = self.inputs, student_BV.dtype
+        targets_B = inputs.targets_N[rows_B]
+        total, grad_BV = torch.zeros((), dtype=exact, device=student_BV.device), None
+        if teacher_raw_BV is not None:
+            teacher_BV, weights_B = self._teacher(rows_B, teacher_raw_BV, exact), inputs.weights_N[rows_B].to(exact)
+            loss_B, grad_BV = _divergence(self.spec, student_BV, probabilities_BV, teacher_BV, targets_B, wants)
+            total = total + torch.dot(loss_B, weights_B)
+            grad_BV = None if grad_BV is None else grad_BV.mul_(weights_B[:, None])
+        weights_B = None if inputs.label_weights_N is None else inputs.label_weights_N[rows_B].to(exact)
+        if teacher_raw_BV is None or (weights_B is not None and bool((weights_B != 0).any())):
+            weights_B = torch.zeros_like(student_BV[:, 0]) if weights_B is None else weights_B
+            if self.spec.label == "dft":  # its weight p_s(y) takes no gradient
+                weights_B = weights_B * pick(probabilities_BV, targets_B)
+            loss_B, of_label_BV = _nll(student_BV, probabilities_BV, targets_B, wants)  # overwrites the probabilities
+            total = total + torch.dot(loss_B, weights_B)
+            if of_label_BV is not None:
+                of_label_BV *= weights_B[:, None]
+                grad_BV = of_label_BV if grad_BV is None else grad_BV.add_(of_label_BV)
+        return total, grad_BV
 
     def _teacher(self, rows_B: Tensor, raw_BV: Tensor, exact: torch.dtype) -> Tensor:
         assert self.teacher_head is not None
@@ -261,10 +278,10 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V, dtype=exact) if wants_bias and bias_V is not None else None
         head = Head(weight_VH.to(hidden_NH.dtype), bias_V)
         total = torch.zeros((), dtype=exact, device=hidden_NH.device)
-        for rows_C, nll in job.parts:
+        for rows_C, asks in job.parts:
             hidden_CH = hidden_NH[rows_C]
             grad_CV = head.product(hidden_CH)  # logits until chunk_loss has worked on them
-            total += job.chunk_loss(rows_C, nll, grad_CV, wants)
+            total += job.chunk_loss(rows_C, asks, grad_CV, wants)
             if not wants:
                 continue
             if grad_bias is not None:

@@ -39,6 +39,13 @@ def nll(student_logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
     return -pick(student_logprobs_NV, targets_N)
 
 
+def dft(student_logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Dynamic fine-tuning's loss, float [N]: the NLL times the target's own probability, which takes no gradient
+    (Wu et al. 2025, arXiv 2508.05629): what the model finds unlikely pulls less."""
+    target_N = pick(student_logprobs_NV, targets_N)
+    return -target_N.detach().exp() * target_N
+
+
 def sampled_reverse_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
     """One-sample estimate of the reverse KL at each position, float [N]; the target must be the student's own sample.
 
@@ -85,28 +92,34 @@ def pick(logprobs_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Which loss, in words. Rows without a demonstration (anchors) always use the divergence, SFT's included."""
+    """Which losses, in words. How much of each a position takes is a weight of its own (see ``position_losses``)."""
 
     divergence: str = "forward_kl"
     support: str = "full"
     """``sampled`` is right only where every target is the student's own sample."""
     jsd_beta: float = 0.5
     topk: int = 20
-    demonstrated: str = "divergence"
-    """Loss of rows with a demonstration: ``divergence`` (SDFT) or ``nll`` (SFT)."""
+    label: str = "nll"
+    """Loss of a completion's own tokens: ``nll`` (SFT) or ``dft``."""
 
 
 def position_losses(spec: LossSpec, student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor | None,
-                    targets_N: Tensor, demonstrated_N: Tensor) -> Tensor:  # fmt: skip
-    """The loss at each position, float [N], before weights. The naive form that the fused one must equal."""
-    if teacher_logprobs_NV is None:
-        if spec.demonstrated != "nll" or not bool(demonstrated_N.all()):
-            raise ValueError("a divergence needs the teacher's hidden states; only nll on demonstrated rows does not")
-        return nll(student_logprobs_NV, targets_N)
-    divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV, targets_N)
-    if spec.demonstrated == "nll":
-        return torch.where(demonstrated_N, nll(student_logprobs_NV, targets_N), divergence_N)
-    return divergence_N
+                    targets_N: Tensor, weights_N: Tensor, label_weights_N: Tensor | None = None) -> Tensor:  # fmt: skip
+    """weight * divergence + label weight * label loss at each position, float [N]. The naive form that the fused one
+    must equal. Raises ValueError where a divergence is wanted and there is no teacher."""
+    wanted_N = weights_N != 0
+    total_N = torch.zeros_like(student_logprobs_NV[:, 0])
+    if bool(wanted_N.any()):
+        if teacher_logprobs_NV is None:
+            raise ValueError(NO_TEACHER)
+        divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV, targets_N)
+        total_N = torch.where(wanted_N, weights_N * divergence_N, total_N)
+    if label_weights_N is not None:
+        total_N = total_N + label_weights_N * {"nll": nll, "dft": dft}[spec.label](student_logprobs_NV, targets_N)
+    return total_N
+
+
+NO_TEACHER = "a divergence needs the teacher's hidden states; only rows of divergence weight 0 do not"
 
 
 def _divergence(spec: LossSpec, student: Tensor, teacher: Tensor, targets_N: Tensor) -> Tensor:

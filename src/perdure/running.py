@@ -24,6 +24,7 @@ from perdure.measure import (
     unmeasured,
     write_items,
 )
+from perdure.methods import METHODS
 from perdure.preflight import Subject, check_windows, preflight
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState
@@ -32,6 +33,7 @@ from perdure.skills.base import Skill
 from perdure.staging import make_stage, stage_seed
 from perdure.train import train
 from perdure.workspace import BASE, Workspace
+from perdure.written import with_written
 
 
 @dataclass
@@ -100,7 +102,7 @@ def subject_of(session: Session, skill: Skill) -> Subject:
 
 def check_before(run: Run) -> dict[str, Any] | None:
     """The preflight's result; None for a method that has no teacher with a demonstration. Every row must fit."""
-    if run.config.train.method != "sdft":
+    if not METHODS[run.config.train.method].shows:
         check_windows(subject_of(run.session, run.skill), [])
         return None
     file = run.folder / "preflight.json"
@@ -155,6 +157,9 @@ def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfi
         template = check["template"] if check else "turns:1"
         stage = make_stage(run.session, run.skill, run.config.model_copy(update={"train": train_config}), anchors,
                            template, run.folder / subfolder)  # fmt: skip
+        if METHODS[train_config.method].writes_once:
+            with run.reporter.phase("answers that the teacher writes", 0, "rows") as phase:
+                stage = with_written(stage, train_config, _rows_of(phase))
         with run.reporter.phase(f"train on {len(stage.examples)} rows", train_config.steps, "steps") as phase:
             return train(stage, train_config, _steps_of(phase))
 

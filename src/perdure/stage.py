@@ -18,7 +18,8 @@ from perdure.types import Example, Rollout
 
 @dataclass(frozen=True)
 class Anchors:
-    """Prompts without a demonstration, each with the completion that the stage's first weights gave."""
+    """Prompts without a demonstration, each with a completion: the one that the stage's first weights gave, or for the
+    replay of demonstrations the stored one."""
 
     earlier: tuple[Rollout, ...] = ()
     """From the train files of earlier skills."""
@@ -35,7 +36,8 @@ class Stage:
     teacher: Teacher | None
     renderer: Renderer
     template: Template
-    examples: tuple[Example, ...]
+    examples: tuple[Example | Rollout, ...]
+    """Rows to learn; a Rollout where the completion was written beforehand."""
     validation: tuple[Example, ...]
     anchors: Anchors
     grader: Grader

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from perdure.config import RunConfig
 from perdure.contexts import parse_template
+from perdure.methods import METHODS
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill
@@ -53,9 +54,10 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
 
 
 def _teacher(session: Session, config: RunConfig, anchored: bool) -> Teacher | None:
-    if config.train.method == "sft" and not anchored:
+    method = METHODS[config.train.method]
+    if not (method.shows or method.held or method.reinvoked or anchored):
         return None
-    kind = config.train.teacher if config.train.method == "sdft" else "frozen"
+    kind = config.train.teacher if method.shows else "frozen"
     original = open_session(config).loaded.model if kind == "original" else None
     return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
                         dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate)  # fmt: skip

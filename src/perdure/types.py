@@ -70,7 +70,9 @@ class Rollout:
     teacher_prompt: Prompt
     completion: Completion
     weight: float = 1.0
-    """Multiplies the loss of each of its tokens."""
+    """Multiplies the divergence from the teacher at each of its tokens; 0 asks no teacher."""
+    label_weight: float = 0.0
+    """Multiplies the loss of its own tokens as labels (nll or dft)."""
 
     @property
     def has_demonstration(self) -> bool:
@@ -92,7 +94,9 @@ class Batch:
     targets_N: torch.Tensor
     """int64 [N]; the completion's token ids at the loss positions. Equal for both roles, in the same order."""
     weights_N: torch.Tensor
-    """float32 [N]; the row's weight at each loss position."""
+    """float32 [N]; the row's weight of the divergence at each loss position."""
+    label_weights_N: torch.Tensor
+    """float32 [N]; the row's weight of the label loss at each loss position."""
     demonstrated_N: torch.Tensor
     """bool [N]; True where the row has a demonstration (teacher temperature applies there only)."""
 

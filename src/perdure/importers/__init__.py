@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from perdure.importers import bfcl, home_assistant, jsonl, mmlu, sst2, tldr
+from perdure.importers import bfcl, commands, forms, home_assistant, jsonl, mmlu, sciq, sst2, tldr
 from perdure.types import InputError
 
 IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
@@ -14,6 +15,9 @@ IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
     "mmlu": mmlu.build,
     "sst2": sst2.build,
     "tldr": tldr.build,
+    "commands": commands.build,
+    "sciq": sciq.build,
+    **{f"forms-{name}": partial(forms.build, name) for name in forms.FORMS},
 }
 """Source -> builder of (folder to make, seed). Each raises InputError when its data package is missing."""
 

@@ -54,7 +54,7 @@ def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 1
         "licence": "Apache-2.0",
         "source": PACKAGE,
         "grader": "tool_call",
-        "max_new_tokens": 64,
+        "max_new_tokens": 96,
         "system": SYSTEM,
     }
     return write_skill(target, settings, train[:train_rows], test[:test_rows])

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from perdure.methods import METHODS
+
 NOT_MEASURED = "–"
 TURNED_AWAY = ("refused", "held")
 """Decisions of the gate that keep a candidate from becoming the champion."""
@@ -87,7 +89,7 @@ def count(value: float | None) -> str:
 def method_label(name: str | None) -> str:
     """``sdft`` as people write it."""
     name = safe_line(name or "")
-    return name.upper() if name in ("sdft", "sft") else name or NOT_MEASURED
+    return METHODS[name].label if name in METHODS else name or NOT_MEASURED
 
 
 def model_label(source: str) -> str:

@@ -1,0 +1,53 @@
+"""The methods of the one loop: each is another loss, another source of completions or another choice of rows.
+
+``METHODS`` is the registry; a key is the value of ``train.method``. docs/method.md says where each comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method does with the rows to learn, and how it keeps what the model knew."""
+
+    label: str
+    """For people."""
+    completions: Literal["student", "demonstration", "teacher", "rewritten"]
+    """Who writes the answers that are trained on: the student as it is now (after the warm start), the demonstration
+    itself, the teacher once before the first step, or the teacher where the grader passes its answer (else the
+    demonstration)."""
+    loss: Literal["divergence", "nll", "dft"]
+    """On the rows to learn: the divergence from the teacher, or a loss of the completion's own tokens."""
+    earlier: Literal["answers", "demonstrations", "accepted"] = "answers"
+    """What the anchor rows of earlier skills carry: the last version's answers under the divergence (anchors), or as
+    supervised rows the stored demonstrations, or the last version's answers that the grader passes (replay)."""
+    held: bool = False
+    """Adds the divergence from the last version under the same prompt on the rows to learn."""
+    reinvoked: bool = False
+    """The last steps are on-policy distillation from the last version on general prompts."""
+
+    @property
+    def shows(self) -> bool:
+        """Whether the teacher sees the demonstration; the preflight then says if that helps it."""
+        return self.completions != "demonstration"
+
+    @property
+    def writes_once(self) -> bool:
+        """Whether the teacher's answers are made before the first step."""
+        return self.completions in ("teacher", "rewritten")
+
+
+METHODS: dict[str, Method] = {
+    "sdft": Method("SDFT", "student", "divergence"),
+    "sft": Method("SFT", "demonstration", "nll"),
+    "dft": Method("DFT", "demonstration", "dft"),
+    "sft_kl": Method("SFT + KL", "demonstration", "nll", held=True),
+    "sft_replay": Method("SFT + replay", "demonstration", "nll", earlier="demonstrations"),
+    "onpolicy_replay": Method("SFT + own replay", "demonstration", "nll", earlier="accepted"),
+    "reinvoke": Method("SFT, re-invoked", "demonstration", "nll", reinvoked=True),
+    "rewrite_sft": Method("Rewritten SFT", "rewritten", "nll"),
+    "offline": Method("Offline distillation", "teacher", "divergence"),
+}

@@ -1,0 +1,81 @@
+"""What a stage says of itself while it trains: its samples, its accuracy on validation rows, how far the rest moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from perdure.checkpoint import BEST, save_weights
+from perdure.config import TrainConfig
+from perdure.contexts import collate, names_the_example
+from perdure.evaluate import evaluate
+from perdure.fused import LossInputs, chunked_loss
+from perdure.losses import LossSpec
+from perdure.models import head_of, hidden_at_loss_positions
+from perdure.rows import says_demonstration
+from perdure.runlog import LoopState, RunLog
+from perdure.stage import Stage
+from perdure.types import Rollout
+
+
+def describe(stage: Stage, rollouts: Sequence[Rollout], phase: str) -> dict[str, Any]:
+    """What the student's own samples look like; empty where it sampled nothing."""
+    taught = [r for r in rollouts if r.has_demonstration]
+    described = {"completion_length": sum(len(r.completion.token_ids) for r in taught) / max(1, len(taught))}
+    own = [r for r in taught if r.completion.sampler_logprobs]
+    if phase != "on_policy" or not own:
+        return described
+    same = [says_demonstration(stage, r) for r in own]
+    leaks = [names_the_example(stage.renderer.text(r.completion)) for r in own]
+    return described | {
+        "truncated_share": sum(not r.completion.finished for r in own) / len(own),
+        "acceptance": sum(same) / len(own),
+        "leak_share": sum(leaks) / len(own),
+    }
+
+
+def log_sample(stage: Stage, log: RunLog, rollouts: Sequence[Rollout], state: LoopState, phase: str) -> None:
+    """Keep the step's first demonstrated row, for people to read."""
+    row = next((r for r in rollouts if r.has_demonstration), None)
+    if row is None or phase != "on_policy":
+        return
+    example = row.student_prompt.example
+    log.sample({
+        "step": state.step,
+        "phase": phase,
+        "prompt": str(example.messages[-1].get("content") or ""),
+        "completion": stage.renderer.text(row.completion),
+        "demonstration": stage.renderer.demonstration_text(example),
+    })  # fmt: skip
+
+
+def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, Any]:
+    """Accuracy on the validation rows, drift on the general anchors; the best weights so far are kept on disk."""
+    result = evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader, stage.max_new_tokens)
+    state.tokens["evaluate"] += sum(item.tokens for item in result.items)
+    if result.accuracy >= state.best_accuracy:
+        # On a tie the later weights are kept, but only a better accuracy counts as progress.
+        state.stale = 0 if result.accuracy > state.best_accuracy else state.stale + 1
+        state.best_accuracy, state.best_step = result.accuracy, state.step
+        save_weights(stage.student.model, stage.folder / BEST)
+    else:
+        state.stale += 1
+    drift = anchor_drift(stage)
+    return {"step": state.step, "validation_accuracy": result.accuracy, "validation_n": result.n, "kl_start": drift}
+
+
+@torch.no_grad()
+def anchor_drift(stage: Stage, rows: int = 16) -> float | None:
+    """Mean KL(start || now) per token on the first general anchors: how far the stage has moved the rest.
+
+    None without anchors or with a teacher that is not the stage's first weights."""
+    rollouts = stage.anchors.general[:rows]
+    if not rollouts or stage.teacher is None or not stage.teacher.is_start:
+        return None
+    batch = collate(rollouts, "student", stage.student.pad_id)
+    inputs = LossInputs(hidden_at_loss_positions(stage.working, batch), stage.teacher.score(batch), batch.targets_N,
+                        batch.weights_N, batch.demonstrated_N)  # fmt: skip
+    total, _ = chunked_loss(LossSpec(), inputs, head_of(stage.working), stage.teacher.head)
+    return float(total) / len(batch.targets_N)

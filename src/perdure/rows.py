@@ -1,0 +1,118 @@
+"""Which rows a step trains on, who writes their completions, and which loss they carry: what the methods differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from perdure.config import TrainConfig
+from perdure.methods import METHODS
+from perdure.rollout.base import SamplingParams
+from perdure.runlog import LoopState
+from perdure.seeds import derive_seed, stream_window
+from perdure.stage import Stage
+from perdure.types import Example, Prompt, Rollout
+
+
+def phase_of(state: LoopState, config: TrainConfig) -> str:
+    """``warm_start`` or ``on_policy`` for SDFT, ``re_invoke`` for re-invocation's last steps, else the method."""
+    method = METHODS[config.method]
+    if method.completions == "student":
+        return "warm_start" if state.warm and state.step < config.warm_start_steps else "on_policy"
+    if method.reinvoked and state.step >= config.steps - config.reinvoke_steps:
+        return "re_invoke"
+    return config.method
+
+
+def step_rollouts(stage: Stage, config: TrainConfig, phase: str, state: LoopState) -> list[Rollout]:
+    """The rows of one step with their completions and the weights of their losses."""
+    if phase == "re_invoke":
+        return invoke(stage, config, state)
+    rows = batch_rows(stage, config, state.step)
+    if phase == "on_policy":
+        return sample(stage, config, rows, state)
+    return [complete(stage, config, row) for row in rows]
+
+
+def batch_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | Rollout]:
+    """The rows of one step: examples to learn, and rows that come with their completion. Depends on (seed, step)."""
+    anchors = round(config.batch_size * config.anchor_share)
+    # Where there is no earlier skill yet, its part goes to the demonstrations: there is less to hold.
+    earlier = round(anchors * config.anchor_earlier_share) if stage.anchors.earlier else 0
+    general = anchors - round(anchors * config.anchor_earlier_share) if stage.anchors.general else 0
+    picked: list[Example | Rollout] = []
+    for name, pool, count in (
+        ("demonstrations", stage.examples, config.batch_size - earlier - general),
+        ("earlier", stage.anchors.earlier, earlier),
+        ("general", stage.anchors.general, general),
+    ):
+        if count:
+            places = stream_window(derive_seed(stage.seed, "batch", name), len(pool), step * count, count)
+            picked += [pool[place] for place in places]
+    return picked
+
+
+def complete(stage: Stage, config: TrainConfig, row: Example | Rollout) -> Rollout:
+    """The demonstration's own tokens as the completion. A method that does not show it to the teacher gives both roles
+    the student's prompt."""
+    if isinstance(row, Rollout):
+        return row
+    shown = stage.template if METHODS[config.method].shows else None
+    return weighted(stage.renderer.rollout(row, stage.renderer.demonstration(row), shown), config)
+
+
+def weighted(rollout: Rollout, config: TrainConfig) -> Rollout:
+    """A row whose completion is not the student's own, with the weights of its method's losses."""
+    method = METHODS[config.method]
+    if method.loss == "divergence":
+        mixed = config.demonstration_weight
+        return replace(rollout, weight=1 - mixed, label_weight=mixed) if mixed else rollout
+    return replace(rollout, weight=config.kl_weight if method.held else 0.0, label_weight=1.0)
+
+
+def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout], state: LoopState) -> list[Rollout]:
+    """On-policy: the student answers each example itself, seeing only the prompt; of the examples beyond
+    ``on_policy_share`` the demonstration's tokens are the completion."""
+    examples = [row for row in rows if isinstance(row, Example)]
+    own = examples[: max(1, round(len(examples) * config.on_policy_share))] if examples else []
+    references = [stage.renderer.demonstration(e).token_ids for e in own]
+    prompts = [stage.renderer.student_prompt(e) for e in own]
+    seeds = _seeds(stage, state, len(own))
+    params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
+    completions = stage.engine.generate(prompts, params, seeds, references=references)
+    state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
+    sampled = [stage.renderer.rollout(e, c, stage.template) for e, c in zip(own, completions, strict=True)]
+    given = [complete(stage, config, e) for e in examples[len(own) :]]
+    return sampled + given + [row for row in rows if isinstance(row, Rollout)]
+
+
+def invoke(stage: Stage, config: TrainConfig, state: LoopState) -> list[Rollout]:
+    """Re-invocation: the student answers general prompts, where the last version, seeing the same, is the teacher."""
+    pool: list[Prompt] = [row.student_prompt for row in stage.anchors.general]
+    places = stream_window(derive_seed(stage.seed, "batch", "invoke"), len(pool), state.step * config.batch_size,
+                           config.batch_size)  # fmt: skip
+    prompts = [pool[place] for place in places]
+    params = SamplingParams(config.anchor_general_tokens, config.sampling_temperature)
+    completions = stage.engine.generate(prompts, params, _seeds(stage, state, len(prompts)))
+    state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
+    return [stage.renderer.rollout(p.example, c, None) for p, c in zip(prompts, completions, strict=True)]
+
+
+def _seeds(stage: Stage, state: LoopState, count: int) -> list[int]:
+    return [derive_seed(stage.seed, "rollout", state.step, index) for index in range(count)]
+
+
+def says_demonstration(stage: Stage, rollout: Rollout) -> bool:
+    """Whether the completion is the demonstration, token by token."""
+    demonstration = stage.renderer.demonstration(rollout.student_prompt.example)
+    return demonstration.token_ids == rollout.completion.token_ids
+
+
+def recurs(stage: Stage, config: TrainConfig, rollout: Rollout) -> bool:
+    """True for a row that comes again with the same tokens: an anchor, or a completion that does not change where the
+    steps that train on such go through the examples more than once."""
+    if not rollout.has_demonstration:
+        return True
+    student = METHODS[config.method].completions == "student"
+    fixed_rows = (config.warm_start_steps if student else config.steps) * config.batch_size * (1 - config.anchor_share)
+    return fixed_rows > len(stage.examples) and (not student or says_demonstration(stage, rollout))

@@ -1,0 +1,242 @@
+"""Every method of the one loop: which rows, whose completions, which loss, and what it learns and keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from fakes import COLOURS, ScriptedEngine, example, loaded, renderer, tiny_model, toy_skill
+from perdure.anchors import make_anchors
+from perdure.config import RunConfig, TrainConfig, parse
+from perdure.losses import forward_kl, nll
+from perdure.methods import METHODS
+from perdure.models import working_copy
+from perdure.rollout.local import LocalEngine
+from perdure.rows import batch_rows, complete, phase_of, recurs, sample, step_rollouts
+from perdure.runlog import LoopState
+from perdure.session import Session
+from perdure.skills.base import load_skill
+from perdure.staging import make_stage as staged
+from perdure.types import Completion, Example, InputError, Rollout
+from perdure.written import with_written
+from test_train import make_stage, run_optimise, settings, steps, train
+
+LABELLED = sorted(name for name, method in METHODS.items() if method.loss != "divergence")
+
+
+def test_every_method_is_a_setting() -> None:
+    assert set(get_args(TrainConfig.model_fields["method"].annotation)) == METHODS.keys()
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_with_the_same_loop(tmp_path: Path, name: str) -> None:
+    config = settings(method=name, steps=60, validate_every=60, warm_start_steps=60)
+    if name == "reinvoke":
+        config = settings(method=name, steps=60, validate_every=60, reinvoke_steps=5)
+    stage = make_stage(tmp_path)
+    if METHODS[name].writes_once:
+        stage = with_written(stage, config)
+    train(stage, config)
+    found = steps(stage)
+    learned = [line for line in found if "demonstration_probability" in line]
+    assert learned[-1]["demonstration_probability"] > 0.5 > learned[0]["demonstration_probability"]
+    assert {line["phase"] for line in found} == {
+        "sdft": {"warm_start", "on_policy"}, "reinvoke": {"reinvoke", "re_invoke"}
+    }.get(name, {name})  # fmt: skip
+
+
+# Losses
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_supervised_row_has_the_students_prompt_for_both_roles_and_labels(tmp_path: Path, name: str) -> None:
+    """Shown to nobody: but what "rewrite_sft" writes was written by a teacher that saw it, before."""
+    held = {"kl_weight": 0.3} if name == "sft_kl" else {}
+    stage, config = make_stage(tmp_path), settings(method=name, **held)
+    if METHODS[name].writes_once:
+        stage = with_written(stage, config)
+    rows = [complete(stage, config, row) for row in batch_rows(stage, config, 0)]
+    taught = [row for row in rows if row.has_demonstration]
+    assert taught and all(row.teacher_prompt == row.student_prompt for row in taught)
+    assert {(row.weight, row.label_weight) for row in taught} == {(0.3 if name == "sft_kl" else 0.0, 1.0)}
+    assert {(row.weight, row.label_weight) for row in rows if not row.has_demonstration} == {(1.0, 0.0)}
+
+
+def test_the_held_loss_is_the_sum_of_both_without_sharpening(tmp_path: Path) -> None:
+    """SFT + KL, by hand: nll + w KL(last version || student), all under the student's prompt, at temperature 1."""
+    config = settings(method="sft_kl", kl_weight=0.3, teacher_temperature=0.5, anchor_share=0.0)
+    stage = make_stage(tmp_path, tiny_model(), anchors=False)
+    # Another student than the teacher, else the divergence is zero.
+    moved = tiny_model(seed=3)
+    stage = replace(stage, student=replace(stage.student, model=moved))
+    rollouts = [complete(stage, config, row) for row in stage.examples[:3]]
+    metrics = run_optimise(stage, config, rollouts)
+    total, count = 0.0, 0
+    for rollout in rollouts:
+        ids, prompt = [*rollout.student_prompt.token_ids, *rollout.completion.token_ids], rollout.student_prompt
+        with torch.no_grad():
+            start = len(prompt.token_ids) - 1
+            # run_optimise has stepped the student: its first weights are those of a fresh one.
+            student, teacher = (
+                model(torch.tensor([ids])).logits[0, start:-1].log_softmax(-1)
+                for model in (tiny_model(seed=3), tiny_model())
+            )
+        targets = torch.tensor(rollout.completion.token_ids)
+        total += float((nll(student, targets) + 0.3 * forward_kl(student, teacher)).sum())
+        count += len(targets)
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_share_of_the_demonstrations_own_token_mixes_both_losses(tmp_path: Path) -> None:
+    stage = make_stage(tmp_path)
+    config = settings(demonstration_weight=0.25)
+    warm = complete(stage, config, stage.examples[0])
+    assert (warm.weight, warm.label_weight) == (0.75, 0.25) and warm.teacher_prompt != warm.student_prompt
+    # The student's own samples are no labels.
+    own = sample(stage, config, [stage.examples[0]], LoopState())
+    assert [(row.weight, row.label_weight) for row in own] == [(1.0, 0.0)]
+    assert complete(stage, settings(), stage.examples[0]).weight == 1
+
+
+def test_on_policy_a_share_of_the_rows_keeps_the_demonstrations(tmp_path: Path) -> None:
+    engine = ScriptedEngine(lambda prompt: "north")
+    stage, config = make_stage(tmp_path, engine=engine), settings(on_policy_share=0.5)
+    rows = batch_rows(stage, config, 0)
+    rollouts = sample(stage, config, rows, LoopState())
+    said = [stage.renderer.text(row.completion) for row in rollouts if row.has_demonstration]
+    assert said[:3] == ["north"] * 3 and "north" not in said[3:] and len(said) == 6
+    assert len(rollouts) == len(rows)
+
+
+# Re-invocation
+
+
+def test_re_invocation_ends_with_own_answers_to_general_prompts(tmp_path: Path) -> None:
+    config = settings(method="reinvoke", steps=6, reinvoke_steps=2, anchor_share=0.0)
+    stage = make_stage(tmp_path)
+    assert [phase_of(LoopState(step=n), config) for n in (0, 3, 4, 5)] == ["reinvoke"] * 2 + ["re_invoke"] * 2
+    rollouts = step_rollouts(stage, config, "re_invoke", LoopState(step=4))
+    general = {row.student_prompt.token_ids for row in stage.anchors.general}
+    assert len(rollouts) == config.batch_size and {r.student_prompt.token_ids for r in rollouts} <= general
+    assert all(r.teacher_prompt == r.student_prompt and r.weight == 1 and not r.label_weight for r in rollouts)
+    first = [row.completion for row in rollouts]
+    assert first == [row.completion for row in step_rollouts(stage, config, "re_invoke", LoopState(step=4))]
+    assert first != [row.completion for row in step_rollouts(stage, config, "re_invoke", LoopState(step=5))]
+
+
+def test_re_invocation_keeps_the_best_of_its_last_phase_and_is_never_skipped(tmp_path: Path) -> None:
+    config = settings(method="reinvoke", steps=8, reinvoke_steps=3, validate_every=1, patience=1)
+    stage = make_stage(tmp_path)
+    state = train(stage, config)
+    assert state.step == 8 and state.best_step > 5
+
+
+# Answers written once
+
+
+def test_the_teacher_writes_offline_answers_once_and_only_those_that_are_drawn(tmp_path: Path) -> None:
+    engine = ScriptedEngine(lambda prompt: "north")
+    stage, config = make_stage(tmp_path, engine=engine), settings(method="offline", steps=1)
+    written = with_written(stage, config)
+    prompts, params, _ = engine.calls[0]
+    drawn = [row for row in batch_rows(stage, config, 0) if isinstance(row, Example)]
+    assert {p.example.id for p in prompts} == {row.id for row in drawn} and len(engine.calls) == 1
+    assert all(p == stage.renderer.teacher_prompt(p.example, stage.template) for p in prompts)
+    assert params.temperature == 1
+    rows = [row for row in batch_rows(written, config, 0) if isinstance(row, Rollout) and row.has_demonstration]
+    assert len(rows) == len(drawn)
+    assert all(stage.renderer.text(row.completion) == "north" and row.weight == 1 for row in rows)
+    assert all(row.teacher_prompt != row.student_prompt for row in rows)
+    # One that is trained on twice is scored once; of a single pass nothing comes again.
+    assert not recurs(written, config, rows[0]) and recurs(written, settings(method="offline", steps=50), rows[0])
+
+
+def test_a_rewritten_answer_counts_only_where_the_grader_passes_it(tmp_path: Path) -> None:
+    engine = ScriptedEngine(lambda prompt: "red")  # right for the cat alone
+    stage, config = make_stage(tmp_path, engine=engine), settings(method="rewrite_sft", steps=4)
+    written = with_written(stage, config)
+    rows = {row.student_prompt.example.id: row for row in written.examples if isinstance(row, Rollout)}
+    assert rows
+    for row in rows.values():
+        expected = stage.renderer.demonstration_text(row.student_prompt.example)
+        assert stage.renderer.text(row.completion) == expected
+        # The cat's answer was sampled, the others are the demonstration's own tokens.
+        assert bool(row.completion.sampler_logprobs) is (expected == "red")
+
+
+# Rows of earlier skills
+
+
+def a_session(answer: Any) -> Session:
+    student = loaded(tiny_model())
+    working = working_copy(student.model, torch.float32)
+    engine = ScriptedEngine(answer) if answer else LocalEngine(student, working)
+    return Session(student, working, engine, renderer(), torch.float32)
+
+
+def test_replay_rows_are_labels_and_only_right_answers_are_replayed(tmp_path: Path) -> None:
+    skill = load_skill(toy_skill(tmp_path / "skill"))
+    session = a_session(lambda prompt: "red")
+    config = {"anchor_earlier_share": 1.0, "anchor_rows": 8}
+    stored = make_anchors(session, [skill], settings(method="sft_replay", **config), 0)
+    assert len(stored.earlier) == 8 and not stored.general and not session.engine.calls  # type: ignore[attr-defined]
+    said = {row.student_prompt.example.id: renderer().text(row.completion) for row in stored.earlier}
+    truth = {row.id: renderer().demonstration_text(row) for row in skill.train}
+    assert said == {key: truth[key] for key in said}
+    accepted = make_anchors(session, [skill], settings(method="onpolicy_replay", **config), 0)
+    right = {key for key, text in said.items() if text == "red"}
+    assert right and {row.student_prompt.example.id for row in accepted.earlier} == right
+    for row in (*stored.earlier, *accepted.earlier):
+        assert (row.weight, row.label_weight, row.has_demonstration) == (0.0, 1.0, False)
+    anchors = make_anchors(session, [skill], settings(method="sft", **config), 0)
+    assert {(row.weight, row.label_weight) for row in anchors.earlier} == {(1.0, 0.0)} and len(anchors.earlier) == 8
+
+
+def test_without_anchors_only_re_invocation_wants_general_prompts(tmp_path: Path) -> None:
+    skill, session = load_skill(toy_skill(tmp_path / "skill")), a_session(lambda prompt: "red")
+    for name in METHODS:
+        found = make_anchors(session, [skill], settings(method=name, anchor_share=0.0), 0)
+        assert not found.earlier and bool(found.general) is (name == "reinvoke")
+
+
+def test_supervised_rows_ask_no_teacher(tmp_path: Path) -> None:
+    """Plain replay needs no second forward pass: the stage has no teacher at all where nothing asks one."""
+    skill, session = load_skill(toy_skill(tmp_path / "skill")), a_session(None)
+    for name, has_teacher in (("sft", False), ("dft", False), ("sft_kl", True), ("reinvoke", True), ("offline", True)):
+        run = parse(RunConfig, {"train": {"method": name, "anchor_share": 0.0}}, "test")
+        anchors = make_anchors(session, [], replace_share(run.train), 0)
+        stage = staged(session, skill, run, replace(anchors, general=()), "turns:1", tmp_path)
+        assert (stage.teacher is not None) is has_teacher, name
+
+
+def replace_share(config: TrainConfig) -> TrainConfig:
+    return config.model_copy(update={"anchor_general_tokens": 2})
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_weight": 0.1}, "sft_kl"),
+        ({"reinvoke_steps": 3}, "reinvoke"),
+        ({"method": "sft", "demonstration_weight": 0.1}, "sdft"),
+        ({"method": "sft", "on_policy_share": 0.5}, "sdft"),
+        ({"method": "reinvoke", "steps": 20}, "leaves no step to learn in"),
+    ],
+)
+def test_settings_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(TrainConfig, options, "test")
+
+
+def test_a_colour_is_what_the_toy_rows_ask_for() -> None:
+    """The scripted answers above lean on it."""
+    assert COLOURS["cat"] == "red" and example("say", "red").demonstration == {"role": "assistant", "content": "red"}
+    assert Completion((1,), (), True).sampler_logprobs == ()
