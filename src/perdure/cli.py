@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from perdure import __version__, cli_learn, cli_versions
+from perdure import __version__, cli_bench, cli_learn, cli_versions
 from perdure.cli_common import BAD_INPUT, INTERRUPTED, app, err, out
 from perdure.types import InputError
 
-COMMANDS = (cli_learn, cli_versions)
+COMMANDS = (cli_learn, cli_versions, cli_bench)
 """Importing them has registered their commands, in this order."""
 _BY_SIGNAL = 130
 """What typer exits with when Ctrl-C reaches it."""

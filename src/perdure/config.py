@@ -160,6 +160,8 @@ class PreflightConfig(_Section):
     min_gap: float = Field(default=0.1, ge=0, le=1)
     """Least difference of accuracy, teacher minus student, to train at all."""
     min_teacher_accuracy: float = Field(default=0.3, ge=0, le=1)
+    forecast: bool = True
+    """Times a few steps, answers and prior items to say what the stage will cost. Off: nothing is predicted."""
 
 
 class EvalConfig(_Section):

@@ -110,7 +110,7 @@ def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopStat
             "tokens": state.tokens,
             "steps": state.step,
             "best_step": state.best_step,
-            "predicted": check["cost"]["seconds"] if check else None,
+            "predicted": (check["cost"]["seconds"] or None) if check else None,
             "priced": priced(config.cost, sum(run.seconds.values())),
         },
     }

@@ -89,6 +89,8 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
     with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
         found = preflight(subject_of(session, skill), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
+    if not config.preflight.forecast:
+        return found.to_json() | {"cost": {"seconds": {}, "tokens": {}, "priced": {}}}
     with reporter.phase("preflight: what it will cost", 0, "steps"):
         cost = forecast(workspace, parent, session, skill, scope, config, found)
     return found.to_json() | {"cost": cost}
@@ -125,7 +127,8 @@ def describe_preflight(check: dict[str, Any]) -> str:
     total = sum(check["cost"]["seconds"].values())
     return (
         f"Teacher {check['teacher_accuracy']:.0%} with {check['template']}, student {check['student_accuracy']:.0%}, "
-        f"gap {check['gap']:+.0%} on {check['n']} rows; the stage will take about {total:.0f} s."
+        f"gap {check['gap']:+.0%} on {check['n']} rows"
+        + (f"; the stage will take about {total:.0f} s." if total else ".")
     )
 
 

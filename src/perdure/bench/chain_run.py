@@ -1,0 +1,169 @@
+"""One run of a bench: a chain of skills by one method, reduced to the numbers that the tables need.
+
+A run is an ordinary workspace, so it can be taken up again; when it is finished its weights are removed, because sixty
+chains of a small model already fill a disk. What stays: result.json and the workspace's records without weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.anchors import answered, general_prompts
+from perdure.bench.plan import RunPlan
+from perdure.contexts import collate
+from perdure.curriculum import learn
+from perdure.files import code_state, environment, now, read_json, read_jsonl, replace_text
+from perdure.fused import LossInputs, chunked_loss
+from perdure.importers import IMPORTERS
+from perdure.losses import LossSpec
+from perdure.measure import known_scores, measure_probe, measure_skill, skill_items
+from perdure.models import head_of, hidden_at_loss_positions
+from perdure.probe import ProbeResult
+from perdure.reporting import Phase, Silent
+from perdure.session import Session, open_session
+from perdure.skills.base import load_skill
+from perdure.stages import create_workspace
+from perdure.types import InputError
+from perdure.workspace import Workspace
+
+RESULT = "result.json"
+DRIFT_ROWS = 32
+"""General prompts on which the drift from the base is measured."""
+
+
+class FileReporter(Silent):
+    """Stages, phases and notes as lines of a file, so that a long run can be watched."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def stage(self, title: str) -> None:
+        self.note(title)
+
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str) -> Iterator[Phase]:
+        start = time.perf_counter()
+        yield self
+        self.note(f"{name}: {time.perf_counter() - start:.0f} s")
+
+    def note(self, text: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{now()} {text}\n")
+
+
+def skill_folder(out: Path, chain_folder: Path, name: str, source: str) -> Path:
+    """The skill's folder: imported into the bench once, or the user's own."""
+    if source not in IMPORTERS:
+        return chain_folder / source
+    target = out / "skills" / name
+    if not target.is_dir():
+        IMPORTERS[source](target, 0)
+    return target
+
+
+def finished(folder: Path, plan: RunPlan) -> dict[str, Any] | None:
+    """The run's result, where it is there. Raises InputError when it was made with other settings."""
+    if not (folder / RESULT).is_file():
+        return None
+    result = read_json(folder / RESULT)
+    if result["identity"] != plan.identity:
+        raise InputError(
+            f"{folder}: was run with other settings than the chain file has now; remove it, or give another --out"
+        )
+    return result
+
+
+def run_chain(folder: Path, plan: RunPlan, skills: dict[str, Path], base: Path | None, threads: int) -> dict[str, Any]:
+    """Run or continue the chain in ``folder``; writes and returns its result.
+
+    ``base``: the file that ``measure_base`` wrote; None for a sweep, which is measured by its validation rows alone."""
+    torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter = FileReporter(folder / "log.txt")
+    place, config = folder / "workspace", plan.config
+    workspace = Workspace.open(place) if (place / "perdure.toml").is_file() else create_workspace(place, config)
+    with workspace.lock():
+        for skill in plan.skills:
+            learn(workspace, [skills[skill]], config, reporter, force=True)
+    result = {
+        "key": plan.key, "method": plan.method, "label": plan.label, "order": plan.order, "seed": plan.seed,
+        "identity": plan.identity, "rate": config.train.learning_rate, "threads": threads, "finished": now(),
+        "code": code_state(), "environment": environment(), "stages": [_stage(workspace, plan, skill)
+                                                                       for skill in plan.skills],
+    }  # fmt: skip
+    if base is not None:
+        result |= _final(workspace, plan, reporter)
+    replace_text(folder / RESULT, json.dumps(result) + "\n")
+    _drop_weights(place)
+    return result
+
+
+def _stage(workspace: Workspace, plan: RunPlan, skill: str) -> dict[str, Any]:
+    """What a stage cost and scored: bits of the skill's items before it, when learned and at the end."""
+    names = [name for name in workspace.lineage()[::-1] if workspace.version(name)["skill"] == skill]
+    info = workspace.version(names[0])
+    before, learned, last = (known_scores(workspace, name) for name in (info["parent"], names[0], "champion"))
+    lines = read_jsonl(workspace.run_folder(info["stage"]) / "metrics.jsonl")
+    validated = [line for line in lines if "validation_accuracy" in line]
+    check = workspace.run_folder(info["stage"]) / "preflight.json"
+    return {
+        "skill": skill,
+        "before": _bits(before.items[skill]), "learned": _bits(learned.items[skill]), "final": _bits(last.items[skill]),
+        "validation": max((line["validation_accuracy"] for line in validated), default=None),
+        "seconds": info["cost"]["seconds"], "tokens": info["cost"]["tokens"], "steps": info["cost"]["steps"],
+        "preflight": read_json(check) if check.is_file() else None,
+    }  # fmt: skip
+
+
+def _bits(items: Any) -> str:
+    """Right or wrong of each item, in the order of the test file."""
+    return "".join("1" if right else "0" for right in items.values())
+
+
+def _final(workspace: Workspace, plan: RunPlan, reporter: FileReporter) -> dict[str, Any]:
+    """Prior capabilities and drift of the last version."""
+    last = open_session(plan.config, workspace.version_folder(workspace.resolve("champion")))
+    probed = measure_probe(last, plan.probe, reporter, "the last version")
+    return {"probe": probe_bits(probed), "drift": drift(open_session(plan.config), last)}
+
+
+def measure_base(path: Path, plan: RunPlan, skills: dict[str, Path], threads: int) -> None:
+    """What the base model scores on every skill and prior task, written to ``path``: the same for every run."""
+    torch.set_num_threads(threads)
+    session, config = open_session(plan.config), plan.config
+    scores = {name: _bits(skill_items(measure_skill(session, load_skill(folder), config, Silent(), "base")))
+              for name, folder in skills.items()}  # fmt: skip
+    probed = measure_probe(session, plan.probe, Silent(), "base")
+    replace_text(path, json.dumps({"skills": scores, "probe": probe_bits(probed), "eval_rows": config.eval.rows,
+                                   "probe_settings": plan.probe.probe.model_dump(mode="json")}) + "\n")  # fmt: skip
+
+
+def probe_bits(probed: ProbeResult | None) -> dict[str, str]:
+    """Task -> right or wrong of each item."""
+    tasks: dict[str, str] = {}
+    for row in probed.items if probed else []:
+        tasks[row["task"]] = tasks.get(row["task"], "") + ("1" if row["correct"] else "0")
+    return tasks
+
+
+@torch.no_grad()
+def drift(base: Session, last: Session) -> float:
+    """Mean KL(base || last) a token, nats, on the base's own answers to general prompts."""
+    rollouts = answered(base, general_prompts()[:DRIFT_ROWS], 32, seed=0)
+    batch = collate(rollouts, "student", base.loaded.pad_id)
+    now_NH, then_NH = (hidden_at_loss_positions(session.working, batch) for session in (last, base))
+    inputs = LossInputs(now_NH, then_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N)
+    total, _ = chunked_loss(LossSpec(), inputs, head_of(last.working), head_of(base.working))
+    return float(total) / len(batch.targets_N)
+
+
+def _drop_weights(place: Path) -> None:
+    for file in place.rglob("*.safetensors"):
+        file.unlink()

@@ -1,0 +1,155 @@
+"""A chain file: which skills, in which orders, by which methods, with which seeds. From it, the list of runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from perdure.config import RunConfig, parse, parse_toml
+from perdure.importers import IMPORTERS
+from perdure.types import InputError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodRow(_Part):
+    """One row of the tables: a method with its settings."""
+
+    label: str
+    """For people."""
+    settings: dict[str, dict[str, Any]] = {}
+    """Sections of a RunConfig, on top of the chain's own."""
+    sweep_as: str | None = None
+    """Takes the rate found for another row: one that trains on the same rows while there is no earlier skill."""
+
+
+class Sweep(_Part):
+    """Each row's learning rate: the best validation accuracy on the first skill; of equals the smallest rate."""
+
+    rates: tuple[float, ...] = Field(min_length=1)
+    seed: int = 0
+
+
+class ChainFile(_Part):
+    """The whole file. Settings are sections of a RunConfig; stages run without the prior tasks and without a gate that
+    refuses, the prior tasks are measured on the base and on each run's last version."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    about: str = ""
+    seeds: tuple[int, ...] = Field(min_length=1)
+    skills: dict[str, str] = Field(min_length=1)
+    """Name -> importer, or a skill folder relative to this file."""
+    orders: dict[str, tuple[str, ...]] = Field(min_length=1)
+    settings: dict[str, dict[str, Any]] = {}
+    methods: dict[str, MethodRow] = Field(min_length=1)
+    sweep: Sweep | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> ChainFile:
+        problems = [f"orders.{name}: no skill {skill!r}" for name, order in self.orders.items() for skill in order
+                    if skill not in self.skills]  # fmt: skip
+        problems += [f"orders.{name}: needs at least one skill, each once" for name, order in self.orders.items()
+                     if not order or len(set(order)) < len(order)]  # fmt: skip
+        sweeping = {name for name, row in self.methods.items() if row.sweep_as is None}
+        problems += [f"methods.{name}: sweep_as = {row.sweep_as!r} is no other row with a sweep of its own"
+                     for name, row in self.methods.items() if row.sweep_as not in {None, *sweeping}]  # fmt: skip
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One chain to run: a row of the table, an order and a seed; or a row's sweep at one rate."""
+
+    key: str
+    """Name of its folder."""
+    method: str
+    label: str
+    order: str
+    skills: tuple[str, ...]
+    seed: int
+    settings: dict[str, dict[str, Any]]
+    """Of all stages."""
+    rate: float | None = None
+    """Set by a sweep."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Raises InputError for settings that cannot be used."""
+        raw = merged(self.settings, {"gate": {"enforce": False, "repair": 0}, "probe": {"tasks": []}})
+        if self.rate is not None:
+            raw = merged(raw, {"train": {"learning_rate": self.rate}})
+        return parse(RunConfig, raw | {"seed": self.seed}, where=f"{self.method}: settings of the chain file")
+
+    @property
+    def probe(self) -> RunConfig:
+        """The settings under which the prior tasks are measured, on base and last version."""
+        raw = {section: values for section, values in self.settings.items() if section in ("model", "probe")}
+        return parse(RunConfig, raw | {"seed": 0}, where=f"{self.method}: settings of the chain file")
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides the run's result but code and data."""
+        said = [self.skills, self.seed, self.config.model_dump(mode="json"), self.probe.probe.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def load_chain(path: Path) -> ChainFile:
+    """Read a chain file. Raises InputError naming the file and every problem, settings of all rows included."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    chain = parse(ChainFile, parse_toml(data, path), where=str(path))
+    for name, source in chain.skills.items():
+        if source not in IMPORTERS and not (path.parent / source / "skill.toml").is_file():
+            raise InputError(f"{path}: skills.{name}: {source!r} is neither an importer nor a skill folder beside it")
+    try:
+        for plan in [*runs_of(chain, {}), *sweeps_of(chain)]:
+            _ = plan.config, plan.probe
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return chain
+
+
+def runs_of(chain: ChainFile, rates: dict[str, float]) -> list[RunPlan]:
+    """Every run of the table, seed by seed and order by order, so that what is finished first is a whole table.
+
+    ``rates``: learning rate of each row, from its sweep; rows without one keep their settings'."""
+    plans = []
+    for seed in chain.seeds:
+        for order, skills in chain.orders.items():
+            for name, row in chain.methods.items():
+                key = f"{name}.{order}.{seed}"
+                plans.append(RunPlan(key, name, row.label, order, skills, seed, merged(chain.settings, row.settings),
+                                     rates.get(row.sweep_as or name)))  # fmt: skip
+    return plans
+
+
+def sweeps_of(chain: ChainFile) -> list[RunPlan]:
+    """The first skill of the first order, by each row that has a sweep of its own, at each rate."""
+    if chain.sweep is None:
+        return []
+    order, skills = next(iter(chain.orders.items()))
+    return [
+        RunPlan(f"sweep.{name}.{rate:g}", name, row.label, order, skills[:1], chain.sweep.seed,
+                merged(chain.settings, row.settings, {"eval": {"rows": 1}}), rate)
+        for name, row in chain.methods.items() if row.sweep_as is None for rate in chain.sweep.rates
+    ]  # fmt: skip
+
+
+def merged(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sections of settings, later ones first."""
+    whole: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, values in part.items():
+            whole[section] = whole.get(section, {}) | values
+    return whole

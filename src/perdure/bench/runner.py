@@ -1,0 +1,94 @@
+"""Runs the chains of a chain file that are not finished, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from perdure.bench.chain_run import finished, measure_base, run_chain, skill_folder
+from perdure.bench.plan import ChainFile, RunPlan, runs_of, sweeps_of
+from perdure.files import read_json
+from perdure.reporting import Reporter
+from perdure.types import InputError
+
+Job = tuple[str, Callable[..., Any], tuple[Any, ...]]
+"""(what it is, function, arguments)."""
+
+
+def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence[str], seeds: Sequence[int],
+              reporter: Reporter) -> list[dict[str, Any]]:  # fmt: skip
+    """Results of all wanted runs, those made before included. ``only`` and ``seeds``: rows and seeds to run, all where
+    empty. The same call goes on where it stopped. Raises InputError for an unknown row or seed."""
+    if unknown := [
+        *(name for name in only if name not in chain.methods),
+        *(str(s) for s in seeds if s not in chain.seeds),
+    ]:
+        raise InputError(f"{file}: has no {', '.join(unknown)}")
+    out.mkdir(parents=True, exist_ok=True)
+    skills = {name: skill_folder(out, file.parent, name, source) for name, source in chain.skills.items()}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    base = out / "base.json"
+
+    rows = set(only or chain.methods)
+    sweeping = {chain.methods[name].sweep_as or name for name in rows}
+    sweeps = [plan for plan in sweeps_of(chain) if plan.method in sweeping]
+    first = runs_of(chain, {})[0]
+    todo: list[Job] = [] if base.is_file() else [("the base model", measure_base, (base, first, skills, threads))]
+    todo += _jobs(sweeps, out, skills, None, threads)
+    _work(todo, jobs, "bench: base and learning rates", reporter)
+    rates = chosen_rates(sweeps, out)
+    plans = [p for p in runs_of(chain, rates) if p.method in rows and p.seed in (seeds or chain.seeds)]
+    _work(_jobs(plans, out, skills, base, threads), jobs, "bench: chains", reporter)
+    return [read_json(folder_of(out, plan) / "result.json") for plan in plans]
+
+
+def results_so_far(chain: ChainFile, out: Path) -> list[dict[str, Any]]:
+    """Results of the chain file's finished runs, in the order of the tables."""
+    rates = chosen_rates([p for p in sweeps_of(chain) if finished(folder_of(out, p), p)], out)
+    found = (finished(folder_of(out, plan), plan) for plan in runs_of(chain, rates))
+    return [result for result in found if result]
+
+
+def chosen_rates(sweeps: Sequence[RunPlan], out: Path) -> dict[str, float]:
+    """Row -> the rate of best validation accuracy on the first skill; of equals the smallest."""
+    best: dict[str, tuple[float, float]] = {}
+    for plan in sweeps:
+        result = read_json(folder_of(out, plan) / "result.json")
+        score = (result["stages"][0]["validation"] or 0.0, -result["rate"])
+        best[plan.method] = max(best.get(plan.method, score), score)
+    return {method: -negative for method, (_, negative) in best.items()}
+
+
+def folder_of(out: Path, plan: RunPlan) -> Path:
+    return out / "runs" / plan.key
+
+
+def _jobs(plans: Sequence[RunPlan], out: Path, skills: dict[str, Path], base: Path | None, threads: int) -> list[Job]:
+    return [(plan.key, run_chain, (folder_of(out, plan), plan, skills, base, threads)) for plan in plans
+            if not finished(folder_of(out, plan), plan)]  # fmt: skip
+
+
+def _work(todo: Sequence[Job], jobs: int, title: str, reporter: Reporter) -> None:
+    if not todo:
+        return
+    # Set before the processes start: torch reads it once.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    # A process serves one run, so that no run inherits memory or state from another.
+    context = multiprocessing.get_context("spawn")
+    with (
+        reporter.phase(title, len(todo), "runs") as phase,
+        ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        running = {pool.submit(function, *arguments): name for name, function, arguments in todo}
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                future.result()
+                phase.update(done)
+                reporter.note(f"{running[future]}: done")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
