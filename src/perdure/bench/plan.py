@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from perdure.config import RunConfig, parse, parse_toml
 from perdure.importers import IMPORTERS
 from perdure.types import InputError
+
+NAME = r"[a-z0-9][a-z0-9-]*"
+"""Names become folders."""
 
 
 class _Part(BaseModel):
@@ -41,7 +45,7 @@ class ChainFile(_Part):
     """The whole file. Settings are sections of a RunConfig; stages run without the prior tasks and without a gate that
     refuses, the prior tasks are measured on the base and on each run's last version."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=f"^{NAME}$")
     about: str = ""
     seeds: tuple[int, ...] = Field(min_length=1)
     skills: dict[str, str] = Field(min_length=1)
@@ -50,6 +54,8 @@ class ChainFile(_Part):
     settings: dict[str, dict[str, Any]] = {}
     methods: dict[str, MethodRow] = Field(min_length=1)
     sweep: Sweep | None = None
+    reference: str | None = None
+    """The row that the others are compared with; default: the first."""
 
     @model_validator(mode="after")
     def _known(self) -> ChainFile:
@@ -57,6 +63,10 @@ class ChainFile(_Part):
                     if skill not in self.skills]  # fmt: skip
         problems += [f"orders.{name}: needs at least one skill, each once" for name, order in self.orders.items()
                      if not order or len(set(order)) < len(order)]  # fmt: skip
+        problems += [f"{name}: names of methods and orders are small letters, digits and hyphens"
+                     for name in (*self.methods, *self.orders) if not re.fullmatch(NAME, name)]  # fmt: skip
+        if self.reference is not None and self.reference not in self.methods:
+            problems.append(f"reference: no method {self.reference!r}")
         sweeping = {name for name, row in self.methods.items() if row.sweep_as is None}
         problems += [f"methods.{name}: sweep_as = {row.sweep_as!r} is no other row with a sweep of its own"
                      for name, row in self.methods.items() if row.sweep_as not in {None, *sweeping}]  # fmt: skip

@@ -1,1 +1,172 @@
-"""placeholder"""
+"""Numbers as pages: results.md, one SVG a question and results.json, all from the files of finished runs."""
+
+from __future__ import annotations
+
+import html
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from perdure.bench.numbers import summarise
+from perdure.bench.plan import ChainFile
+from perdure.files import now, read_json, replace_text
+from perdure.report.charts import nice_ticks
+from perdure.types import InputError
+
+Cell = Sequence[float | None] | None
+PLOTS = {
+    "kept.svg": ("What was learned, and what is left at the end", ("learned", "final", "retention")),
+    "rest.svg": ("What became of the rest", ("prior_change", "drift")),
+    "cost.svg": ("What it cost to train", ("minutes", "tokens")),
+}
+"""File -> title and metrics, a panel each."""
+TITLES = {"learned": "accuracy when learned", "final": "accuracy at the end", "retention": "retention",
+          "forgetting": "forgetting", "backward_transfer": "backward transfer", "forward_transfer": "forward transfer",
+          "prior_change": "prior tasks, points", "drift": "KL from the base", "minutes": "minutes of training",
+          "tokens": "tokens, millions"}  # fmt: skip
+
+
+def write_tables(chain: ChainFile, out: Path, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write and return the numbers. Raises InputError when no run is finished."""
+    if not results:
+        raise InputError(f"{out}: no finished run yet; run perdure bench without --tables")
+    reference = chain.reference or next(iter(chain.methods))
+    found = summarise(results, read_json(out / "base.json"), reference) | {
+        "chain": chain.name, "reference": reference, "written": now(), "machine": platform.platform(),
+        "labels": {name: row.label for name, row in chain.methods.items()},
+        "rates": {result["method"]: result["rate"] for result in results},
+        "commits": sorted({str(result["code"]["commit"])[:7] for result in results}),
+        "threads": sorted({result["threads"] for result in results}),
+    }  # fmt: skip
+    replace_text(out / "results.json", json.dumps(found, indent=1) + "\n")
+    replace_text(out / "results.md", page(chain, found))
+    for name, (title, metrics) in PLOTS.items():
+        replace_text(out / name, plot(title, metrics, found))
+    return found
+
+
+def page(chain: ChainFile, found: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    items, orders = found["base"]["items"], len(chain.orders)
+    wanted, runs = len(chain.seeds) * orders, [row["runs"] for row in found["rows"].values()]
+    lines = [
+        f"# {chain.name}",
+        "",
+        chain.about,
+        "",
+        f"`perdure bench` at {', '.join(found['commits'])}, {found['written'][:10]}, {found['machine']}, "
+        f"{'/'.join(map(str, found['threads']))} thread a run. Finished: {min(runs)} to {max(runs)} of {wanted} runs a row "
+        f"(order times seed); {'/'.join(map(str, sorted(set(items.values()))))} test rows a skill. In brackets 95 % "
+        "intervals over runs and items (bootstrap); with one run over items alone.",
+        "",
+        "| method | rate | runs | learned | final | retention | forward transfer | prior, points | KL | min | Mtokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(found["labels"][name], found["rates"][name], row) for name, row in found["rows"].items()),
+        "",
+        f"Forgetting is what was learned minus what is left, of the earlier skills; backward transfer is its negative. "
+        f"The base model has {_percent([found['base']['prior'], None, None])} on the prior tasks.",
+        "",
+        f"Paired difference to {found['labels'][found['reference']]}, in points; retention in hundredths:",
+        "",
+        "| method | learned | final | retention | prior |",
+        "|---|---|---|---|---|",
+        *(f"| {found['labels'][name]} | " + " | ".join(_points(row[m]) for m in ("learned", "final", "retention",
+          "prior_change")) + " |" for name, row in found["differences"].items()),
+        "",
+        "Accuracy of each skill when learned, and at the end, in percent:",
+        "",
+        "| method | " + " | ".join(chain.skills) + " |",
+        "|---" * (1 + len(chain.skills)) + "|",
+        *(f"| {found['labels'][name]} | " + " | ".join(_pair(row.get(skill)) for skill in chain.skills) + " |"
+          for name, row in found["skills"].items()),
+    ]  # fmt: skip
+    if (fit := found["calibration"]) and fit["rank_correlation"] is not None:
+        lines += ["", f"Preflight: teacher gap against realised gain over {fit['n']} stages, rank correlation "
+                  f"{fit['rank_correlation']:.2f} (p = {fit['p_value']:.2g})."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _row(label: str, rate: float, row: dict[str, Any]) -> str:
+    cells = [_percent(row["learned"]), _percent(row["final"]), _plain(row["retention"], 2),
+             _points(row["forward_transfer"]), _points(row["prior_change"]), _plain(row["drift"], 3),
+             _plain(row["minutes"], 1), _plain(_scaled(row["tokens"]), 2)]  # fmt: skip
+    return f"| {label} | {rate:g} | {row['runs']} | " + " | ".join(cells) + " |"
+
+
+def _scaled(cell: Cell) -> Cell:
+    return cell and [None if value is None else value / 1e6 for value in cell]
+
+
+def _plain(cell: Cell, digits: int, factor: float = 1.0, sign: str = "") -> str:
+    if cell is None or cell[0] is None:
+        return "-"
+    mean, *ends = (None if value is None else f"{value * factor:{sign}.{digits}f}" for value in cell)
+    return f"{mean}" if ends[0] is None else f"{mean} [{ends[0]}, {ends[1]}]"
+
+
+def _percent(cell: Cell) -> str:
+    return _plain(cell, 1, 100)
+
+
+def _points(cell: Cell) -> str:
+    return _plain(cell, 1, 100, "+")
+
+
+def _pair(cell: dict[str, float] | None) -> str:
+    return "-" if cell is None else f"{100 * cell['learned']:.0f} / {100 * cell['final']:.0f}"
+
+
+LEFT, PANEL, GAP, ROW, TOP = 190, 210, 34, 24, 58
+"""SVG units: room for labels, width of a panel, space between panels, height of a row, room for titles."""
+
+
+def plot(title: str, metrics: Sequence[str], found: dict[str, Any]) -> str:
+    """A row a method, a panel a metric: mean as a dot, interval as a line. The reference is drawn darker."""
+    rows = found["rows"]
+    height, width = TOP + ROW * len(rows) + 34, LEFT + len(metrics) * (PANEL + GAP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="12" y="22" font-size="15" font-weight="600">{html.escape(title)}</text>',
+    ]
+    for place, name in enumerate(rows):
+        y = TOP + ROW * place + ROW / 2
+        weight = ' font-weight="600"' if name == found["reference"] else ""
+        parts.append(f'<text x="{LEFT - 12}" y="{y + 4:g}" text-anchor="end"{weight}>'
+                     f"{html.escape(found['labels'][name])}</text>")  # fmt: skip
+    for place, metric in enumerate(metrics):
+        parts += _panel(LEFT + place * (PANEL + GAP), metric, found)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _panel(left: float, metric: str, found: dict[str, Any]) -> list[str]:
+    cells = {name: row[metric] for name, row in found["rows"].items()}
+    cells = {name: _scaled(cell) if metric == "tokens" else cell for name, cell in cells.items()}
+    values = [value for cell in cells.values() if cell for value in cell if value is not None]
+    if not values:
+        return []
+    ticks = nice_ticks(min(values), max(values))
+    low, high = min(ticks[0], *values), max(ticks[-1], *values)
+    foot = TOP + ROW * len(cells)
+    percent = metric in ("learned", "final", "prior_change")
+
+    def at(value: float) -> float:
+        return round(left + PANEL * (value - low) / (high - low), 1)
+
+    parts = [f'<text x="{left}" y="{TOP - 12}" fill="#555">{html.escape(TITLES[metric])}</text>']
+    for tick in ticks:
+        said = f"{100 * tick:g}" + (" %" if metric != "prior_change" else "") if percent else f"{tick:g}"
+        parts.append(f'<line x1="{at(tick)}" x2="{at(tick)}" y1="{TOP}" y2="{foot}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{at(tick)}" y="{foot + 18}" text-anchor="middle" fill="#777">{said}</text>')
+    for place, (name, cell) in enumerate(cells.items()):
+        if not cell or cell[0] is None:
+            continue
+        y, colour = TOP + ROW * place + ROW / 2, "#1f4e79" if name == found["reference"] else "#4c78a8"
+        if cell[1] is not None and cell[2] is not None:
+            parts.append(f'<line x1="{at(cell[1])}" x2="{at(cell[2])}" y1="{y}" y2="{y}" stroke="{colour}" '
+                         'stroke-width="2"/>')  # fmt: skip
+        parts.append(f'<circle cx="{at(cell[0])}" cy="{y}" r="4" fill="{colour}"/>')
+    return parts

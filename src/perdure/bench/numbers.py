@@ -1,0 +1,165 @@
+"""From runs to numbers: each method's means with 95 % intervals over runs and items, and paired differences.
+
+A bootstrap resample draws runs (an order with a seed) and, for each skill and prior task, items; the same draw serves
+every method, so that differences are paired. With one run the interval is over items alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from perdure import retention
+
+Array = NDArray[np.float64]
+Result = dict[str, Any]
+METRICS = ("learned", "final", "retention", "forgetting", "backward_transfer", "forward_transfer", "prior_change",
+           "drift", "minutes", "tokens")  # fmt: skip
+"""What a row shows. Accuracies 0..1; drift in nats a token; minutes and tokens of training, whole chain."""
+PAIRED = ("learned", "final", "retention", "prior_change")
+RESAMPLES = 1000
+
+
+def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, seed: int = 0) -> dict[str, Any]:
+    """``rows``: method -> metric -> (mean, low, high), None where not measured; ``differences`` to ``reference`` over
+    the runs that both have; ``skills``: method -> skill -> accuracy when learned and at the end; ``calibration``."""
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    runs = list(dict.fromkeys((result["order"], result["seed"]) for result in results))
+    found = {(r["method"], r["order"], r["seed"]): _decoded(r) for r in results}
+    prior = {task: _bits(bits) for task, bits in base["probe"].items()}
+    whole = {name: _bits(bits) for name, bits in base["skills"].items()}
+    rng = np.random.default_rng(seed)
+    draws = [None, *(_draw(rng, len(runs), whole, prior) for _ in range(RESAMPLES))]
+    samples: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    paired: dict[str, list[dict[str, float]]] = {method: [] for method in methods if method != reference}
+    for draw in draws:
+        picked = runs if draw is None else [runs[place] for place in draw["runs"]]
+        each = {key: _metrics(run, whole, prior, draw) for key, run in found.items()}
+        for method in methods:
+            own = [each[method, *run] for run in picked if (method, *run) in each]
+            samples[method].append(_mean_of(own))
+            both = [run for run in picked if (method, *run) in each and (reference, *run) in each]
+            if method in paired and both:
+                ours, theirs = (_mean_of([each[name, *run] for run in both]) for name in (method, reference))
+                paired[method].append({metric: ours[metric] - theirs[metric] for metric in PAIRED})
+    counts = {method: sum((method, *run) in found for run in runs) for method in methods}
+    return {
+        "rows": {method: {"runs": counts[method], **_intervals(samples[method], METRICS, counts[method])}
+                 for method in methods},
+        "differences": {method: _intervals(values, PAIRED, 1) for method, values in paired.items() if values},
+        "skills": {method: _by_skill([r for r in results if r["method"] == method]) for method in methods},
+        "calibration": calibration(results),
+        "base": {"skills": {name: float(bits.mean()) for name, bits in whole.items()},
+                 "prior": _average(prior), "items": {name: len(bits) for name, bits in whole.items()}},
+    }  # fmt: skip
+
+
+def calibration(results: Sequence[Result]) -> dict[str, Any] | None:
+    """Predicted against realised gain over all stages that had a preflight: Spearman's rank correlation and the points.
+
+    None with fewer than three such stages."""
+    points = [
+        {"method": r["method"], "skill": s["skill"], "gap": s["preflight"]["gap"],
+         "gain": float(_bits(s["learned"]).mean() - _bits(s["before"]).mean())}
+        for r in results for s in r["stages"] if s["preflight"]
+    ]  # fmt: skip
+    if len(points) < 3:
+        return None
+    gaps, gains = [p["gap"] for p in points], [p["gain"] for p in points]
+    spread = len(set(gaps)) > 1 and len(set(gains)) > 1
+    test = stats.spearmanr(gaps, gains) if spread else None
+    return {"n": len(points), "points": points, "rank_correlation": float(test.statistic) if test else None,  # type: ignore[union-attr]
+            "p_value": float(test.pvalue) if test else None}  # type: ignore[union-attr]  # fmt: skip
+
+
+def _decoded(result: Result) -> dict[str, Any]:
+    stages = [stage | {key: _bits(stage[key]) for key in ("before", "learned", "final")} for stage in result["stages"]]
+    return {"stages": stages, "probe": {task: _bits(bits) for task, bits in result["probe"].items()},
+            "drift": result["drift"]}  # fmt: skip
+
+
+def _draw(
+    rng: np.random.Generator, runs: int, skills: Mapping[str, Array], prior: Mapping[str, Array]
+) -> dict[str, Any]:
+    return {
+        "runs": rng.integers(runs, size=runs),
+        "items": {name: rng.integers(len(bits), size=len(bits)) for name, bits in skills.items()},
+        "prior": {task: rng.integers(len(bits), size=len(bits)) for task, bits in prior.items()},
+    }
+
+
+def _metrics(run: dict[str, Any], base: Mapping[str, Array], prior: Mapping[str, Array],
+             draw: dict[str, Any] | None) -> dict[str, float]:  # fmt: skip
+    """The metrics of one run on the drawn items."""
+
+    def mean(bits: Array, kind: str, name: str) -> float:
+        return float(bits.mean() if draw is None else bits[draw[kind][name]].mean())
+
+    stages, count = run["stages"], len(run["stages"])
+    matrix, at = np.full((count + 1, count), np.nan), list(range(1, count + 1))
+    for place, stage in enumerate(stages):
+        name = stage["skill"]
+        matrix[0, place] = mean(base[name], "items", name)
+        if place:
+            matrix[place, place] = mean(stage["before"], "items", name)
+        matrix[place + 1, place] = mean(stage["learned"], "items", name)
+        matrix[count, place] = mean(stage["final"], "items", name)
+    earlier = retention.forgetting(matrix, at)[:-1]
+    changes = [mean(bits, "prior", task) - mean(prior[task], "prior", task) for task, bits in run["probe"].items()]
+    seconds = sum(stage["seconds"].get("train", 0.0) for stage in stages)
+    return {
+        "learned": float(retention.accuracy_when_learned(matrix, at).mean()),
+        "final": retention.average_accuracy(matrix),
+        "retention": retention.mean_retention(matrix, at),
+        "forgetting": float(earlier.mean()) if len(earlier) else float("nan"),
+        "backward_transfer": retention.backward_transfer(matrix, at),
+        "forward_transfer": retention.forward_transfer(matrix, at),
+        "prior_change": float(np.mean(changes)) if changes else float("nan"),
+        "drift": run["drift"],
+        "minutes": seconds / 60,
+        "tokens": float(sum(sum(stage["tokens"].values()) for stage in stages)),
+    }
+
+
+def _mean_of(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over runs; NaN where no run of the draw has the metric."""
+    found = {metric: [run[metric] for run in runs if not np.isnan(run[metric])] for metric in METRICS}
+    return {metric: float(np.mean(values)) if values else float("nan") for metric, values in found.items()}
+
+
+def _intervals(samples: Sequence[Mapping[str, float]], metrics: Sequence[str], runs: int) -> dict[str, Any]:
+    """(mean, low, high) of each metric: the first sample is the data's own."""
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        values = np.array([sample[metric] for sample in samples])
+        drawn = values[1:][~np.isnan(values[1:])]
+        if np.isnan(values[0]):
+            found[metric] = None
+        elif runs == 1 and metric in ("drift", "minutes", "tokens"):  # one run, no items: nothing to resample
+            found[metric] = [float(values[0]), None, None]
+        else:
+            low, high = np.percentile(drawn, [2.5, 97.5])
+            found[metric] = [float(values[0]), float(low), float(high)]
+    return found
+
+
+def _by_skill(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    cells: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        for stage in result["stages"]:
+            cell = cells.setdefault(stage["skill"], {"learned": [], "final": []})
+            for key in cell:
+                cell[key].append(float(_bits(stage[key]).mean()))
+    return {skill: {key: float(np.mean(values)) for key, values in cell.items()} for skill, cell in cells.items()}
+
+
+def _average(prior: Mapping[str, Array]) -> float | None:
+    return float(np.mean([bits.mean() for bits in prior.values()])) if prior else None
+
+
+def _bits(text: str) -> Array:
+    return np.array([letter == "1" for letter in text], dtype=np.float64)
