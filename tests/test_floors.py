@@ -33,8 +33,9 @@ FLOORS = {
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
         "report.samples", "report.results", "report.process", "report.text", "report.html",
+        "bench", "bench.plan", "bench.chain_run", "bench.runner", "bench.numbers", "bench.tables",
         "export", "serve", "trackers", "progress", "demo", "cli_common", "cli_learn",
-        "cli_versions", "cli",
+        "cli_versions", "cli_bench", "cli",
     ],
 }  # fmt: skip
 ORDER = [(floor, pattern) for floor, patterns in FLOORS.items() for pattern in patterns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ def page(chain: ChainFile, found: dict[str, Any]) -> str:
         chain.about,
         "",
         f"`perdure bench` at {', '.join(found['commits'])}, {found['written'][:10]}, {found['machine']}, "
-        f"{'/'.join(map(str, found['threads']))} thread a run. Finished: {min(runs)} to {max(runs)} of {wanted} runs a row "
-        f"(order times seed); {'/'.join(map(str, sorted(set(items.values()))))} test rows a skill. In brackets 95 % "
-        "intervals over runs and items (bootstrap); with one run over items alone.",
+        f"{_listed(found['threads'])} thread a run. Finished: {min(runs)} to {max(runs)} of {wanted} runs a row (order "
+        f"times seed); {_listed(items.values())} test rows a skill. In brackets 95 % intervals over runs and items "
+        "(bootstrap); with one run over items alone.",
         "",
-        "| method | rate | runs | learned | final | retention | forward transfer | prior, points | KL | min | Mtokens |",
+        "| method | rate | runs | learned | final | retention | forward transfer | prior, points | KL | min | Mtok |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *(_row(found["labels"][name], found["rates"][name], row) for name, row in found["rows"].items()),
         "",
@@ -86,6 +86,10 @@ def page(chain: ChainFile, found: dict[str, Any]) -> str:
         lines += ["", f"Preflight: teacher gap against realised gain over {fit['n']} stages, rank correlation "
                   f"{fit['rank_correlation']:.2f} (p = {fit['p_value']:.2g})."]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return "/".join(map(str, sorted(set(numbers))))
 
 
 def _row(label: str, rate: float, row: dict[str, Any]) -> str:
@@ -162,11 +166,10 @@ def _panel(left: float, metric: str, found: dict[str, Any]) -> list[str]:
         parts.append(f'<line x1="{at(tick)}" x2="{at(tick)}" y1="{TOP}" y2="{foot}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{at(tick)}" y="{foot + 18}" text-anchor="middle" fill="#777">{said}</text>')
     for place, (name, cell) in enumerate(cells.items()):
-        if not cell or cell[0] is None:
-            continue
         y, colour = TOP + ROW * place + ROW / 2, "#1f4e79" if name == found["reference"] else "#4c78a8"
-        if cell[1] is not None and cell[2] is not None:
-            parts.append(f'<line x1="{at(cell[1])}" x2="{at(cell[2])}" y1="{y}" y2="{y}" stroke="{colour}" '
-                         'stroke-width="2"/>')  # fmt: skip
-        parts.append(f'<circle cx="{at(cell[0])}" cy="{y}" r="4" fill="{colour}"/>')
+        places = [at(value) for value in cell or () if value is not None]
+        if len(places) == 3:
+            _, start, end = places
+            parts.append(f'<line x1="{start}" x2="{end}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{place}" cy="{y}" r="4" fill="{colour}"/>' for place in places[:1]]
     return parts

@@ -1,0 +1,240 @@
+"""The bench: chain files, runs that go on where they stopped, numbers that a hand can check, tables from files."""
+
+from __future__ import annotations
+
+import json
+import xml.dom.minidom
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import NUMBERS, save_tiny_model, toy_skill
+from perdure.bench.numbers import calibration, summarise
+from perdure.bench.plan import load_chain, merged, runs_of, sweeps_of
+from perdure.bench.runner import chosen_rates, results_so_far, run_bench
+from perdure.bench.tables import write_tables
+from perdure.reporting import Silent
+from perdure.types import InputError
+from test_cli import perdure
+
+CHAIN = """
+name = "toys"
+seeds = [0]
+reference = "sft"
+skills = { colours = "colours", numbers = "numbers" }
+orders = { a = ["colours", "numbers"] }
+[settings]
+model = { source = "MODEL", compute_dtype = "float32" }
+context = { template = "turns:2" }
+preflight = { rows = 4, forecast = false }
+probe = { tasks = [] }
+[settings.train]
+steps = 6
+batch_size = 8
+warm_start_steps = 4
+learning_rate = 3e-3
+anchor_general_tokens = 2
+anchor_rows = 4
+validate_every = 3
+validation_share = 0.2
+[sweep]
+rates = [1e-3, 3e-3]
+[methods.sft]
+label = "SFT <with> anchors"
+settings.train = { method = "sft" }
+[methods.sdft]
+label = "SDFT"
+[methods.replay]
+label = "Replay"
+sweep_as = "sft"
+settings.train = { method = "sft_replay" }
+"""
+
+
+def write_chain(folder: Path, *changes: tuple[str, str]) -> Path:
+    model = save_tiny_model(folder / "model", copies=True)
+    toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)
+    text = CHAIN.replace("MODEL", str(model))
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "toys.toml").write_text(text, encoding="utf-8")
+    return folder / "toys.toml"
+
+
+# The chain file
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"numbers"] }', '"letters"] }', "no skill 'letters'"),
+        ('["colours", "numbers"]', '["colours", "colours"]', "each once"),
+        ('numbers = "numbers"', 'numbers = "nowhere"', "neither an importer nor a skill folder"),
+        ('sweep_as = "sft"', 'sweep_as = "replay"', "no other row with a sweep"),
+        ('reference = "sft"', 'reference = "dft"', "no method 'dft'"),
+        ("[methods.sdft]", '[methods."../sdft"]', "small letters, digits and hyphens"),
+        ("\nsteps = 6", "\nstepz = 6", "stepz"),
+        ('method = "sft_replay"', 'method = "sft_replay", kl_weight = 0.1', "sft_kl"),
+        ("seeds = [0]", "seeds = []", "seeds"),
+        ("seeds = [0]", "seeds = [0]\nspeed = 3", "speed"),
+        ("seeds = [0]", "seeds = [0", "toys.toml:4"),
+    ],
+)
+def test_a_wrong_chain_file_is_one_clear_error(tmp_path: Path, old: str, new: str, message: str) -> None:
+    file = write_chain(tmp_path, (old, new))
+    with pytest.raises(InputError, match=r"toys\.toml") as caught:
+        load_chain(file)
+    assert message in str(caught.value)
+
+
+def test_runs_come_seed_by_seed_with_the_rates_of_their_sweeps(tmp_path: Path) -> None:
+    chain = load_chain(write_chain(tmp_path, ("seeds = [0]", "seeds = [0, 1]")))
+    plans = runs_of(chain, {"sft": 1e-3})
+    assert [plan.key for plan in plans[:4]] == ["sft.a.0", "sdft.a.0", "replay.a.0", "sft.a.1"]
+    assert [plan.config.train.learning_rate for plan in plans[:3]] == [1e-3, 3e-3, 1e-3]
+    assert [plan.config.train.method for plan in plans[:3]] == ["sft", "sdft", "sft_replay"]
+    assert not plans[0].config.gate.enforce and plans[0].config.seed == 0 and plans[3].config.seed == 1
+    assert len({plan.identity for plan in plans}) == 6
+    assert [(p.method, p.rate) for p in sweeps_of(chain)] == [
+        ("sft", 1e-3), ("sft", 3e-3), ("sdft", 1e-3), ("sdft", 3e-3)
+    ]  # fmt: skip
+    assert all(plan.skills == ("colours",) for plan in sweeps_of(chain))
+
+
+def test_later_sections_win_key_by_key() -> None:
+    assert merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": {"z": 4}}) == {"a": {"x": 1, "y": 3}, "b": {"z": 4}}
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("bench")
+    file, out = write_chain(folder), folder / "out"
+    return file, out, run_bench(load_chain(file), file, out, 2, [], [], Silent())
+
+
+def test_every_run_ends_with_its_numbers_and_without_weights(ran: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    _, out, results = ran
+    assert [result["key"] for result in results] == ["sft.a.0", "sdft.a.0", "replay.a.0"]
+    for result in results:
+        assert [stage["skill"] for stage in result["stages"]] == ["colours", "numbers"]
+        assert all(len(stage[key]) == 8 for stage in result["stages"] for key in ("before", "learned", "final"))
+        assert result["stages"][-1]["learned"] == result["stages"][-1]["final"]
+        assert result["drift"] > 0 and result["stages"][0]["steps"] == 6 and result["threads"] >= 1
+        assert bool(result["stages"][0]["preflight"]) is (result["method"] == "sdft")
+    assert not list(out.rglob("*.safetensors"))
+    base = json.loads((out / "base.json").read_text())
+    assert base["skills"].keys() == {"colours", "numbers"} and base["probe"] == {}
+
+
+def test_the_rate_is_the_one_that_validates_best(ran: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    file, out, results = ran
+    sweeps = sweeps_of(load_chain(file))
+    rates = chosen_rates(sweeps, out)
+    for method in ("sft", "sdft"):
+        found = [json.loads((out / "runs" / p.key / "result.json").read_text()) for p in sweeps if p.method == method]
+        best = max(result["stages"][0]["validation"] for result in found)
+        assert rates[method] == min(r["rate"] for r in found if r["stages"][0]["validation"] == best)
+    assert {result["method"]: result["rate"] for result in results} == rates | {"replay": rates["sft"]}
+
+
+def test_the_same_call_repeats_nothing_and_a_changed_file_is_refused(
+    ran: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    file, out, results = ran
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    chain = load_chain(file)
+    assert run_bench(chain, file, out, 1, [], [], Silent()) == results == results_so_far(chain, out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(InputError, match="has no dft, 7"):
+        run_bench(chain, file, out, 1, ["dft"], [7], Silent())
+    (other := file.with_name("other.toml")).write_text(file.read_text().replace("\nsteps = 6", "\nsteps = 7"))
+    with pytest.raises(InputError, match="other settings"):
+        results_so_far(load_chain(other), out)
+
+
+def test_tables_and_plots_are_made_from_the_files(ran: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    file, out, results = ran
+    found = write_tables(load_chain(file), out, results)
+    assert json.loads((out / "results.json").read_text())["rows"] == found["rows"]
+    text = (out / "results.md").read_text()
+    assert "| SDFT | " in text and "Paired difference to SFT <with> anchors" in text
+    for name in ("kept.svg", "rest.svg", "cost.svg"):
+        drawn = xml.dom.minidom.parse(str(out / name))  # an unescaped label would not parse
+        assert len(drawn.getElementsByTagName("circle")) >= 3
+    with pytest.raises(InputError, match="no finished run"):
+        write_tables(load_chain(file), out, [])
+
+
+def test_the_command_shows_what_is_finished(ran: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    file, out, _ = ran
+    done = perdure("bench", file, "--out", out, "--tables")
+    assert done.returncode == 0 and "| SDFT | " in done.stdout, done.stderr
+    assert json.loads(perdure("bench", file, "--out", out, "--tables", "--json").stdout)["chain"] == "toys"
+    missing = perdure("bench", file.with_name("none.toml"), "--out", out)
+    assert missing.returncode == 2 and "none.toml" in missing.stderr and "Traceback" not in missing.stderr
+
+
+# Numbers
+
+
+def stage(skill: str, before: str, learned: str, final: str, gap: float | None = None) -> dict[str, Any]:
+    return {"skill": skill, "before": before, "learned": learned, "final": final, "seconds": {"train": 30.0},
+            "tokens": {"student": 10, "teacher": 5}, "preflight": None if gap is None else {"gap": gap}}  # fmt: skip
+
+
+def result(method: str, *stages: dict[str, Any], seed: int = 0, probe: str = "1100") -> dict[str, Any]:
+    return {"method": method, "order": "a", "seed": seed, "stages": list(stages), "probe": {"piqa": probe},
+            "drift": 0.5}  # fmt: skip
+
+
+BASE = {"skills": {"x": "0000", "y": "1000"}, "probe": {"piqa": "1110"}}
+
+
+def test_the_metrics_are_those_of_the_definitions() -> None:
+    found = summarise([result("m", stage("x", "0000", "1111", "1110"), stage("y", "1100", "1110", "1110"))], BASE, "m")
+    row = {key: value and value[0] for key, value in found["rows"]["m"].items() if key != "runs"}
+    assert row == {
+        "learned": 0.875, "final": 0.75, "retention": 0.75, "forgetting": 0.25, "backward_transfer": -0.25,
+        "forward_transfer": 0.25, "prior_change": -0.25, "drift": 0.5, "minutes": 1.0, "tokens": 30.0,
+    }  # fmt: skip
+    assert found["rows"]["m"]["drift"] == [0.5, None, None]  # one run: nothing to resample
+    low, high = found["rows"]["m"]["final"][1:]
+    assert low < 0.75 < high
+    assert found["skills"]["m"] == {"x": {"learned": 1.0, "final": 0.75}, "y": {"learned": 0.75, "final": 0.75}}
+    assert found["base"]["prior"] == 0.75
+
+
+def test_differences_are_paired_over_items_and_runs() -> None:
+    """Two methods that answer alike differ by nothing, however wide their own intervals."""
+    mixed = "10" * 20
+    base = {"skills": {"x": "0" * 40, "y": "0" * 40}, "probe": {"piqa": mixed}}
+    both = (stage("x", "0" * 40, mixed, mixed), stage("y", "0" * 40, mixed, mixed))
+    runs = [result(name, *both, seed=seed, probe=mixed) for name in ("a", "b") for seed in (0, 1)]
+    found = summarise(runs, base, "a")
+    assert found["rows"]["b"]["final"][2] - found["rows"]["b"]["final"][1] > 0.1
+    assert found["differences"] == {"b": {key: [0.0, 0.0, 0.0] for key in found["differences"]["b"]}}
+    # A run that only one of the two has does not count.
+    worse = (stage("x", "0" * 40, "0" * 40, "0" * 40), stage("y", "0" * 40, "0" * 40, "0" * 40))
+    found = summarise([*runs, result("b", *worse, seed=2, probe=mixed)], base, "a")
+    assert found["differences"]["b"]["final"][0] == 0 and found["rows"]["b"]["final"][0] < 0.5
+
+
+def test_the_same_numbers_come_out_again() -> None:
+    runs = [result("m", stage("x", "0000", "1111", "1100"), stage("y", "1000", "1110", "1110"), seed=s) for s in (0, 1)]
+    assert summarise(runs, BASE, "m") == summarise(runs, BASE, "m")
+
+
+def test_calibration_ranks_predicted_against_realised_gain() -> None:
+    gains = [("0000", "1000", 0.1), ("0000", "1100", 0.4), ("0000", "1111", 0.9)]
+    runs = [result("m", stage("x", before, learned, learned, gap)) for before, learned, gap in gains]
+    fit = calibration(runs)
+    assert fit is not None and fit["rank_correlation"] == pytest.approx(1) and fit["n"] == 3
+    assert [point["gain"] for point in fit["points"]] == [0.25, 0.5, 1.0]
+    assert calibration(runs[:2]) is None
+    same = calibration([result("m", stage("x", "0000", "1000", "1000", 0.5))] * 3)
+    assert same is not None and same["rank_correlation"] is None
