@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import xml.dom.minidom
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
 from perdure.bench.numbers import calibration, summarise
-from perdure.bench.plan import load_chain, merged, runs_of, sweeps_of
+from perdure.bench.plan import Source, load_chain, merged, runs_of, sweeps_of
 from perdure.bench.runner import chosen_rates, results_so_far, run_bench
+from perdure.bench.sources import harder, skill_folder
 from perdure.bench.tables import write_tables
 from perdure.reporting import Silent
+from perdure.skills.base import load_skill
 from perdure.types import InputError
 from test_cli import perdure
 
@@ -105,6 +109,25 @@ def test_runs_come_seed_by_seed_with_the_rates_of_their_sweeps(tmp_path: Path) -
 
 def test_later_sections_win_key_by_key() -> None:
     assert merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": {"z": 4}}) == {"a": {"x": 1, "y": 3}, "b": {"z": 4}}
+
+
+def test_a_harder_source_changes_training_rows_alone(tmp_path: Path) -> None:
+    origin = load_skill(toy_skill(tmp_path / "colours"))
+    folder = skill_folder(tmp_path / "out", tmp_path, "few", Source(of="colours", rows=10, noise=0.4))
+    found = load_skill(folder)
+    assert found.name == "few" and found.test == tuple(replace(e, origin=e.origin.replace(str(tmp_path / "colours"),
+        str(folder))) for e in origin.test)  # fmt: skip
+    assert [e.messages for e in found.train] == [e.messages for e in origin.train[:10]]
+    answers = [(e.demonstration or {})["content"] for e in found.train]
+    truth = [(e.demonstration or {})["content"] for e in origin.train[:10]]
+    assert sorted(answers) == sorted(truth) and 1 <= sum(a != t for a, t in zip(answers, truth, strict=True)) <= 4
+    assert skill_folder(tmp_path / "out", tmp_path, "few", Source(of="colours", rows=10, noise=0.4)) == folder
+    assert skill_folder(tmp_path / "out", tmp_path, "own", Source(of="colours")) == tmp_path / "colours"
+    rows = [{"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": f"a{n}"}]}
+            for n in range(4)]  # fmt: skip
+    mixed = harder(rows, Source(of="x", noise=0.9), random.Random(0))
+    assert sum(a["messages"] != b["messages"] for a, b in zip(rows, mixed, strict=True)) == 4
+    assert rows[0]["messages"][-1]["content"] == "a0"
 
 
 # Runs

@@ -56,6 +56,11 @@ class Preflight:
     gap: float
     template: str
     kl_teacher_student: float
+    demonstration_probability: float
+    """Mean probability that the student gives a demonstration token without seeing the demonstration."""
+    style_distance: float
+    """How much worse than its own expectation the student predicts the demonstrations, nats a token: its negative
+    log-likelihood of their tokens minus its entropy there. About 0 for text in the model's own manner."""
     identity_kl: float
     leak_share: float
     window: dict[str, Any]
@@ -154,11 +159,27 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
         scores.append(_measure(subject, rows, template, train.micro_batch_tokens, answers))
         clock.lap("teacher-forced")
     best = choose_template(scores)
+    probability, distance = _as_the_student_sees_it(subject, rows, train.micro_batch_tokens)
     taken = {"student": clock.seconds["student"] / len(rows), "teacher": clock.seconds[best.template] / len(rows)}
     ready, advice = _judge(config, student.accuracy, best)
-    return Preflight(subject.skill, len(rows), student.accuracy, best.accuracy, best.accuracy - student.accuracy,
-                     best.template, best.kl, identity, best.leak_share, window, tuple(scores), taken, ready,
-                     tuple(advice))  # fmt: skip
+    return Preflight(
+        skill=subject.skill,
+        n=len(rows),
+        student_accuracy=student.accuracy,
+        teacher_accuracy=best.accuracy,
+        gap=best.accuracy - student.accuracy,
+        template=best.template,
+        kl_teacher_student=best.kl,
+        demonstration_probability=probability,
+        style_distance=distance,
+        identity_kl=identity,
+        leak_share=best.leak_share,
+        window=window,
+        templates=tuple(scores),
+        row_seconds=taken,
+        ready=ready,
+        advice=tuple(advice),
+    )
 
 
 def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
@@ -209,6 +230,23 @@ def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) 
         probability += of_teacher["target_probability"]
         count += len(batch.targets_N)
     return kl / count, probability / count
+
+
+@torch.no_grad()
+def _as_the_student_sees_it(subject: Subject, rows: Sequence[Example], budget: int) -> tuple[float, float]:
+    """The student's mean probability of a demonstration token, and the demonstrations' style distance."""
+    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows]
+    lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
+    sums, nll, count = {"target_probability": 0.0, "entropy": 0.0}, 0.0, 0
+    for group in micro_batches(range(len(rollouts)), lengths, budget):
+        batch = collate([rollouts[i] for i in group], "student", subject.student.pad_id)
+        none, ones = torch.zeros_like(batch.weights_N), torch.ones_like(batch.weights_N)
+        inputs = LossInputs(hidden_at_loss_positions(subject.working, batch), None, batch.targets_N, none,
+                            batch.demonstrated_N, label_weights_N=ones)  # fmt: skip
+        total, metrics = chunked_loss(LossSpec(), inputs, head_of(subject.working), None)
+        sums = {key: value + metrics[key] for key, value in sums.items()}
+        nll, count = nll + float(total), count + len(batch.targets_N)
+    return sums["target_probability"] / count, (nll - sums["entropy"]) / count
 
 
 @torch.no_grad()

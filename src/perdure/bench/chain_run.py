@@ -21,7 +21,6 @@ from perdure.contexts import collate
 from perdure.curriculum import learn
 from perdure.files import code_state, environment, now, read_json, read_jsonl, replace_text
 from perdure.fused import LossInputs, chunked_loss
-from perdure.importers import IMPORTERS
 from perdure.losses import LossSpec
 from perdure.measure import known_scores, measure_probe, measure_skill, skill_items
 from perdure.models import head_of, hidden_at_loss_positions
@@ -56,16 +55,6 @@ class FileReporter(Silent):
     def note(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{now()} {text}\n")
-
-
-def skill_folder(out: Path, chain_folder: Path, name: str, source: str) -> Path:
-    """The skill's folder: imported into the bench once, or the user's own."""
-    if source not in IMPORTERS:
-        return chain_folder / source
-    target = out / "skills" / name
-    if not target.is_dir():
-        IMPORTERS[source](target, 0)
-    return target
 
 
 def finished(folder: Path, plan: RunPlan) -> dict[str, Any] | None:

@@ -34,6 +34,17 @@ class MethodRow(_Part):
     """Takes the rate found for another row: one that trains on the same rows while there is no earlier skill."""
 
 
+class Source(_Part):
+    """Where a skill comes from, and what is done to its training rows to make it harder; test rows stay as they are."""
+
+    of: str
+    """An importer, or a skill folder relative to the chain file."""
+    rows: int | None = Field(default=None, ge=1)
+    """Only so many training rows."""
+    noise: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows that get the answer of another row."""
+
+
 class Sweep(_Part):
     """Each row's learning rate: the best validation accuracy on the first skill; of equals the smallest rate."""
 
@@ -48,8 +59,8 @@ class ChainFile(_Part):
     name: str = Field(pattern=f"^{NAME}$")
     about: str = ""
     seeds: tuple[int, ...] = Field(min_length=1)
-    skills: dict[str, str] = Field(min_length=1)
-    """Name -> importer, or a skill folder relative to this file."""
+    skills: dict[str, str | Source] = Field(min_length=1)
+    """Name -> importer or skill folder, or a Source that says more."""
     orders: dict[str, tuple[str, ...]] = Field(min_length=1)
     settings: dict[str, dict[str, Any]] = {}
     methods: dict[str, MethodRow] = Field(min_length=1)
@@ -57,14 +68,19 @@ class ChainFile(_Part):
     reference: str | None = None
     """The row that the others are compared with; default: the first."""
 
+    def source(self, skill: str) -> Source:
+        found = self.skills[skill]
+        return Source(of=found) if isinstance(found, str) else found
+
     @model_validator(mode="after")
     def _known(self) -> ChainFile:
         problems = [f"orders.{name}: no skill {skill!r}" for name, order in self.orders.items() for skill in order
                     if skill not in self.skills]  # fmt: skip
         problems += [f"orders.{name}: needs at least one skill, each once" for name, order in self.orders.items()
                      if not order or len(set(order)) < len(order)]  # fmt: skip
-        problems += [f"{name}: names of methods and orders are small letters, digits and hyphens"
-                     for name in (*self.methods, *self.orders) if not re.fullmatch(NAME, name)]  # fmt: skip
+        named = (*self.methods, *self.orders, *self.skills)
+        problems += [f"{name}: names of methods, orders and skills are small letters, digits and hyphens"
+                     for name in named if not re.fullmatch(NAME, name)]  # fmt: skip
         if self.reference is not None and self.reference not in self.methods:
             problems.append(f"reference: no method {self.reference!r}")
         sweeping = {name for name, row in self.methods.items() if row.sweep_as is None}
@@ -119,7 +135,8 @@ def load_chain(path: Path) -> ChainFile:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     chain = parse(ChainFile, parse_toml(data, path), where=str(path))
-    for name, source in chain.skills.items():
+    for name in chain.skills:
+        source = chain.source(name).of
         if source not in IMPORTERS and not (path.parent / source / "skill.toml").is_file():
             raise InputError(f"{path}: skills.{name}: {source!r} is neither an importer nor a skill folder beside it")
     try:

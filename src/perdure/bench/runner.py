@@ -9,8 +9,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from perdure.bench.chain_run import finished, measure_base, run_chain, skill_folder
+from perdure.bench.chain_run import finished, measure_base, run_chain
 from perdure.bench.plan import ChainFile, RunPlan, runs_of, sweeps_of
+from perdure.bench.sources import skill_folder
 from perdure.files import read_json
 from perdure.reporting import Reporter
 from perdure.types import InputError
@@ -29,7 +30,7 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
     ]:
         raise InputError(f"{file}: has no {', '.join(unknown)}")
     out.mkdir(parents=True, exist_ok=True)
-    skills = {name: skill_folder(out, file.parent, name, source) for name, source in chain.skills.items()}
+    skills = {name: skill_folder(out, file.parent, name, chain.source(name)) for name in chain.skills}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     base = out / "base.json"
 
