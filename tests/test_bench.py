@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
-from perdure.bench.numbers import calibration, summarise
+from perdure.bench.numbers import calibration, growth, summarise
 from perdure.bench.plan import Source, load_chain, merged, runs_of, sweeps_of
 from perdure.bench.runner import chosen_rates, results_so_far, run_bench
 from perdure.bench.sources import harder, skill_folder
@@ -206,8 +206,11 @@ def test_the_command_shows_what_is_finished(ran: tuple[Path, Path, list[dict[str
 
 
 def stage(skill: str, before: str, learned: str, final: str, gap: float | None = None) -> dict[str, Any]:
-    return {"skill": skill, "before": before, "learned": learned, "final": final, "seconds": {"train": 30.0},
-            "tokens": {"student": 10, "teacher": 5}, "preflight": None if gap is None else {"gap": gap}}  # fmt: skip
+    return {
+        "skill": skill, "before": before, "learned": learned, "final": final, "seconds": {"train": 30.0},
+        "scores": {skill: learned.count("1") / len(learned)}, "tokens": {"student": 10, "teacher": 5},
+        "preflight": None if gap is None else {"gap": gap},
+    }  # fmt: skip
 
 
 def result(method: str, *stages: dict[str, Any], seed: int = 0, probe: str = "1100") -> dict[str, Any]:
@@ -215,11 +218,17 @@ def result(method: str, *stages: dict[str, Any], seed: int = 0, probe: str = "11
             "drift": 0.5}  # fmt: skip
 
 
+def _with_x(later: dict[str, Any]) -> dict[str, Any]:
+    return later | {"scores": later["scores"] | {"x": 0.75, "again": 0.5}}
+
+
 BASE = {"skills": {"x": "0000", "y": "1000"}, "probe": {"piqa": "1110"}}
 
 
 def test_the_metrics_are_those_of_the_definitions() -> None:
-    found = summarise([result("m", stage("x", "0000", "1111", "1110"), stage("y", "1100", "1110", "1110"))], BASE, "m")
+    found = summarise(
+        [result("m", stage("x", "0000", "1111", "1110"), _with_x(stage("y", "1100", "1110", "1110")))], BASE, "m"
+    )
     row = {key: value and value[0] for key, value in found["rows"]["m"].items() if key != "runs"}
     assert row == {
         "learned": 0.875, "final": 0.75, "retention": 0.75, "forgetting": 0.25, "backward_transfer": -0.25,
@@ -236,20 +245,35 @@ def test_differences_are_paired_over_items_and_runs() -> None:
     """Two methods that answer alike differ by nothing, however wide their own intervals."""
     mixed = "10" * 20
     base = {"skills": {"x": "0" * 40, "y": "0" * 40}, "probe": {"piqa": mixed}}
-    both = (stage("x", "0" * 40, mixed, mixed), stage("y", "0" * 40, mixed, mixed))
+    both = (stage("x", "0" * 40, mixed, mixed), _with_x(stage("y", "0" * 40, mixed, mixed)))
     runs = [result(name, *both, seed=seed, probe=mixed) for name in ("a", "b") for seed in (0, 1)]
     found = summarise(runs, base, "a")
     assert found["rows"]["b"]["final"][2] - found["rows"]["b"]["final"][1] > 0.1
     assert found["differences"] == {"b": {key: [0.0, 0.0, 0.0] for key in found["differences"]["b"]}}
     # A run that only one of the two has does not count.
-    worse = (stage("x", "0" * 40, "0" * 40, "0" * 40), stage("y", "0" * 40, "0" * 40, "0" * 40))
+    worse = (stage("x", "0" * 40, "0" * 40, "0" * 40), _with_x(stage("y", "0" * 40, "0" * 40, "0" * 40)))
     found = summarise([*runs, result("b", *worse, seed=2, probe=mixed)], base, "a")
     assert found["differences"]["b"]["final"][0] == 0 and found["rows"]["b"]["final"][0] < 0.5
 
 
 def test_the_same_numbers_come_out_again() -> None:
-    runs = [result("m", stage("x", "0000", "1111", "1100"), stage("y", "1000", "1110", "1110"), seed=s) for s in (0, 1)]
+    runs = [
+        result("m", stage("x", "0000", "1111", "1100"), _with_x(stage("y", "1000", "1110", "1110")), seed=s)
+        for s in (0, 1)
+    ]
     assert summarise(runs, BASE, "m") == summarise(runs, BASE, "m")
+
+
+def test_growth_follows_the_number_of_skills() -> None:
+    first, second = stage("x", "0000", "1111", "1110"), stage("y", "0000", "1100", "1100")
+    second |= {"scores": {"x": 0.75, "y": 0.5}, "seconds": {"train": 10.0, "probe": 4.0}}
+    found = growth([result("m", first, second), result("m", first, second | {"scores": {"x": 0.25, "y": 0.5}}, seed=1)])
+    assert found == [
+        {"skills": 1, "first": None, "earlier": None, "train": 30.0, "rest": 0.0},
+        {"skills": 2, "first": 0.5, "earlier": 0.5, "train": 10.0, "rest": 4.0},
+    ]
+    never = stage("x", "0000", "0000", "0000")
+    assert growth([result("m", never, second)])[1]["first"] is None  # nothing learned, nothing to keep
 
 
 def test_calibration_ranks_predicted_against_realised_gain() -> None:

@@ -26,7 +26,8 @@ RESAMPLES = 1000
 
 def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, seed: int = 0) -> dict[str, Any]:
     """``rows``: method -> metric -> (mean, low, high), None where not measured; ``differences`` to ``reference`` over
-    the runs that both have; ``skills``: method -> skill -> accuracy when learned and at the end; ``calibration``."""
+    the runs that both have; ``skills``: method -> skill -> accuracy when learned and at the end; ``growth`` and
+    ``calibration``."""
     methods = list(dict.fromkeys(result["method"] for result in results))
     runs = list(dict.fromkeys((result["order"], result["seed"]) for result in results))
     found = {(r["method"], r["order"], r["seed"]): _decoded(r) for r in results}
@@ -52,10 +53,38 @@ def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, s
                  for method in methods},
         "differences": {method: _intervals(values, PAIRED, 1) for method, values in paired.items() if values},
         "skills": {method: _by_skill([r for r in results if r["method"] == method]) for method in methods},
+        "growth": {method: growth([r for r in results if r["method"] == method]) for method in methods},
         "calibration": calibration(results),
         "base": {"skills": {name: float(bits.mean()) for name, bits in whole.items()},
                  "prior": _average(prior), "items": {name: len(bits) for name, bits in whole.items()}},
     }  # fmt: skip
+
+
+def growth(results: Sequence[Result]) -> list[dict[str, float | None]]:
+    """By number of skills taught, mean over runs: retention of the first skill and of all earlier ones, seconds of
+    training and of everything else in the stage."""
+    places: list[dict[str, float | None]] = []
+    for place in range(max(len(result["stages"]) for result in results)):
+        stages = [result["stages"][: place + 1] for result in results if len(result["stages"]) > place]
+        kept = [[_ratio(run[-1]["scores"][s["skill"]], _bits(s["learned"]).mean()) for s in run[:-1]] for run in stages]
+        train = [run[-1]["seconds"].get("train", 0.0) for run in stages]
+        places.append({
+            "skills": place + 1,
+            "first": _nan_mean([run[0] for run in kept if run]),
+            "earlier": _nan_mean([value for run in kept for value in run]),
+            "train": float(np.mean(train)),
+            "rest": float(np.mean([sum(run[-1]["seconds"].values()) for run in stages]) - np.mean(train)),
+        })  # fmt: skip
+    return places
+
+
+def _ratio(now: float, learned: float) -> float:
+    return now / learned if learned else float("nan")
+
+
+def _nan_mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
 
 
 def calibration(results: Sequence[Result]) -> dict[str, Any] | None:

@@ -82,10 +82,26 @@ def page(chain: ChainFile, found: dict[str, Any]) -> str:
         *(f"| {found['labels'][name]} | " + " | ".join(_pair(row.get(skill)) for skill in chain.skills) + " |"
           for name, row in found["skills"].items()),
     ]  # fmt: skip
+    if len(chain.skills) > 2:
+        lines += _growth(found)
     if (fit := found["calibration"]) and fit["rank_correlation"] is not None:
         lines += ["", f"Preflight: teacher gap against realised gain over {fit['n']} stages, rank correlation "
                   f"{fit['rank_correlation']:.2f} (p = {fit['p_value']:.2g})."]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _growth(found: dict[str, Any]) -> list[str]:
+    """How retention and cost go with the number of skills."""
+    places = max(found["growth"].values(), key=len)
+    title = "By number of skills taught: retention of the first / of all earlier skills; seconds of training + rest:"
+    lines = ["", title, "",
+             "| method | " + " | ".join(str(place["skills"]) for place in places) + " |",
+             "|---" * (1 + len(places)) + "|"]  # fmt: skip
+    for name, row in found["growth"].items():
+        cells = [" / ".join("-" if value is None else f"{value:.2f}" for value in (p["first"], p["earlier"]))
+                 + f"; {p['train']:.0f} + {p['rest']:.0f}" for p in row]  # fmt: skip
+        lines.append(f"| {found['labels'][name]} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _listed(numbers: Iterable[int]) -> str:
