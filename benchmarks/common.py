@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from perdure.anchors import make_anchors
 from perdure.checkpoint import load_weights, save_weights
 from perdure.config import RunConfig, TrainConfig
 from perdure.contexts import parse_template
@@ -74,11 +73,6 @@ def _train_states(session: Session) -> None:
             train(make_stage(session, skill(), config, FOLDER / "runs" / f"{state}-{last}"), config)
             (FOLDER / "states").mkdir(parents=True, exist_ok=True)
             save_weights(session.loaded.model, FOLDER / "states" / f"{state}.safetensors")
-
-
-def general_anchors(session: Session, config: TrainConfig) -> Anchors:
-    """General prompts with what the present student says to them."""
-    return make_anchors(session, (), config, 0)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -73,17 +73,17 @@ class TrainConfig(_Section):
     """Rows a step, anchors included."""
     micro_batch_tokens: int = Field(default=4096, ge=64)
     """Most padded tokens in one forward pass."""
-    anchor_share: float = Field(default=0.25, ge=0, lt=1)
+    anchor_share: float = Field(default=0.375, ge=0, lt=1)
     """Share of each batch without a demonstration: earlier skills' prompts and general ones."""
-    anchor_earlier_share: float = Field(default=0.5, ge=0, le=1)
+    anchor_earlier_share: float = Field(default=0.67, ge=0, le=1)
     """Of the anchors, the share from earlier skills; before there are any, these rows are demonstrations."""
-    anchor_rows: int = Field(default=48, ge=1)
+    anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_general_tokens: int = Field(default=32, ge=1)
     """Longest answer to a general prompt, in tokens."""
     warm_start_steps: int = Field(default=40, ge=0)
     """At most this many first steps score the demonstration's own tokens instead of sampling."""
-    warm_start_until: float = Field(default=0.8, gt=0, le=1)
+    warm_start_until: float = Field(default=0.98, gt=0, le=1)
     """The warm start ends early when the student's mean probability of a demonstration token passes this."""
     demonstration_weight: float = Field(default=0.0, ge=0, le=1)
     """sdft only: share of the demonstration's own token in the target, where the completion is the demonstration."""
@@ -97,7 +97,7 @@ class TrainConfig(_Section):
     skip_first_tokens: int = Field(default=0, ge=0)
     """Completion tokens at the start of each row that carry no loss (the paper's code: 3)."""
     sampling_temperature: float = Field(default=1.0, gt=0)
-    learning_rate: float = Field(default=3e-5, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     warmup_steps: int = Field(default=5, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

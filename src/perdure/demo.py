@@ -25,12 +25,7 @@ SETTINGS: dict[str, Any] = {
     "preflight": {"rows": 24},
     "train": {
         "steps": 38,
-        "learning_rate": 1e-4,
-        "anchor_share": 0.375,
-        "anchor_earlier_share": 0.67,
-        "anchor_rows": 64,
         "warm_start_steps": 28,
-        "warm_start_until": 0.98,
         "validate_every": 10,
         "validation_max": 24,
         "checkpoint_every": 20,
