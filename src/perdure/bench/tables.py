@@ -138,14 +138,15 @@ def _pair(cell: dict[str, float] | None) -> str:
     return "-" if cell is None else f"{100 * cell['learned']:.0f} / {100 * cell['final']:.0f}"
 
 
-LEFT, PANEL, GAP, ROW, TOP = 190, 210, 34, 24, 58
-"""SVG units: room for labels, width of a panel, space between panels, height of a row, room for titles."""
+PANEL, GAP, ROW, TOP, LETTER = 200, 56, 24, 58, 7
+"""SVG units: width of a panel, space between panels, height of a row, room for titles, width of a letter."""
 
 
 def plot(title: str, metrics: Sequence[str], found: dict[str, Any]) -> str:
     """A row a method, a panel a metric: mean as a dot, interval as a line. The reference is drawn darker."""
     rows = found["rows"]
-    height, width = TOP + ROW * len(rows) + 34, LEFT + len(metrics) * (PANEL + GAP)
+    left = 24 + LETTER * max(len(found["labels"][name]) for name in rows)
+    height, width = TOP + ROW * len(rows) + 34, left + len(metrics) * (PANEL + GAP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
@@ -155,10 +156,10 @@ def plot(title: str, metrics: Sequence[str], found: dict[str, Any]) -> str:
     for place, name in enumerate(rows):
         y = TOP + ROW * place + ROW / 2
         weight = ' font-weight="600"' if name == found["reference"] else ""
-        parts.append(f'<text x="{LEFT - 12}" y="{y + 4:g}" text-anchor="end"{weight}>'
+        parts.append(f'<text x="{left - 12}" y="{y + 4:g}" text-anchor="end"{weight}>'
                      f"{html.escape(found['labels'][name])}</text>")  # fmt: skip
     for place, metric in enumerate(metrics):
-        parts += _panel(LEFT + place * (PANEL + GAP), metric, found)
+        parts += _panel(left + place * (PANEL + GAP), metric, found)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -168,7 +169,8 @@ def _panel(left: float, metric: str, found: dict[str, Any]) -> list[str]:
     values = [value for cell in cells.values() if cell for value in cell if value is not None]
     if not values:
         return []
-    ticks = nice_ticks(min(values), max(values))
+    spread = max(values) - min(values)
+    ticks = nice_ticks(min(values) - (0.0 if spread > 1e-9 else 0.1), max(values))
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
     foot = TOP + ROW * len(cells)
     percent = metric in ("learned", "final", "prior_change")
