@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 FLOORS = {
     "F0 words": ["", "types", "methods", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds"],
-    "F2 text and weights": ["files", "contexts", "packing", "attention", "models", "teacher", "likelihood"],
+    "F2 text and weights": ["files", "contexts", "packing", "attention", "adapters", "models", "teacher", "likelihood"],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
         "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.base",

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from perdure.adapters import trainable
 from perdure.files import sync_folder, sync_path
 
 BEST = "best.safetensors"
@@ -27,8 +28,8 @@ _PREFIX = "checkpoint-"
 def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.Optimizer,
                     teacher: Mapping[str, Tensor], loop: dict[str, Any]) -> None:  # fmt: skip
     """Write ``run/checkpoint-<step>``: the state after ``step`` optimizer steps. ``loop`` must be JSON."""
-    tensors = {f"student.{name}": p.detach() for name, p in student.named_parameters()}
-    for name, parameter in student.named_parameters():
+    tensors = {f"student.{name}": p.detach() for name, p in trainable(student).items()}
+    for name, parameter in trainable(student).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors |= {f"teacher.{name}": value for name, value in teacher.items()}
@@ -82,7 +83,7 @@ def load_checkpoint(
     Raises ValueError when the checkpoint is of a model with other weights."""
     tensors = load_file(folder / "state.safetensors")
     teacher: dict[str, Tensor] = {}
-    parameters = dict(student.named_parameters())
+    parameters = trainable(student)
     kept = {key.removeprefix("student.") for key in tensors if key.startswith("student.")}
     if kept != parameters.keys():
         raise ValueError(f"{folder}: holds other weights than this model: {sorted(kept ^ parameters.keys())[:5]}")
@@ -99,10 +100,12 @@ def load_checkpoint(
     return json.loads((folder / "loop.json").read_text(encoding="utf-8")), teacher
 
 
-def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    """The student's weights in a checkpoint, by name."""
+def load_student(folder: Path, student: Any) -> None:
+    """Put only the student's weights of a checkpoint back."""
     tensors = load_file(folder / "state.safetensors")
-    return {key.removeprefix("student."): value for key, value in tensors.items() if key.startswith("student.")}
+    with torch.no_grad():
+        for name, parameter in trainable(student).items():
+            parameter.copy_(tensors[f"student.{name}"])
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -110,9 +113,9 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def save_weights(student: Any, path: Path) -> None:
-    """The student's parameters as one safetensors file, replaced atomically."""
+    """The student's parameters that train as one safetensors file, replaced atomically."""
     beside = path.with_name(f".{path.name}.tmp")
-    save_file({name: p.detach().contiguous() for name, p in student.named_parameters()}, beside)
+    save_file({name: p.detach().contiguous() for name, p in trainable(student).items()}, beside)
     sync_path(beside)
     os.replace(beside, path)
 
@@ -121,5 +124,5 @@ def load_weights(student: Any, path: Path) -> None:
     """Put parameters written by ``save_weights`` back."""
     tensors = load_file(path)
     with torch.no_grad():
-        for name, parameter in student.named_parameters():
+        for name, parameter in trainable(student).items():
             parameter.copy_(tensors[name])

@@ -100,6 +100,16 @@ class TrainConfig(_Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup_steps: int = Field(default=5, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    lora_rank: int = Field(default=0, ge=0)
+    """Above 0 the stage trains low-rank adapters of this rank, merged into full weights at its end; they want a higher
+    learning rate (about ten times)."""
+    lora_alpha: float = Field(default=32.0, gt=0)
+    """The adapters' product is scaled by alpha / rank (rslora: by alpha / sqrt(rank))."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers that get an adapter, such as q_proj; empty = every linear layer but the head."""
+    lora_rslora: bool = False
+    lora_dora: bool = False
+    """Weight-decomposed adapters: direction by the product, magnitude learned beside."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     validation_share: float = Field(default=0.1, ge=0, lt=1)
     validation_max: int = Field(default=32, ge=0)
@@ -125,11 +135,17 @@ class TrainConfig(_Section):
             ("kl_weight", "method", "sft_kl"),
             ("reinvoke_steps", "method", "reinvoke"),
         )
-        return [
+        found = [
             f'{name} has an effect only with {owner} = "{value}"'
             for name, owner, value in uses
-            if getattr(self, name) != type(self).model_fields[name].default and getattr(self, owner) != value
+            if self._changed(name) and getattr(self, owner) != value
         ]
+        of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora")
+        return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
+                        if self._changed(name) and not self.lora_rank]  # fmt: skip
+
+    def _changed(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default
 
     def _unsampled(self) -> list[str]:
         """``sampled`` is an estimate from the student's own samples; over any other tokens it is another loss."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perdure.adapters import adapted
 from perdure.anchors import answered, general_prompts
 from perdure.config import CostConfig, RunConfig, TrainConfig
 from perdure.evaluate import evaluate
@@ -80,6 +81,11 @@ def _decoded(train: TrainConfig, demonstrations: int, rows: int) -> int:
 
 def _step_seconds(stage: Any, train: TrainConfig) -> float:
     """One step on demonstrations and anchors, timed with the loop's own parts at a learning rate of zero."""
+    with adapted(stage.student.model, train, stage.seed):
+        return _timed_steps(stage, train)
+
+
+def _timed_steps(stage: Any, train: TrainConfig) -> float:
     optimizer = make_optimizer(stage, train)
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from perdure.adapters import effective_parameters
 from perdure.attention import enable, is_enabled, packed_hidden
 from perdure.config import ModelConfig
 from perdure.files import file_sha256, package_folder
@@ -178,8 +179,9 @@ def working_copy(model: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def sync_weights(target: Any, source: Any) -> None:
-    """Copy every parameter of ``source`` into ``target``, casting to the target's dtype."""
-    for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
+    """Copy every parameter of ``source`` (with its adapters merged, where it has any) into ``target``, casting to the
+    target's dtype."""
+    for mine, (_, theirs) in zip(target.parameters(), effective_parameters(source), strict=True):
         mine.copy_(theirs)
 
 

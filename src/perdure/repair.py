@@ -9,13 +9,15 @@ beyond a budget, significant or not. The ledger holds every attempt and is what 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perdure.adapters import adapted
 from perdure.candidate import Candidate, measure_candidate
-from perdure.checkpoint import checkpoint_step, checkpoint_weights, checkpoints
+from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
 from perdure.gates import Guard
 from perdure.measure import Scores
@@ -49,7 +51,7 @@ def repair(
     tries: dict[str, Callable[[], None]] = {}
     for folder in checkpoints(run.folder):
         if (step := checkpoint_step(folder)) < best_step:
-            tries[f"checkpoint {step}"] = lambda folder=folder: _set(run, parent, checkpoint_weights(folder), 1.0)
+            tries[f"checkpoint {step}"] = lambda folder=folder: _earlier(run, parent, folder)
     for share in BLENDS:
         tries[f"blend {share}"] = lambda share=share: _set(run, parent, trained, share)
     for label, settings in (
@@ -88,6 +90,13 @@ def _set(run: Run, start: Weights, end: Weights, share: float) -> None:
     """Give student and working copy the weights ``start`` + ``share`` * (``end`` - ``start``)."""
     for key, parameter in run.session.loaded.model.named_parameters():
         parameter.copy_(torch.lerp(start[key], end[key], share))
+    sync_weights(run.session.working, run.session.loaded.model)
+
+
+def _earlier(run: Run, parent: Weights, folder: Path) -> None:
+    _set(run, parent, parent, 0.0)
+    with adapted(run.session.loaded.model, run.config.train, run.seed):
+        load_student(folder, run.session.loaded.model)
     sync_weights(run.session.working, run.session.loaded.model)
 
 

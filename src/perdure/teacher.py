@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from perdure.adapters import effective_parameters
 from perdure.ema import teacher_update
 from perdure.fused import Head
 from perdure.models import head_of, hidden_at_loss_positions, working_copy
@@ -76,17 +77,19 @@ class LiveTeacher(FixedTeacher):
 
 
 class EmaTeacher(FixedTeacher):
-    """Follows the student: averages in float32, scores with a working copy in the compute dtype."""
+    """Follows the student: averages in float32, scores with a working copy in the compute dtype.
+
+    Of adapters it averages the product, merged: averaged factors would have another product."""
 
     moves = True
 
     def __init__(self, student: Any, dtype: torch.dtype, teacher_update_rate: float):
         super().__init__(working_copy(student, dtype))
         self.rate = teacher_update_rate
-        self.average = {name: p.detach().float().clone() for name, p in student.named_parameters()}
+        self.average = {name: p.detach().float().clone() for name, p in effective_parameters(student)}
 
     def update(self, student: Any) -> None:
-        teacher_update(self.average, dict(student.named_parameters()), self.rate)
+        teacher_update(self.average, dict(effective_parameters(student)), self.rate)
         self._publish()
 
     def state(self) -> dict[str, Tensor]:

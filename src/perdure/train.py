@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.adapters import adapted
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
 from perdure.config import TrainConfig
 from perdure.contexts import collate, micro_batches
@@ -28,6 +29,7 @@ from perdure.models import autocast, head_of, hidden_at_loss_positions, linear_p
 from perdure.monitor import describe, log_sample, validate
 from perdure.rows import phase_of, recurs, step_rollouts
 from perdure.runlog import Clock, LoopState, Report, RunLog
+from perdure.seeds import derive_seed
 from perdure.stage import Stage
 from perdure.types import InputError, Rollout
 
@@ -37,6 +39,14 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
 
     Goes on from the run folder's checkpoint when there is one. Raises InputError when the loss is not finite.
     """
+    with adapted(stage.student.model, config, derive_seed(stage.seed, "adapter")):
+        state = loop(stage, config, report)
+    sync_weights(stage.working, stage.student.model)
+    return state
+
+
+def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
+    """The loop itself, on the student as it is: plain, or with adapters."""
     log = RunLog(stage.folder, report)
     optimizer = make_optimizer(stage, config)
     state = resume(stage, optimizer, log)
@@ -70,7 +80,6 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
             save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher_state(stage), loop)
     if state.best_step >= 0:
         load_weights(stage.student.model, stage.folder / BEST)
-        sync_weights(stage.working, stage.student.model)
     return state
 
 
