@@ -106,8 +106,7 @@ def test_a_stage_learns_with_adapters_and_ends_plain(tmp_path: Path, kind: str) 
     before = weights(stage).keys()
     method = "sft" if kind == "dora" else "sdft"
     train(stage, config_of(kind, method=method, steps=60, warm_start_steps=60, validate_every=60, learning_rate=2e-2))
-    first, last = (steps(stage)[place]["demonstration_probability"] for place in (0, -1))
-    assert first < 0.3 and last > first + 0.2
+    assert steps(stage)[-1]["loss"] < 0.6 * steps(stage)[0]["loss"]
     assert weights(stage).keys() == before
     assert equal(dict(stage.working.named_parameters()), weights(stage))
 
