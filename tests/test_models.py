@@ -168,9 +168,9 @@ def test_hidden_states_give_the_models_own_logits_row_by_row(tied: bool) -> None
 def test_autocast_computes_in_bfloat16_over_float32_masters() -> None:
     model, batch = tiny_model(), batch_of("say small cat")
     exact = hidden_at_loss_positions(model, batch)
-    with autocast(torch.float32):
+    with autocast(torch.float32, torch.device("cpu")):
         assert torch.equal(hidden_at_loss_positions(model, batch), exact)
-    with autocast(torch.bfloat16):
+    with autocast(torch.bfloat16, torch.device("cpu")):
         low = hidden_at_loss_positions(model, batch)
     assert not torch.equal(low.float(), exact)
     assert (low.float() - exact).norm() / exact.norm() < 0.02
@@ -209,7 +209,7 @@ def test_the_precision_probe_runs_once_and_is_remembered(tmp_path: Path, monkeyp
     monkeypatch.setenv("PERDURE_CACHE", str(tmp_path / "cache"))
     seconds = {torch.float32: 3.0, torch.bfloat16: 2.0}
     calls = []
-    monkeypatch.setattr(models, "_matmul_seconds", lambda dtype: calls.append(dtype) or seconds[dtype])
+    monkeypatch.setattr(models, "_matmul_seconds", lambda dtype, device: calls.append(dtype) or seconds[dtype])
     assert compute_dtype(ModelConfig()) == torch.bfloat16
     seconds[torch.bfloat16] = 9.0  # a busy moment later must not change how a run computes
     assert compute_dtype(ModelConfig()) == torch.bfloat16

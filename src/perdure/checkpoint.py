@@ -96,7 +96,8 @@ def load_checkpoint(
                 teacher[rest] = value
             else:
                 entry, _, name = rest.partition(".")
-                optimizer.state[parameters[name]][entry] = value.clone()  # the file may be mapped, and goes away
+                # A copy: the file may be mapped, and goes away.
+                optimizer.state[parameters[name]][entry] = value.to(parameters[name].device, copy=True)
     return json.loads((folder / "loop.json").read_text(encoding="utf-8")), teacher
 
 

@@ -135,11 +135,11 @@ def learn(
 
 
 def _profile(place: Workspace, config: RunConfig, stages: list[str]) -> None:
-    from perdure.models import compute_dtype, matmul_peak
+    from perdure.models import compute_dtype, device_of, matmul_peak
     from perdure.report.profile import profile
     from perdure.report.text import profile_table
 
-    peak = matmul_peak(compute_dtype(config.model))
+    peak = matmul_peak(compute_dtype(config.model), device_of(config.model))
     for stage in stages:
         profile_table(stage, profile(place.run_folder(stage), peak), peak, out)
 

@@ -24,6 +24,8 @@ class ModelConfig(_Section):
 
     source: str = "embedded"
     """``embedded``, a folder, a GGUF file or a hub id."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes the GPU where torch sees one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of decode, teacher and matrix products; ``auto`` measures once which is faster here. Masters are float32."""
     trust_remote_code: bool = False

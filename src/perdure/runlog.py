@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perdure.files import sync_path
 from perdure.types import InputError
 
@@ -101,6 +103,8 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
+        if torch.cuda.is_initialized():  # a GPU works on after the call
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 4)
         self._last = now

@@ -59,5 +59,5 @@ def weights_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().float().contiguous().numpy())
+        digest.update(parameter.detach().float().contiguous().cpu().numpy())
     return digest.hexdigest()

@@ -130,7 +130,8 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
     for index, rollout in enumerate(rollouts):
         if rollout.weight == 0:
             # Its loss does not look at the teacher; the zeros only hold the place.
-            result[index] = torch.zeros(loss_tokens(rollout, config), width, dtype=stage.dtype)
+            result[index] = torch.zeros(loss_tokens(rollout, config), width, dtype=stage.dtype,
+                                        device=stage.student.device)  # fmt: skip
         elif keeps and recurs(stage, config, rollout):
             key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
             if key not in kept:
@@ -147,7 +148,7 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
 def score_group(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], state: LoopState) -> list[Tensor]:
     """One forward pass of the teacher; the hidden states of each rollout."""
     assert stage.teacher is not None
-    batch = collate(rollouts, "teacher", stage.student.pad_id, config.skip_first_tokens)
+    batch = collate(rollouts, "teacher", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
     state.tokens["teacher"] += int(batch.attention_mask_BT.sum())
     return list(stage.teacher.score(batch).split([loss_tokens(r, config) for r in rollouts]))
 
@@ -172,8 +173,9 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     sums: dict[str, float] = {"loss": 0.0}
     lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     for group in micro_batches(range(len(rollouts)), lengths, config.micro_batch_tokens):
-        batch = collate([rollouts[i] for i in group], "student", stage.student.pad_id, config.skip_first_tokens)
-        with autocast(stage.dtype):
+        batch = collate([rollouts[i] for i in group], "student", stage.student.pad_id, config.skip_first_tokens,
+                        stage.student.device)  # fmt: skip
+        with autocast(stage.dtype, stage.student.device):
             student_NH = hidden_at_loss_positions(model, batch).to(stage.dtype)
         clock.lap("forward")
         teacher_NH = torch.cat([teacher_hidden[i] for i in group]) if teacher_hidden is not None else None

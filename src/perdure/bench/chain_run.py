@@ -147,7 +147,7 @@ def probe_bits(probed: ProbeResult | None) -> dict[str, str]:
 def drift(base: Session, last: Session) -> float:
     """Mean KL(base || last) a token, nats, on the base's own answers to general prompts."""
     rollouts = answered(base, general_prompts()[:DRIFT_ROWS], 32, seed=0)
-    batch = collate(rollouts, "student", base.loaded.pad_id)
+    batch = collate(rollouts, "student", base.loaded.pad_id, device=base.loaded.device)
     now_NH, then_NH = (hidden_at_loss_positions(session.working, batch) for session in (last, base))
     inputs = LossInputs(now_NH, then_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N)
     total, _ = chunked_loss(LossSpec(), inputs, head_of(last.working), head_of(base.working))

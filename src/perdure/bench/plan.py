@@ -124,7 +124,9 @@ class RunPlan:
     @property
     def identity(self) -> str:
         """Hash of all that decides the run's result but code, data and the defaults that belong to the code."""
-        settings, probe = (config.model_dump(mode="json", exclude_defaults=True) for config in (self.config, self.probe))
+        settings, probe = (
+            config.model_dump(mode="json", exclude_defaults=True) for config in (self.config, self.probe)
+        )
         said = [self.skills, self.seed, settings, probe]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
