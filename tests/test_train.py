@@ -18,6 +18,7 @@ from perdure.config import TrainConfig
 from perdure.contexts import parse_template
 from perdure.evaluate import evaluate
 from perdure.losses import forward_kl
+from perdure.methods import METHODS
 from perdure.models import working_copy
 from perdure.monitor import anchor_drift, describe, validate
 from perdure.rollout.base import RolloutEngine
@@ -29,6 +30,7 @@ from perdure.stage import Anchors, Stage
 from perdure.teacher import FixedTeacher, make_teacher
 from perdure.train import make_optimizer, optimise, score, set_learning_rate, train
 from perdure.types import Completion, Example, InputError, Rollout
+from perdure.written import with_written
 
 TURNS = parse_template("turns:2")
 SMALL: dict[str, Any] = {"batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 2, "anchor_share": 0.25}
@@ -494,22 +496,33 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, st
 
     @cache
     def run(kind: str, method: str) -> tuple[Stage, LoopState]:
-        stage = make_stage(tmp_path_factory.mktemp("whole"), kind=kind)
-        return stage, train(stage, settings(method=method, **RUN))
+        config = run_settings(method)
+        stage = prepared(make_stage(tmp_path_factory.mktemp("whole"), kind=kind), config)
+        return stage, train(stage, config)
 
     return run
+
+
+def run_settings(method: str) -> TrainConfig:
+    return settings(method=method, **RUN | ({"reinvoke_steps": 5} if method == "reinvoke" else {}))
+
+
+def prepared(stage: Stage, config: TrainConfig) -> Stage:
+    """With the answers that the teacher writes once, as a resumed process makes them again."""
+    return with_written(stage, config) if METHODS[config.method].writes_once else stage
 
 
 @pytest.mark.parametrize(
     ("kind", "method", "at"),
     [("frozen", "sdft", 2), ("frozen", "sdft", 5), ("frozen", "sdft", 8), ("frozen", "sdft", 12), ("ema", "sdft", 6),
-     ("live", "sdft", 9), ("original", "sdft", 11), ("frozen", "sft", 6)],
+     ("live", "sdft", 9), ("original", "sdft", 11), ("frozen", "sft", 6), ("frozen", "sft_kl", 6),
+     ("frozen", "reinvoke", 6), ("frozen", "reinvoke", 11), ("frozen", "offline", 6), ("frozen", "rewrite_sft", 9)],
 )  # fmt: skip
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     tmp_path: Path, uninterrupted: Any, kind: str, method: str, at: int
 ) -> None:
     """Killed after step ``at`` (before its validation and checkpoint), then taken up by a new process's objects."""
-    config = settings(method=method, **RUN)
+    config = run_settings(method)
     whole, expected = uninterrupted(kind, method)
 
     def kill(line: dict[str, Any], timings: dict[str, Any]) -> None:
@@ -517,8 +530,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
             raise Killed
 
     with pytest.raises(Killed):
-        train(make_stage(tmp_path / "cut", kind=kind), config, kill)
-    resumed = make_stage(tmp_path / "cut", kind=kind)
+        train(prepared(make_stage(tmp_path / "cut", kind=kind), config), config, kill)
+    resumed = prepared(make_stage(tmp_path / "cut", kind=kind), config)
     assert len(checkpoints(resumed.folder)) == min(1, (at - 1) // 4)
     found = train(resumed, config)
     assert equal(weights(resumed), weights(whole))
