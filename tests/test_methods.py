@@ -9,17 +9,32 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from fakes import COLOURS, ScriptedEngine, example, loaded, renderer, tiny_model, toy_skill
+from fakes import (
+    COLOURS,
+    NUMBERS,
+    ScriptedEngine,
+    example,
+    loaded,
+    renderer,
+    save_tiny_model,
+    tiny_model,
+    toy_skill,
+)
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig, parse
+from perdure.curriculum import learn
+from perdure.files import read_jsonl
 from perdure.losses import forward_kl, nll
 from perdure.methods import METHODS
 from perdure.models import working_copy
+from perdure.report.html import write_report
+from perdure.reporting import Silent
 from perdure.rollout.local import LocalEngine
 from perdure.rows import batch_rows, complete, phase_of, recurs, sample, step_rollouts
 from perdure.runlog import LoopState
 from perdure.session import Session
 from perdure.skills.base import load_skill
+from perdure.stages import create_workspace
 from perdure.staging import make_stage as staged
 from perdure.types import Completion, Example, InputError, Rollout
 from perdure.written import with_written
@@ -48,6 +63,27 @@ def test_every_method_learns_with_the_same_loop(tmp_path: Path, name: str) -> No
     assert {line["phase"] for line in found} == {
         "sdft": {"warm_start", "on_policy"}, "reinvoke": {"reinvoke", "re_invoke"}
     }.get(name, {name})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("sdft", "sft", "sft_replay")])
+def test_every_method_goes_the_whole_way(tmp_path: Path, name: str) -> None:
+    """Two skills through preflight, training, evaluation and gate; the other methods do so in the bench's tests."""
+    model = {"source": str(save_tiny_model(tmp_path / "model", copies=True)), "compute_dtype": "float32"}
+    options = {"method": name, "steps": 8, "batch_size": 8, "learning_rate": 3e-3, "anchor_general_tokens": 2}
+    options |= {"reinvoke_steps": 3} if name == "reinvoke" else {}
+    run = {"model": model, "context": {"template": "turns:2"}, "preflight": {"rows": 4}, "probe": {"tasks": []},
+           "train": options, "gate": {"enforce": False}}  # fmt: skip
+    config = parse(RunConfig, run, "test")
+    workspace = create_workspace(tmp_path / "bot", config)
+    skills = [toy_skill(tmp_path / "colours"), toy_skill(tmp_path / "numbers", NUMBERS)]
+    outcomes = learn(workspace, skills, config, Silent(), force=True)
+    assert [outcome.version for outcome in outcomes] == ["v001", "v002"]
+    shown = [(workspace.run_folder(outcome.stage) / "preflight.json").is_file() for outcome in outcomes]
+    assert shown == [METHODS[name].shows] * 2
+    phases = {line["phase"] for line in read_jsonl(workspace.run_folder(outcomes[1].stage) / "metrics.jsonl")
+              if "phase" in line}  # fmt: skip
+    assert phases == ({"reinvoke", "re_invoke"} if name == "reinvoke" else {name})
+    assert METHODS[name].label in write_report(workspace.folder).read_text(encoding="utf-8")
 
 
 # Losses
