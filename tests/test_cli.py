@@ -20,7 +20,7 @@ SURFACE = {
     "demo": {"--workspace", "-w", "--compare"},
     "init": {"workspace", "--model", "--set"},
     "import": {"source", "target", "--file", "--grader", "--test-share", "--seed"},
-    "check": {"skills", "--workspace", "-w", "--set", "--json"},
+    "check": {"--hardware", "skills", "--workspace", "-w", "--set", "--json"},
     "learn": {
         "skills",
         "--workspace",

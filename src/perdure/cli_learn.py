@@ -79,13 +79,23 @@ def check(
     skills: Annotated[list[Path], typer.Argument(help="Skill folders.")],
     workspace: WorkspaceOption = HERE,
     settings: SetOption = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="Only the memory and time of a step there, by arithmetic: 1xH100-80GB.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Will this work, and what will it cost? Data, windows, teacher gap. Exit code 1: not ready."""
-    from perdure.curriculum import check_skills
-    from perdure.report.text import preflight_tables
+    from perdure.curriculum import check_hardware, check_skills
+    from perdure.report.text import hardware_tables, preflight_tables
 
     place, config = open_workspace(workspace, settings)
+    if hardware:
+        found = check_hardware(place, skills, config, hardware)
+        if as_json:
+            out.print_json(json.dumps({"skills": found}))
+        else:
+            hardware_tables(found, out)
+        raise typer.Exit(0 if all(result["fits"] for result in found) else REFUSED)
     results = check_skills(place, skills, config, reporter())
     if as_json:
         out.print_json(json.dumps({"skills": results}))

@@ -8,10 +8,12 @@ from typing import Any
 
 from perdure.config import RunConfig
 from perdure.files import read_json
+from perdure.footprint import estimate, lengths_renderer, parse_hardware, shape_of, work_of
 from perdure.gates import USUAL_NOISE, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json
 from perdure.methods import METHODS
+from perdure.preflight import candidates
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, load_skill
@@ -83,6 +85,19 @@ def check_skills(
         found = preflight_of(workspace, champion, session, skill, taught | {skill.name: skill}, config, reporter)
         results.append(found | {"test": _test_power(workspace, skill, config)})
     return results
+
+
+def check_hardware(
+    workspace: Workspace, folders: Sequence[Path], config: RunConfig, hardware: str
+) -> list[dict[str, Any]]:
+    """What teaching each skill needs on ``hardware``, by arithmetic: no weights are loaded, nothing is written."""
+    target, skills = parse_hardware(hardware), load_all(folders)
+    shape, renderer = shape_of(config.model), lengths_renderer(config.model)
+    return [
+        {"skill": skill.name, **estimate(shape, work_of(renderer, skill.train, candidates(config.context, skill.train),
+                                                        config.train), config.train, target)}
+        for skill in skills
+    ]  # fmt: skip
 
 
 def _test_power(workspace: Workspace, skill: Skill, config: RunConfig) -> dict[str, Any]:

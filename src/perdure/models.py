@@ -92,13 +92,13 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
     """Load in float32 from ``folder`` (a version of a workspace) or from the configured source.
 
     Raises InputError naming the source when it is no model that this package can train."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     source = str(folder) if folder else resolve(config)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config, folder)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             read: Any = AutoModelForCausalLM.from_pretrained
             model, found = read(source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -108,8 +108,6 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
         raise InputError(
             f"{source}: {len(missing)} weights are missing ({missing[0]}, ...); the files are not complete"
         )
-    if tokenizer.chat_template is None:
-        raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
     model.to(device_of(config)).eval()
     _check_head(model, source)
     enable(model)
@@ -118,6 +116,21 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
         raise InputError(f"{source}: neither tokenizer nor generation settings name a token that ends a turn")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_window
     return LoadedModel(model, tokenizer, end_ids, min(limit, config.max_window))
+
+
+def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> Any:
+    """The tokenizer alone. Raises InputError when it cannot be loaded or knows no chat template."""
+    from transformers import AutoTokenizer
+
+    source = str(folder) if folder else resolve(config)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{source}: cannot be loaded as a language model: {error}") from error
+    if tokenizer.chat_template is None:
+        raise InputError(f"{source}: the tokenizer has no chat template; use an instruction-tuned model")
+    return tokenizer
 
 
 def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -89,6 +89,29 @@ def _test_line(test: Mapping[str, Any]) -> str:
     return f"{text}, so later versions would be held: add test rows, or set retention_budget in skill.toml."
 
 
+def hardware_tables(estimates: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print what ``perdure check --hardware`` found."""
+    for found in estimates:
+        table = _table(f"{found['skill']} on {found['hardware']}", ["Memory", "GB"])
+        for part, size in found["memory_gb"].items():
+            _row(table, [part, f"{size:.2f}"])
+        _row(table, ["all", f"{found['needed_gb']:.1f}"], "bold")
+        console.print(table)
+        fits = f"Fits into {found['room_gb']:.0f} GB (a tenth of each device is left free)."
+        if not found["fits"]:
+            fits = (f"Does not fit into {found['room_gb']:.0f} GB: it takes {found['devices_needed']} such devices, or "
+                    "train.lora_rank, a smaller train.micro_batch_tokens, a smaller model.")  # fmt: skip
+        console.print(Text(fits, style="" if found["fits"] else "yellow"))
+        parts = ", ".join(f"{part} {value:.3f} s" for part, value in found["step_seconds"].items())
+        total = sum(found["step_seconds"].values())
+        line = f"A step of {found['rows']} rows: about {total:.2f} s at most ({parts}). {ARITHMETIC}"
+        console.print(Text(line))
+
+
+ARITHMETIC = ("From data sheets, not measured; memory and work are counted as if split evenly over the devices, which "
+              "this version cannot do beyond one.")  # fmt: skip
+
+
 def score_table(result: Mapping[str, Any], console: Console) -> None:
     """Print one version's scores: ``result`` is ``{"version", "scores", "probe"}``, as ``perdure eval --json`` says."""
     table = _table(str(result["version"]), ["Measured on", "Right", "95% interval", "Rows"])

@@ -1,0 +1,194 @@
+"""What a stage needs on a machine, by arithmetic from the model's configuration alone: nothing is loaded.
+
+Full weights cost, in bytes each: masters 4, gradients 4, AdamW 8, the working copy for decode 2 in bfloat16, as much
+again for what mixed precision casts and for a teacher that does not move (an EMA teacher keeps 4 more). With adapters
+only their own weights have gradients and optimizer states. Several devices are counted as if everything were split
+evenly between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perdure.config import ModelConfig, TrainConfig
+from perdure.contexts import Renderer, Template
+from perdure.fused import CHUNK_ELEMENTS
+from perdure.methods import METHODS
+from perdure.models import linear_parameters, load_tokenizer, resolve
+from perdure.types import Example, InputError
+
+GIGA = 1e9
+FREE = 0.1
+"""Share of a device's memory that is left for fragments and what is not counted."""
+OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
+"""Shares of the data sheet's dense bfloat16 peak and memory bandwidth that well-kept trainers reach."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Devices of one kind; memory in bytes, dense bfloat16 operations and bytes of memory a second, each of one."""
+
+    name: str
+    devices: int
+    memory: float
+    peak: float
+    bandwidth: float
+
+
+DEVICES: dict[str, tuple[float, float, float]] = {
+    "H200-141GB": (141e9, 989e12, 4.8e12),
+    "H100-80GB": (80e9, 989e12, 3.35e12),
+    "A100-80GB": (80e9, 312e12, 2.04e12),
+    "A100-40GB": (40e9, 312e12, 1.56e12),
+    "L40S-48GB": (48e9, 362e12, 0.864e12),
+    "A10-24GB": (24e9, 125e12, 0.6e12),
+    "RTX4090-24GB": (24e9, 165e12, 1.01e12),
+}
+"""Name -> memory, peak, bandwidth, from the makers' data sheets."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder in numbers."""
+
+    weights: int
+    linear: int
+    """Weights of matrices that every token goes through, the head left out."""
+    layers: int
+    hidden: int
+    mlp: int
+    keys: int
+    """Width of the keys of all heads (and of the values)."""
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens of a step: rows, and mean lengths."""
+
+    rows: int
+    prompt: float
+    completion: float
+    teacher_prompt: float
+
+
+def parse_hardware(text: str) -> Hardware:
+    """``8xH100-80GB`` or ``H100-80GB``. Raises InputError naming the known devices."""
+    found = re.fullmatch(r"(?:(\d+)x)?([\w-]+)", text)
+    if not found or found[2] not in DEVICES or found[1] == "0":
+        raise InputError(f"--hardware {text}: expected NUMBERxDEVICE with a device of {', '.join(DEVICES)}")
+    return Hardware(text, int(found[1] or 1), *DEVICES[found[2]])
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """From the configuration file; the weights stay where they are. Raises InputError when there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = resolve(config)
+    try:
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source}: has no configuration of a language model: {error}") from error
+    text = settings.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(sum(p.numel() for p in model.parameters()), linear_parameters(model), text.num_hidden_layers,
+                 text.hidden_size, text.intermediate_size, heads * width, text.vocab_size)  # fmt: skip
+
+
+def lengths_renderer(config: ModelConfig) -> Renderer:
+    """A renderer that only counts: the tokenizer without the model."""
+    tokenizer = load_tokenizer(config)
+    return Renderer(tokenizer, (tokenizer.eos_token_id,), config.max_window)
+
+
+def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence[Template],
+            train: TrainConfig) -> Work:  # fmt: skip
+    """Mean lengths of the rows, rendered as training renders them; of several templates the longest counts."""
+    prompts = [len(renderer.student_prompt(e).token_ids) for e in examples]
+    answers = [len(renderer.demonstration(e).token_ids) for e in examples]
+    teachers = [0.0]
+    if METHODS[train.method].shows:
+        teachers = [
+            sum(len(renderer.teacher_prompt(e, t).token_ids) for e in examples) / len(examples) for t in templates
+        ]
+    prompt, answer = (sum(lengths) / len(lengths) for lengths in (prompts, answers))
+    return Work(train.batch_size, prompt, answer, max(teachers))
+
+
+def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2) -> dict[str, float]:
+    """Bytes by part. ``width``: bytes of a number in the compute dtype."""
+    trained = shape.weights if not train.lora_rank else adapter_weights(shape, train.lora_rank)
+    tokens = min(train.micro_batch_tokens, work.rows * (work.prompt + work.completion))
+    of_layer = 6 * shape.hidden + 2 * shape.keys + 3 * shape.mlp
+    method = METHODS[train.method]
+    teachers = {"frozen": width, "original": width, "ema": width + 4, "live": 0}
+    has_teacher = method.shows or method.held or method.reinvoked or train.anchor_share > 0
+    a_teacher = teachers[train.teacher if method.shows else "frozen"] if has_teacher else 0
+    whole = 0 if train.lora_rank else 4 * shape.vocabulary * shape.hidden  # the head's gradient before it is added
+    parts = {
+        "masters": 4 * shape.weights + (4 * trained if train.lora_rank else 0),
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "working copy": width * shape.weights,
+        "weights as mixed precision casts them": 2 * shape.linear if width == 2 else 0,
+        "teacher": a_teacher * shape.weights,
+        "activations": width * of_layer * shape.layers * tokens,
+        "loss": 2 * width * CHUNK_ELEMENTS + whole,
+        "keys and values": 2 * width * shape.keys * shape.layers * work.rows * (work.prompt + work.completion),
+    }
+    return {part: float(size) for part, size in parts.items() if size}
+
+
+def adapter_weights(shape: Shape, rank: int) -> int:
+    """Of adapters on every linear layer of a gated decoder: four of attention, three of the MLP."""
+    attention = 4 * shape.hidden + 2 * (shape.hidden + shape.keys)  # query and output; key and value
+    return rank * shape.layers * (attention + 3 * (shape.hidden + shape.mlp))
+
+
+def step_seconds(shape: Shape, work: Work, train: TrainConfig, hardware: Hardware) -> dict[str, float]:
+    """Seconds of an on-policy step by part, without communication, attention scores and the optimizer.
+
+    ``rollout`` is the worst case, no drafted token taken: every token reads all weights once."""
+    head = shape.hidden * shape.vocabulary
+    rate = OF_PEAK * hardware.peak * hardware.devices
+    taught = work.rows * (1 - train.anchor_share)
+    student, learned = work.rows * (work.prompt + work.completion), work.rows * work.completion
+    backward = 4 if not train.lora_rank else 2  # adapters spare the gradients of the weights
+    method = METHODS[train.method]
+    parts = {"student": ((2 + backward) * shape.linear * student + 6 * head * learned) / rate}
+    if method.shows:
+        read = taught * (work.teacher_prompt + work.completion)
+        parts["teacher"] = (2 * shape.linear * read + 2 * head * learned) / rate
+    if method.completions == "student":
+        a_pass = 2 * (shape.linear + head) / (OF_BANDWIDTH * hardware.bandwidth)
+        parts["rollout"] = 2 * shape.linear * taught * work.prompt / rate + work.completion * a_pass
+    return parts
+
+
+def estimate(shape: Shape, work: Work, train: TrainConfig, hardware: Hardware) -> dict[str, Any]:
+    """All of it as ``perdure check --hardware --json`` prints it."""
+    parts = memory(shape, work, train)
+    room = hardware.devices * hardware.memory * (1 - FREE)
+    each = hardware.memory * (1 - FREE)
+    needed = sum(parts.values())
+    return {
+        "hardware": hardware.name,
+        "memory_gb": {part: round(size / GIGA, 2) for part, size in parts.items()},
+        "needed_gb": round(needed / GIGA, 1),
+        "room_gb": round(room / GIGA, 1),
+        "fits": needed <= room,
+        "devices_needed": int(-(-needed // each)),
+        "step_seconds": {part: round(value, 4) for part, value in step_seconds(shape, work, train, hardware).items()},
+        "weights": shape.weights,
+        "rows": work.rows,
+        "tokens": {"prompt": round(work.prompt, 1), "completion": round(work.completion, 1),
+                   "teacher_prompt": round(work.teacher_prompt, 1)},
+    }  # fmt: skip

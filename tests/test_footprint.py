@@ -1,0 +1,159 @@
+"""Memory and time by arithmetic: against a hand's sums, against the real shape, and against a real process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fakes import save_tiny_model, toy_examples, toy_skill
+from perdure.config import ContextConfig, ModelConfig, RunConfig, TrainConfig, parse
+from perdure.contexts import parse_template
+from perdure.curriculum import check_hardware
+from perdure.footprint import (
+    DEVICES,
+    Shape,
+    Work,
+    adapter_weights,
+    estimate,
+    lengths_renderer,
+    memory,
+    parse_hardware,
+    shape_of,
+    step_seconds,
+    work_of,
+)
+from perdure.models import linear_parameters, load
+from perdure.stages import create_workspace
+from perdure.types import InputError
+from test_cli import perdure
+
+SHAPE = Shape(weights=1000, linear=800, layers=2, hidden=8, mlp=16, keys=4, vocabulary=20)
+WORK = Work(rows=4, prompt=10, completion=5, teacher_prompt=30)
+
+
+def test_hardware_is_number_times_device() -> None:
+    found = parse_hardware("8xH100-80GB")
+    assert (found.devices, found.memory, found.name) == (8, DEVICES["H100-80GB"][0], "8xH100-80GB")
+    assert parse_hardware("A100-40GB").devices == 1
+    for wrong in ("0xH100-80GB", "8xH1000", "H100-80GB x 8", ""):
+        with pytest.raises(InputError, match="NUMBERxDEVICE"):
+            parse_hardware(wrong)
+
+
+def test_memory_by_hand() -> None:
+    train = TrainConfig(anchor_share=0)
+    found = memory(SHAPE, WORK, train)
+    expected = {"masters": 4000, "gradients": 4000, "optimizer": 8000, "working copy": 2000, "teacher": 2000,
+                "weights as mixed precision casts them": 1600, "activations": 2 * (48 + 8 + 48) * 2 * 60,
+                "keys and values": 2 * 2 * 4 * 2 * 60}  # fmt: skip
+    assert {part: found[part] for part in expected} == expected
+    assert found.keys() - expected.keys() == {"loss"}
+    assert memory(SHAPE, WORK, train, width=4)["working copy"] == 4000
+
+
+def test_what_methods_and_teachers_change() -> None:
+    def of(**options: object) -> float:
+        return memory(SHAPE, WORK, TrainConfig(**options)).get("teacher", 0)  # type: ignore[arg-type]
+
+    assert [of(teacher=kind) for kind in ("frozen", "original", "ema", "live")] == [2000, 2000, 6000, 0]
+    assert of(method="sft") == 2000 and of(method="sft", anchor_share=0) == 0  # the anchors ask a teacher
+    assert of(method="sft_kl", anchor_share=0) == 2000
+    adapters = memory(SHAPE, WORK, TrainConfig(lora_rank=2))
+    few = adapter_weights(SHAPE, 2)
+    assert few == 2 * 2 * (4 * 8 + 2 * 12 + 3 * 24)
+    assert adapters["gradients"] == 4 * few and adapters["masters"] == 4000 + 4 * few
+
+
+def test_seconds_by_hand() -> None:
+    hardware = replace(parse_hardware("2xH100-80GB"), peak=1e6, bandwidth=1e5)
+    found = step_seconds(SHAPE, WORK, TrainConfig(anchor_share=0), hardware)
+    rate = 2 * 0.4 * 1e6
+    assert found["student"] == pytest.approx((6 * 800 * 60 + 6 * 160 * 20) / rate)
+    assert found["teacher"] == pytest.approx((2 * 800 * 4 * 35 + 2 * 160 * 20) / rate)
+    assert found["rollout"] == pytest.approx(2 * 800 * 4 * 10 / rate + 5 * 2 * 960 / 6e4)
+    assert step_seconds(SHAPE, WORK, TrainConfig(method="sft"), hardware).keys() == {"student"}
+
+
+def test_the_shape_is_that_of_the_model_and_no_weights_are_read(tmp_path: Path) -> None:
+    config = ModelConfig(source=str(save_tiny_model(tmp_path / "model")))
+    model = load(config).model
+    (tmp_path / "model" / "model.safetensors").unlink()
+    found = shape_of(config)
+    assert (found.weights, found.linear) == (sum(p.numel() for p in model.parameters()), linear_parameters(model))
+    assert (found.layers, found.hidden, found.mlp, found.keys) == (2, 32, 64, 16)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no configuration"):
+        shape_of(config)
+
+
+def test_lengths_are_those_of_the_rendered_rows(tmp_path: Path) -> None:
+    config, rows = ModelConfig(source=str(save_tiny_model(tmp_path / "model"))), toy_examples(tmp_path)
+    renderer = lengths_renderer(config)
+    templates = [parse_template(name) for name in ("turns:1", "turns:3")]
+    found = work_of(renderer, rows, templates, TrainConfig())
+    assert found.prompt == sum(len(renderer.student_prompt(e).token_ids) for e in rows) / len(rows)
+    assert found.teacher_prompt == sum(len(renderer.teacher_prompt(e, templates[1]).token_ids) for e in rows) / len(
+        rows
+    )
+    assert work_of(renderer, rows, templates, TrainConfig(method="sft")).teacher_prompt == 0
+
+
+def test_the_command_says_whether_it_fits(tmp_path: Path) -> None:
+    model, skill = save_tiny_model(tmp_path / "model"), toy_skill(tmp_path / "colours")
+    config = parse(RunConfig, {"model": {"source": str(model)}, "context": {"template": "turns:1"}}, "test")
+    create_workspace(tmp_path / "bot", config)
+    done = perdure("check", skill, "-w", tmp_path / "bot", "--hardware", "1xA10-24GB")
+    assert done.returncode == 0 and "Fits into 22 GB" in done.stdout, done.stderr
+    wrong = perdure("check", skill, "-w", tmp_path / "bot", "--hardware", "abacus")
+    assert wrong.returncode == 2 and "NUMBERxDEVICE" in wrong.stderr
+    big = estimate(replace(SHAPE, weights=int(7e9)), WORK, TrainConfig(), parse_hardware("1xA10-24GB"))
+    assert not big["fits"] and big["devices_needed"] == 7
+
+
+CHILD = """
+import resource, sys
+from pathlib import Path
+import torch, transformers, peft
+from perdure.attention import NAME
+def status(key):
+    text = Path("/proc/self/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1]) * 1024
+
+from perdure.config import RunConfig, parse
+from perdure.curriculum import learn
+from perdure.importers import IMPORTERS
+from perdure.reporting import Silent
+from perdure.stages import create_workspace
+before = status("VmRSS")
+folder = Path(sys.argv[1])
+skill = IMPORTERS["forms-file"](folder / "file", 0)
+train = {"steps": 2, "warm_start_steps": 2, "validation_max": 0, "anchor_general_tokens": 4, "lora_rank": int(sys.argv[2])}
+config = parse(RunConfig, {"train": train, "context": {"template": "turns:2"}, "probe": {"tasks": []},
+               "eval": {"rows": 8}, "preflight": {"rows": 4, "forecast": False}}, "child")
+learn(create_workspace(folder / "bot", config), [skill], config, Silent(), force=True)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("rank", [0, 16])
+def test_the_embedded_models_real_footprint(tmp_path: Path, rank: int) -> None:
+    """Peak memory of a stage beyond what the libraries take, against the arithmetic: within a third."""
+    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), str(rank)], capture_output=True, text=True,
+                          check=False, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = float(done.stdout.split()[-1])
+    train, context = TrainConfig(lora_rank=rank), ContextConfig(template="turns:2")
+    config = RunConfig(train=train, context=context)
+    create_workspace(tmp_path / "other", config)
+    from perdure.workspace import Workspace
+
+    (found,) = check_hardware(Workspace.open(tmp_path / "other"), [tmp_path / "file"], config, "1xA10-24GB")
+    predicted = sum(found["memory_gb"].values()) * 1e9
+    print(f"rank {rank}: measured {measured / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB")
+    assert 0.67 < predicted / measured < 1.5
