@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ def _work(todo: Sequence[Job], jobs: int, title: str, reporter: Reporter) -> Non
                 future.result()
                 phase.update(done)
                 reporter.note(f"{running[future]}: done")
+        except BrokenProcessPool as error:
+            raise InputError("a run's process died, perhaps for want of memory: lower --jobs and repeat the command, which "
+                             "goes on where it stopped") from error  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
