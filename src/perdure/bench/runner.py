@@ -92,8 +92,8 @@ def _work(todo: Sequence[Job], jobs: int, title: str, reporter: Reporter) -> Non
                 phase.update(done)
                 reporter.note(f"{running[future]}: done")
         except BrokenProcessPool as error:
-            raise InputError("a run's process died, perhaps for want of memory: lower --jobs and repeat the command, which "
-                             "goes on where it stopped") from error  # fmt: skip
+            raise InputError("a run's process died, perhaps for want of memory: lower --jobs and repeat the command, "
+                             "which goes on where it stopped") from error  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
