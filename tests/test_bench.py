@@ -14,7 +14,7 @@ import pytest
 from fakes import NUMBERS, save_tiny_model, toy_skill
 from perdure.bench.numbers import calibration, growth, summarise
 from perdure.bench.plan import Source, load_chain, merged, runs_of, sweeps_of
-from perdure.bench.runner import chosen_rates, results_so_far, run_bench
+from perdure.bench.runner import best_rate, chosen_rates, results_so_far, run_bench
 from perdure.bench.sources import harder, skill_folder
 from perdure.bench.tables import write_tables
 from perdure.reporting import Silent
@@ -160,8 +160,20 @@ def test_the_rate_is_the_one_that_validates_best(ran: tuple[Path, Path, list[dic
     found = [json.loads((out / "runs" / plan.key / "result.json").read_text()) for plan in sweeps]
     best = max(result["stages"][0]["validation"] for result in found)
     rate = min(result["rate"] for result in found if result["stages"][0]["validation"] == best)
-    assert chosen_rates(sweeps, out) == {"sft": rate}
+    assert chosen_rates(load_chain(file), sweeps, out) == {"sft": rate}
     assert {result["method"]: result["rate"] for result in results} == {"sft": rate, "sdft": rate, "replay": rate}
+
+
+def test_a_rate_that_drifts_too_far_is_left_out() -> None:
+    def swept(rate: float, validation: float, drift: float | None) -> dict[str, Any]:
+        return {"rate": rate, "stages": [{"validation": validation, "kl_start": drift}]}
+
+    runs = [swept(4e-4, 0.9, 0.5), swept(1e-4, 0.3, 0.1), swept(2e-4, 0.6, 0.2), swept(3e-4, 0.6, 0.25)]
+    assert best_rate(runs, None) == 4e-4
+    assert best_rate(runs, 0.3) == 2e-4  # of equals the smallest
+    assert best_rate(runs, 0.15) == 1e-4
+    assert best_rate(runs, 0.05) == 1e-4  # none stays below: the least
+    assert best_rate([swept(1e-4, 0.3, None), swept(2e-4, 0.6, None)], 0.1) == 2e-4  # not known: not limited
 
 
 def test_the_same_call_repeats_nothing_and_a_changed_file_is_refused(

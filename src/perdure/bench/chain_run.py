@@ -106,6 +106,7 @@ def _stage(workspace: Workspace, plan: RunPlan, skill: str) -> dict[str, Any]:
         "skill": skill,
         "before": _bits(before.items[skill]), "learned": _bits(learned.items[skill]), "final": _bits(last.items[skill]),
         "scores": {name: score["accuracy"] for name, score in info["scores"].items()},
+        "kl_start": next((line["kl_start"] for line in reversed(validated)), None),
         "validation": max((line["validation_accuracy"] for line in validated), default=None),
         "seconds": info["cost"]["seconds"], "tokens": info["cost"]["tokens"], "steps": info["cost"]["steps"],
         "preflight": read_json(check) if check.is_file() else None,

@@ -49,6 +49,10 @@ class Sweep(_Part):
     """Each row's learning rate: the best validation accuracy on the first skill; of equals the smallest rate."""
 
     rates: tuple[float, ...] = Field(min_length=1)
+    max_drift: float | None = Field(default=None, gt=0)
+    """Rates that move the model further than this on general prompts (KL from the start, nats a token) are left out, if
+    any rate stays below: the rate that learns one skill best may be one that keeps nothing (docs/results.md). Known
+    only for rows with general anchors."""
     seed: int = 0
 
 
