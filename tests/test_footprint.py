@@ -131,7 +131,8 @@ from perdure.stages import create_workspace
 before = status("VmRSS")
 folder = Path(sys.argv[1])
 skill = IMPORTERS["forms-file"](folder / "file", 0)
-train = {"steps": 2, "warm_start_steps": 2, "validation_max": 0, "anchor_general_tokens": 4, "lora_rank": int(sys.argv[2])}
+train = {"steps": 2, "warm_start_steps": 2, "validation_max": 0, "anchor_general_tokens": 4,
+         "lora_rank": int(sys.argv[2])}
 config = parse(RunConfig, {"train": train, "context": {"template": "turns:2"}, "probe": {"tasks": []},
                "eval": {"rows": 8}, "preflight": {"rows": 4, "forecast": False}}, "child")
 learn(create_workspace(folder / "bot", config), [skill], config, Silent(), force=True)
