@@ -107,6 +107,13 @@ def test_runs_come_seed_by_seed_with_the_rates_of_their_sweeps(tmp_path: Path) -
     assert all(plan.skills == ("colours",) for plan in sweeps_of(chain))
 
 
+def test_a_fixed_rate_needs_no_sweep(tmp_path: Path) -> None:
+    chain = load_chain(write_chain(tmp_path, ('label = "SDFT"\nsweep_as = "sft"', 'label = "SDFT"\nrate = 5e-4')))
+    assert {plan.method for plan in sweeps_of(chain)} == {"sft"}
+    rates = {plan.method: plan.config.train.learning_rate for plan in runs_of(chain, {"sft": 1e-3, "sdft": 9.0})}
+    assert rates == {"sft": 1e-3, "sdft": 5e-4, "replay": 1e-3}
+
+
 def test_later_sections_win_key_by_key() -> None:
     assert merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": {"z": 4}}) == {"a": {"x": 1, "y": 3}, "b": {"z": 4}}
 

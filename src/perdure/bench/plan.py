@@ -30,8 +30,15 @@ class MethodRow(_Part):
     """For people."""
     settings: dict[str, dict[str, Any]] = {}
     """Sections of a RunConfig, on top of the chain's own."""
+    rate: float | None = Field(default=None, gt=0)
+    """A fixed learning rate: the row has no sweep."""
     sweep_as: str | None = None
     """Takes the rate found for another row: one that trains on the same rows while there is no earlier skill."""
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether it has a sweep of its own, where the chain file asks for sweeps."""
+        return self.rate is None and self.sweep_as is None
 
 
 class Source(_Part):
@@ -87,7 +94,7 @@ class ChainFile(_Part):
                      for name in named if not re.fullmatch(NAME, name)]  # fmt: skip
         if self.reference is not None and self.reference not in self.methods:
             problems.append(f"reference: no method {self.reference!r}")
-        sweeping = {name for name, row in self.methods.items() if row.sweep_as is None}
+        sweeping = {name for name, row in self.methods.items() if row.sweeps}
         problems += [f"methods.{name}: sweep_as = {row.sweep_as!r} is no other row with a sweep of its own"
                      for name, row in self.methods.items() if row.sweep_as not in {None, *sweeping}]  # fmt: skip
         if problems:
@@ -164,7 +171,7 @@ def runs_of(chain: ChainFile, rates: dict[str, float]) -> list[RunPlan]:
             for name, row in chain.methods.items():
                 key = f"{name}.{order}.{seed}"
                 plans.append(RunPlan(key, name, row.label, order, skills, seed, merged(chain.settings, row.settings),
-                                     rates.get(row.sweep_as or name)))  # fmt: skip
+                                     row.rate or rates.get(row.sweep_as or name)))  # fmt: skip
     return plans
 
 
@@ -176,7 +183,7 @@ def sweeps_of(chain: ChainFile) -> list[RunPlan]:
     return [
         RunPlan(f"sweep.{name}.{rate:g}", name, row.label, order, skills[:1], chain.sweep.seed,
                 merged(chain.settings, row.settings, {"eval": {"rows": 1}}), rate)
-        for name, row in chain.methods.items() if row.sweep_as is None for rate in chain.sweep.rates
+        for name, row in chain.methods.items() if row.sweeps for rate in chain.sweep.rates
     ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
     base = out / "base.json"
 
     rows = set(only or chain.methods)
-    sweeping = {chain.methods[name].sweep_as or name for name in rows}
+    sweeping = {chain.methods[name].sweep_as or name for name in rows}  # those with a fixed rate have no sweep to run
     sweeps = [plan for plan in sweeps_of(chain) if plan.method in sweeping]
     first = runs_of(chain, {})[0]
     todo: list[Job] = [] if base.is_file() else [("the base model", measure_base, (base, first, skills, threads))]
