@@ -76,6 +76,15 @@ class LossInputs:
     label_weights_N: Tensor | None = None
     """float32 [N]; of the label loss. None = 0 everywhere."""
 
+    def at(self, rows_C: Tensor) -> LossInputs:
+        """The same at some of the positions."""
+        teacher, label = self.teacher_hidden_NH, self.label_weights_N
+        return LossInputs(
+            self.student_hidden_NH[rows_C], None if teacher is None else teacher[rows_C], self.targets_N[rows_C],
+            self.weights_N[rows_C], self.demonstrated_N[rows_C], self.teacher_temperature,
+            None if label is None else label[rows_C],
+        )  # fmt: skip
+
 
 METRICS = ("entropy", "target_probability", "demonstrated_target_probability", "demonstrated_tokens")
 

@@ -70,12 +70,13 @@ def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, A
 def anchor_drift(stage: Stage, rows: int = 16) -> float | None:
     """Mean KL(start || now) per token on the first general anchors: how far the stage has moved the rest.
 
-    None without anchors or with a teacher that is not the stage's first weights."""
+    None without anchors."""
     rollouts = stage.anchors.general[:rows]
-    if not rollouts or stage.teacher is None or not stage.teacher.is_start:
+    start = stage.teacher_of(demonstrated=False)
+    if not rollouts or start is None or not start.is_start:
         return None
     batch = collate(rollouts, "student", stage.student.pad_id, device=stage.student.device)
-    inputs = LossInputs(hidden_at_loss_positions(stage.working, batch), stage.teacher.score(batch), batch.targets_N,
+    inputs = LossInputs(hidden_at_loss_positions(stage.working, batch), start.score(batch), batch.targets_N,
                         batch.weights_N, batch.demonstrated_N)  # fmt: skip
-    total, _ = chunked_loss(LossSpec(), inputs, head_of(stage.working), stage.teacher.head)
+    total, _ = chunked_loss(LossSpec(), inputs, head_of(stage.working), start.head)
     return float(total) / len(batch.targets_N)

@@ -45,3 +45,10 @@ class Stage:
     dtype: torch.dtype
     seed: int
     folder: Path
+    holder: Teacher | None = None
+    """Scores the rows without a demonstration, with the weights that the stage started from; None where the teacher
+    has those itself."""
+
+    def teacher_of(self, demonstrated: bool) -> Teacher | None:
+        """Who scores a row: a teacher that moves, or that is the original model, must not hold the rest in place."""
+        return self.teacher if demonstrated or self.holder is None else self.holder

@@ -7,11 +7,12 @@ from pathlib import Path
 from perdure.config import RunConfig
 from perdure.contexts import parse_template
 from perdure.methods import METHODS
+from perdure.models import working_copy
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill
 from perdure.stage import Anchors, Stage
-from perdure.teacher import Teacher, make_teacher
+from perdure.teacher import FixedTeacher, Teacher, make_teacher
 from perdure.types import Example
 
 
@@ -35,11 +36,16 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
     """The stage that trains the session's student on the skill; a frozen teacher is the student as it is now."""
     train, seed = config.train, stage_seed(config, skill)
     rows, validation = split_validation(skill.train, train.validation_share, train.validation_max, seed)
+    teacher = _teacher(session, config, anchored=bool(anchors.general or anchors.earlier))
+    start = None
+    if teacher and not teacher.is_start and (anchors.general or anchors.earlier):
+        start = FixedTeacher(working_copy(session.loaded.model, session.dtype), is_start=True)
     return Stage(
         student=session.loaded,
         working=session.working,
         engine=session.engine,
-        teacher=_teacher(session, config, anchored=bool(anchors.general or anchors.earlier)),
+        teacher=teacher,
+        holder=start,
         renderer=session.renderer,
         template=parse_template(template),
         examples=rows,

@@ -4,6 +4,7 @@ Where it departs from the paper's Algorithm 1, and why (docs/log.md has the numb
 1. A warm start scores the demonstration's own tokens before the student samples: a cold student's samples teach little.
 2. Anchor rows carry no demonstration; there the teacher keeps the student where the last promoted version was.
 3. The teacher is frozen for a stage by default (the paper: EMA) and its distribution sharpened on demonstrated rows.
+   Whatever it is, anchor rows are scored by the weights that the stage started from.
 4. Forward KL, as in the authors' code and all their numbers; the paper's text prints the reverse.
 5. No importance weights: the sampler is the student itself, in step with it.
 """
@@ -31,6 +32,7 @@ from perdure.rows import phase_of, recurs, step_rollouts
 from perdure.runlog import Clock, LoopState, Report, RunLog
 from perdure.seeds import derive_seed
 from perdure.stage import Stage
+from perdure.teacher import Teacher
 from perdure.types import InputError, Rollout
 
 
@@ -124,33 +126,41 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
     its neighbours, and a resumed run, which kept nothing, gets the same."""
     if stage.teacher is None or all(r.weight == 0 for r in rollouts):
         return None
-    keeps = not stage.teacher.moves and phase_of(state, config) != "re_invoke"  # whose rows are new each time
-    width, together = stage.teacher.head.weight_VH.shape[1], []
+    fresh = phase_of(state, config) == "re_invoke"  # rows that are new each time
+    width = stage.teacher.head.weight_VH.shape[1]
+    together: dict[bool, list[int]] = {True: [], False: []}
     result: dict[int, Tensor] = {}
     for index, rollout in enumerate(rollouts):
+        teacher = stage.teacher_of(rollout.has_demonstration)
+        assert teacher is not None
         if rollout.weight == 0:
             # Its loss does not look at the teacher; the zeros only hold the place.
-            result[index] = torch.zeros(loss_tokens(rollout, config), width, dtype=stage.dtype,
-                                        device=stage.student.device)  # fmt: skip
-        elif keeps and recurs(stage, config, rollout):
+            result[index] = torch.zeros(
+                loss_tokens(rollout, config), width, dtype=stage.dtype, device=stage.student.device
+            )
+        elif not teacher.moves and not fresh and recurs(stage, config, rollout):
             key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
             if key not in kept:
-                (kept[key],) = score_group(stage, config, [rollout], state)
+                (kept[key],) = score_group(teacher, stage, config, [rollout], state)
             result[index] = kept[key]
         else:
-            together.append(index)
+            together[rollout.has_demonstration or stage.holder is None].append(index)
     lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
-    for group in micro_batches(together, lengths, config.micro_batch_tokens):
-        result |= zip(group, score_group(stage, config, [rollouts[i] for i in group], state), strict=True)
+    for demonstrated, rows in together.items():
+        teacher = stage.teacher_of(demonstrated)
+        assert teacher is not None
+        for group in micro_batches(rows, lengths, config.micro_batch_tokens):
+            scored = score_group(teacher, stage, config, [rollouts[i] for i in group], state)
+            result |= zip(group, scored, strict=True)
     return [result[i] for i in range(len(rollouts))]
 
 
-def score_group(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], state: LoopState) -> list[Tensor]:
-    """One forward pass of the teacher; the hidden states of each rollout."""
-    assert stage.teacher is not None
+def score_group(teacher: Teacher, stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout],
+                state: LoopState) -> list[Tensor]:  # fmt: skip
+    """One forward pass of a teacher; the hidden states of each rollout."""
     batch = collate(rollouts, "teacher", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
     state.tokens["teacher"] += int(batch.attention_mask_BT.sum())
-    return list(stage.teacher.score(batch).split([loss_tokens(r, config) for r in rollouts]))
+    return list(teacher.score(batch).split([loss_tokens(r, config) for r in rollouts]))
 
 
 def loss_tokens(rollout: Rollout, config: TrainConfig) -> int:
@@ -182,7 +192,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         # Divided before the sum, once, by the global count: the head's gradient then needs no pass of its own for it.
         inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N / count, batch.demonstrated_N,
                             sharpness, batch.label_weights_N / count)  # fmt: skip
-        loss, metrics = chunked_loss(spec, inputs, head_of(model), stage.teacher.head if stage.teacher else None)
+        loss, metrics = loss_of(stage, spec, inputs)
         clock.lap("loss")
         loss.backward()
         clock.lap("backward")
@@ -205,6 +215,23 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         own = "sample_probability" if phase == "on_policy" else "demonstration_probability"
         found[own] = sums["demonstrated_target_probability"] / tokens
     return found
+
+
+def loss_of(stage: Stage, spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a micro-batch; where two teachers scored it, each part goes through its own teacher's head."""
+    head = head_of(stage.student.model)
+    if stage.holder is None or inputs.teacher_hidden_NH is None:
+        return chunked_loss(spec, inputs, head, stage.teacher.head if stage.teacher else None)
+    total, sums = torch.zeros((), device=inputs.student_hidden_NH.device), dict[str, float]()
+    for demonstrated in (True, False):
+        rows_C = (inputs.demonstrated_N == demonstrated).nonzero().flatten()
+        teacher = stage.teacher_of(demonstrated)
+        if not len(rows_C) or teacher is None:
+            continue
+        loss, metrics = chunked_loss(spec, inputs.at(rows_C), head, teacher.head)
+        total = total + loss
+        sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
+    return total, sums
 
 
 def teacher_state(stage: Stage) -> dict[str, Tensor]:
