@@ -23,7 +23,7 @@ FLOORS = {
     ],
     "F4 doing": [
         "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
-        "rows", "monitor", "train", "written", "preflight", "anchors", "footprint",
+        "rows", "monitor", "train", "written", "preflight", "advisor", "anchors", "footprint",
     ],
     "F5 deciding": [
         "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",

@@ -87,6 +87,13 @@ class Subject:
     engine: RolloutEngine
     renderer: Renderer
     dtype: torch.dtype
+    original: tuple[Any, RolloutEngine] | None = None
+    """Working copy and engine of the base model, where that is to be the teacher."""
+
+    @property
+    def teaching(self) -> tuple[Any, RolloutEngine]:
+        """Working copy and engine of who will teach."""
+        return self.original or (self.working, self.engine)
 
 
 def candidates(context: ContextConfig, examples: Sequence[Example]) -> list[Template]:
@@ -144,8 +151,7 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
 
     Raises InputError when rows do not fit, or when the identity check fails (a broken set-up, not a hard skill)."""
     window, templates = check_windows(subject, candidates(context, subject.examples))
-    order = permutation(derive_seed(seed, "preflight", subject.skill), len(subject.examples))
-    rows = [subject.examples[place] for place in order[: config.rows]]
+    rows = _rows(subject, config, seed)
     identity = _identity(subject, rows)
     decodes = 1 + len(templates)
     parts = [part_of(progress, number * len(rows), len(rows) * decodes) for number in range(decodes)]
@@ -182,6 +188,17 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
     )
 
 
+def accuracy_of_teacher(subject: Subject, config: PreflightConfig, seed: int, template: str,
+                        progress: Progress | None = None) -> float:  # fmt: skip
+    """How often who will teach ``subject`` is right under one template, on the rows of the preflight."""
+    return _answers(subject, _rows(subject, config, seed), parse_template(template), progress).accuracy
+
+
+def _rows(subject: Subject, config: PreflightConfig, seed: int) -> list[Example]:
+    order = permutation(derive_seed(seed, "preflight", subject.skill), len(subject.examples))
+    return [subject.examples[place] for place in order[: config.rows]]
+
+
 def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
     """The most accurate template; among those within one standard error of it, the one with the shortest prompt."""
     best = max(scores, key=lambda score: score.accuracy)
@@ -196,9 +213,8 @@ def _answers(
     """Graded greedy answers of the student (no template) or of the teacher."""
     renderer = subject.renderer
     prompts = [renderer.teacher_prompt(e, template) if template else renderer.student_prompt(e) for e in rows]
-    return score_prompts(
-        subject.engine, renderer, subject.skill, prompts, subject.grader, subject.max_new_tokens, progress
-    )
+    engine = subject.teaching[1] if template else subject.engine
+    return score_prompts(engine, renderer, subject.skill, prompts, subject.grader, subject.max_new_tokens, progress)
 
 
 def _measure(subject: Subject, rows: Sequence[Example], template: Template, budget: int,
@@ -217,15 +233,17 @@ def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) 
     ``budget``: most padded tokens in one forward pass."""
     kl = probability = count = 0.0
     lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
-    head, device = head_of(subject.working), subject.student.device
+    models = {"student": subject.working, "teacher": subject.teaching[0]}
+    heads, device = {role: head_of(model) for role, model in models.items()}, subject.student.device
     for group in micro_batches(range(len(rollouts)), lengths, budget):
         batches = {role: collate([rollouts[i] for i in group], role, subject.student.pad_id, device=device)
                    for role in ("student", "teacher")}  # fmt: skip
-        hidden = {role: hidden_at_loss_positions(subject.working, batch) for role, batch in batches.items()}
+        hidden = {role: hidden_at_loss_positions(models[role], batch) for role, batch in batches.items()}
         batch = batches["student"]
         rest = (hidden["teacher"], batch.targets_N, batch.weights_N, batch.demonstrated_N)
-        total, _ = chunked_loss(LossSpec(), LossInputs(hidden["student"], *rest), head, head)
-        _, of_teacher = chunked_loss(LossSpec(), LossInputs(hidden["teacher"], *rest), head, head)
+        total, _ = chunked_loss(LossSpec(), LossInputs(hidden["student"], *rest), heads["student"], heads["teacher"])
+        _, of_teacher = chunked_loss(LossSpec(), LossInputs(hidden["teacher"], *rest), heads["teacher"],
+                                     heads["teacher"])  # fmt: skip
         kl += float(total)
         probability += of_teacher["target_probability"]
         count += len(batch.targets_N)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perdure.advisor import ABLE, Recommendation, recommend
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json, replace_text
@@ -25,7 +26,7 @@ from perdure.measure import (
     write_items,
 )
 from perdure.methods import METHODS
-from perdure.preflight import Subject, check_windows, preflight
+from perdure.preflight import Preflight, Subject, accuracy_of_teacher, check_windows, preflight
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState
 from perdure.session import Session, open_session
@@ -87,19 +88,33 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
                  config: RunConfig, reporter: Reporter) -> dict[str, Any]:  # fmt: skip
     """The teacher gap of ``skill``, and what teaching it to ``parent`` will cost: preflight.json."""
     with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
-        found = preflight(subject_of(session, skill), config.context, config.preflight, config.train,
+        original = open_session(config) if config.train.teacher == "original" and parent != BASE else None
+        found = preflight(subject_of(session, skill, original), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
+    advice = {"recommended": _advised(workspace, parent, session, skill, config, found, reporter).to_json()}
     if not config.preflight.forecast:
-        return found.to_json() | {"cost": {"seconds": {}, "tokens": {}, "priced": {}}}
+        return found.to_json() | advice | {"cost": {"seconds": {}, "tokens": {}, "priced": {}}}
     with reporter.phase("preflight: what it will cost", 0, "steps"):
         cost = forecast(workspace, parent, session, skill, scope, config, found)
-    return found.to_json() | {"cost": cost}
+    return found.to_json() | advice | {"cost": cost}
 
 
-def subject_of(session: Session, skill: Skill) -> Subject:
-    """What the preflight looks at."""
+def _advised(workspace: Workspace, parent: str, session: Session, skill: Skill, config: RunConfig, found: Preflight,
+             reporter: Reporter) -> Recommendation:  # fmt: skip
+    """The method to take; where the champion is no able teacher, the original model is tried as one."""
+    of_original = None
+    if found.teacher_accuracy < ABLE and parent != BASE and config.train.teacher != "original":
+        with reporter.phase("preflight: the original model as the teacher", 0, "rows"):
+            subject = subject_of(session, skill, open_session(config))
+            of_original = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template)
+    return recommend(found, len(workspace.taught(parent).keys() - {skill.name}), of_original)
+
+
+def subject_of(session: Session, skill: Skill, original: Session | None = None) -> Subject:
+    """What the preflight looks at; ``original``: the base model, where it is to be the teacher."""
     return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
-                   session.working, session.engine, session.renderer, session.dtype)  # fmt: skip
+                   session.working, session.engine, session.renderer, session.dtype,
+                   original and (original.working, original.engine))  # fmt: skip
 
 
 def check_before(run: Run) -> dict[str, Any] | None:

@@ -61,6 +61,10 @@ def preflight_tables(checks: Sequence[Mapping[str, Any]], console: Console) -> N
             console.print(Text(_test_line(test), style="yellow" if test["budget"] < test["least_budget"] else ""))
         for line in found["advice"]:
             console.print(Text(safe_line(line), style="" if found["ready"] else "yellow"))
+        if advised := found.get("recommended"):
+            options = "".join(f" --set {key}={value}" for key, value in advised["settings"].items())
+            line = f"Recommended: --method {advised['method']}{options}. {' '.join(advised['reasons'])}"
+            console.print(Text(safe_line(line), style="bold"))
 
 
 def _preflight_line(found: Mapping[str, Any]) -> str:

@@ -1,0 +1,49 @@
+"""Which method for this skill on this model: a rule from what the preflight measures, with the evidence it rests on.
+
+The evidence is docs/results.md: small chains of a 135M model, one seed. Where it does not reach, the rule says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from perdure.preflight import Preflight
+
+ABLE = 0.8
+"""Teacher accuracy from which self-distillation learned what supervised fine-tuning learned, up to some points."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """``method`` and ``settings`` as ``perdure learn`` takes them, and why."""
+
+    method: str
+    reasons: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys such as ``train.teacher``."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recommend(found: Preflight, taught: int, of_original: float | None = None) -> Recommendation:
+    """``taught``: skills that the champion knows. ``of_original``: accuracy of the base model as the teacher, where it
+    was measured."""
+    accuracy = f"{found.teacher_accuracy:.0%}"
+    if found.teacher_accuracy < ABLE or not found.ready:
+        lost = " A model that was fine-tuned loses some of its ability to learn from its context." if taught else ""
+        if of_original is not None and of_original >= ABLE:
+            return Recommendation("sdft", (
+                f"The champion, seeing the demonstration, is right on {accuracy} of the rows; the original model on "
+                f"{of_original:.0%}: let that teach.{lost}",), {"train.teacher": "original"})  # fmt: skip
+        return Recommendation("sft", (
+            f"The teacher is right on {accuracy} of the rows only, so self-distillation would teach little; supervised "
+            f"fine-tuning needs no teacher, and the anchor rows hold the rest as well.{lost}",))  # fmt: skip
+    if not taught:
+        return Recommendation("sft", (
+            f"The teacher is able ({accuracy}), but there is no earlier skill to keep: supervised fine-tuning with "
+            "anchors learned a few points more in the same steps, in about 60 % of the time.",))  # fmt: skip
+    return Recommendation("sdft", (
+        f"The teacher is able ({accuracy}) and there is something to keep: at the same rate self-distillation kept "
+        "more of the earlier skills and learned a few points less.",))  # fmt: skip

@@ -1,0 +1,69 @@
+"""The method advisor: what it recommends for what the preflight measured; and that the original model is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fakes import NUMBERS, copying_model, loaded, save_tiny_model, toy_skill
+from perdure.advisor import ABLE, recommend
+from perdure.config import RunConfig, parse
+from perdure.curriculum import check_skills, learn
+from perdure.models import save
+from perdure.preflight import Preflight
+from perdure.reporting import Silent
+from perdure.stages import create_workspace
+
+FOUND = Preflight(
+    skill="s", n=16, student_accuracy=0.0, teacher_accuracy=1.0, gap=1.0, template="turns:2", kl_teacher_student=1.0,
+    demonstration_probability=0.1, style_distance=2.0, identity_kl=0.0, leak_share=0.0, window={}, templates=(),
+    row_seconds={}, ready=True, advice=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("teacher", "ready", "taught", "original", "method", "settings"),
+    [
+        (1.0, True, 3, None, "sdft", {}),
+        (ABLE, True, 1, None, "sdft", {}),
+        (1.0, True, 0, None, "sft", {}),
+        (0.5, True, 3, None, "sft", {}),
+        (0.5, True, 3, 0.95, "sdft", {"train.teacher": "original"}),
+        (0.5, True, 3, 0.6, "sft", {}),
+        (1.0, False, 3, None, "sft", {}),  # the student knows it already, or the grader sees no difference
+    ],
+)
+def test_the_rule(teacher: float, ready: bool, taught: int, original: float | None, method: str,
+                  settings: dict[str, str]) -> None:  # fmt: skip
+    found = recommend(replace(FOUND, teacher_accuracy=teacher, ready=ready), taught, original)
+    assert (found.method, found.settings) == (method, settings) and found.reasons
+
+
+def test_the_original_model_is_asked_where_the_champion_cannot_teach(tmp_path: Path) -> None:
+    """The base model copies from its context; a champion whose heads are overwritten does not."""
+    model = save_tiny_model(tmp_path / "model", copies=True)
+    run = {"model": {"source": str(model), "compute_dtype": "float32"}, "context": {"template": "turns:2"},
+           "preflight": {"rows": 8, "forecast": False}, "probe": {"tasks": []}, "gate": {"enforce": False},
+           "train": {"method": "sft", "steps": 1, "learning_rate": 1e-9, "anchor_share": 0.0}}  # fmt: skip
+    config = parse(RunConfig, run, "test")
+    workspace = create_workspace(tmp_path / "bot", config)
+    learn(workspace, [toy_skill(tmp_path / "colours")], config, Silent(), force=True)
+    skill = toy_skill(tmp_path / "numbers", NUMBERS)
+    config = parse(RunConfig, run | {"train": {"method": "sdft"}}, "test")
+    (able,) = check_skills(workspace, [skill], config, Silent())
+    assert able["teacher_accuracy"] >= ABLE and able["recommended"]["method"] == "sdft"
+    assert able["recommended"]["settings"] == {}
+    broken = copying_model()
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight.zero_()
+    save(loaded(broken), workspace.version_folder("champion"))
+    (lost,) = check_skills(workspace, [skill], config, Silent())
+    assert lost["teacher_accuracy"] < ABLE
+    assert lost["recommended"]["settings"] == {"train.teacher": "original"}
+    config = config.model_copy(update={"train": config.train.model_copy(update={"teacher": "original"})})
+    (found,) = check_skills(workspace, [skill], config, Silent())
+    assert found["teacher_accuracy"] == able["teacher_accuracy"]  # the preflight measures who will teach
+    assert found["student_accuracy"] == lost["student_accuracy"] and found["recommended"]["method"] == "sdft"
