@@ -10,7 +10,7 @@ import torch
 
 from fakes import NUMBERS, copying_model, loaded, save_tiny_model, toy_skill
 from perdure.advisor import ABLE, recommend
-from perdure.config import RunConfig, parse
+from perdure.config import RunConfig, TrainConfig, parse
 from perdure.curriculum import check_skills, learn
 from perdure.models import save
 from perdure.preflight import Preflight
@@ -38,8 +38,15 @@ FOUND = Preflight(
 )
 def test_the_rule(teacher: float, ready: bool, taught: int, original: float | None, method: str,
                   settings: dict[str, str]) -> None:  # fmt: skip
-    found = recommend(replace(FOUND, teacher_accuracy=teacher, ready=ready), taught, original)
+    found = recommend(replace(FOUND, teacher_accuracy=teacher, ready=ready), taught, TrainConfig(), original)
     assert (found.method, found.settings) == (method, settings) and found.reasons
+
+
+def test_few_demonstrations_and_missing_anchors_change_the_rule() -> None:
+    few = TrainConfig(steps=24, batch_size=8)
+    assert recommend(FOUND, 3, few).method == "sft" and "120 demonstrations" in recommend(FOUND, 3, few).reasons[0]
+    assert recommend(FOUND, 0, TrainConfig(anchor_share=0.0)).method == "sdft"
+    assert recommend(FOUND, 3, TrainConfig(anchor_share=0.0, steps=5)).method == "sdft"
 
 
 def test_the_original_model_is_asked_where_the_champion_cannot_teach(tmp_path: Path) -> None:

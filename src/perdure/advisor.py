@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from perdure.config import TrainConfig
 from perdure.preflight import Preflight
 
 ABLE = 0.8
-"""Teacher accuracy from which self-distillation learned what supervised fine-tuning learned, up to some points."""
+"""Teacher accuracy from which self-distillation learned about as much as supervised fine-tuning."""
+ENOUGH = 300
+"""Demonstrations drawn in a stage from which self-distillation kept more (380 did, 120 did not)."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class Recommendation:
         return asdict(self)
 
 
-def recommend(found: Preflight, taught: int, of_original: float | None = None) -> Recommendation:
-    """``taught``: skills that the champion knows. ``of_original``: accuracy of the base model as the teacher, where it
-    was measured."""
+def recommend(found: Preflight, taught: int, train: TrainConfig, of_original: float | None = None) -> Recommendation:
+    """``taught``: skills that the champion knows; ``train``: steps, batch and anchors that the stage would have.
+    ``of_original``: accuracy of the base model as the teacher, where it was measured."""
     accuracy = f"{found.teacher_accuracy:.0%}"
     if found.teacher_accuracy < ABLE or not found.ready:
         lost = " A model that was fine-tuned loses some of its ability to learn from its context." if taught else ""
@@ -40,10 +43,16 @@ def recommend(found: Preflight, taught: int, of_original: float | None = None) -
         return Recommendation("sft", (
             f"The teacher is right on {accuracy} of the rows only, so self-distillation would teach little; supervised "
             f"fine-tuning needs no teacher, and the anchor rows hold the rest as well.{lost}",))  # fmt: skip
-    if not taught:
+    if train.anchor_share == 0:
+        return Recommendation("sdft", (
+            f"The teacher is able ({accuracy}) and no anchor rows hold the rest: then self-distillation kept half of an "
+            "earlier skill where supervised fine-tuning kept nothing. Anchor rows keep more than either.",))  # fmt: skip
+    drawn = round(train.steps * train.batch_size * (1 - train.anchor_share))
+    if not taught or drawn < ENOUGH:
+        why = "there is no earlier skill to keep" if not taught else f"a stage draws only {drawn} demonstrations"
         return Recommendation("sft", (
-            f"The teacher is able ({accuracy}), but there is no earlier skill to keep: supervised fine-tuning with "
-            "anchors learned a few points more in the same steps, in about 60 % of the time.",))  # fmt: skip
+            f"The teacher is able ({accuracy}), but {why}: then supervised fine-tuning with anchors learned more in the "
+            "same steps, kept no less, and took about 60 % of the time.",))  # fmt: skip
     return Recommendation("sdft", (
-        f"The teacher is able ({accuracy}) and there is something to keep: at the same rate self-distillation kept "
-        "more of the earlier skills and learned a few points less.",))  # fmt: skip
+        f"The teacher is able ({accuracy}), there is something to keep, and a stage draws {drawn} demonstrations: then "
+        "self-distillation kept more of the earlier skills and learned a few points less.",))  # fmt: skip

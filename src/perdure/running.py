@@ -107,7 +107,8 @@ def _advised(workspace: Workspace, parent: str, session: Session, skill: Skill, 
         with reporter.phase("preflight: the original model as the teacher", 0, "rows"):
             subject = subject_of(session, skill, open_session(config))
             of_original = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template)
-    return recommend(found, len(workspace.taught(parent).keys() - {skill.name}), of_original)
+    taught = len(workspace.taught(parent).keys() - {skill.name})
+    return recommend(found, taught, config.train, of_original)
 
 
 def subject_of(session: Session, skill: Skill, original: Session | None = None) -> Subject:
