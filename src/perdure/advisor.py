@@ -43,16 +43,17 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, of_original: fl
         return Recommendation("sft", (
             f"The teacher is right on {accuracy} of the rows only, so self-distillation would teach little; supervised "
             f"fine-tuning needs no teacher, and the anchor rows hold the rest as well.{lost}",))  # fmt: skip
+    able = f"The teacher is able ({accuracy})"
     if train.anchor_share == 0:
         return Recommendation("sdft", (
-            f"The teacher is able ({accuracy}) and no anchor rows hold the rest: then self-distillation kept half of an "
-            "earlier skill where supervised fine-tuning kept nothing. Anchor rows keep more than either.",))  # fmt: skip
+            f"{able} and no anchor rows hold the rest: then self-distillation kept half of an earlier skill where "
+            "supervised fine-tuning kept nothing. Anchor rows keep more than either.",))  # fmt: skip
     drawn = round(train.steps * train.batch_size * (1 - train.anchor_share))
     if not taught or drawn < ENOUGH:
         why = "there is no earlier skill to keep" if not taught else f"a stage draws only {drawn} demonstrations"
         return Recommendation("sft", (
-            f"The teacher is able ({accuracy}), but {why}: then supervised fine-tuning with anchors learned more in the "
-            "same steps, kept no less, and took about 60 % of the time.",))  # fmt: skip
+            f"{able}, but {why}: then supervised fine-tuning with anchors learned more in the same steps, kept no "
+            "less, and took about 60 % of the time.",))  # fmt: skip
     return Recommendation("sdft", (
-        f"The teacher is able ({accuracy}), there is something to keep, and a stage draws {drawn} demonstrations: then "
-        "self-distillation kept more of the earlier skills and learned a few points less.",))  # fmt: skip
+        f"{able}, there is something to keep, and a stage draws {drawn} demonstrations: then self-distillation kept "
+        "more of the earlier skills and learned a few points less.",))  # fmt: skip
