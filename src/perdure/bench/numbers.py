@@ -19,7 +19,9 @@ Array = NDArray[np.float64]
 Result = dict[str, Any]
 METRICS = ("learned", "final", "retention", "forgetting", "backward_transfer", "forward_transfer", "prior_change",
            "drift", "minutes", "tokens")  # fmt: skip
-"""What a row shows. Accuracies 0..1; drift in nats a token; minutes and tokens of training, whole chain."""
+"""What a row shows. Accuracies 0..1; drift in nats a token; minutes and tokens of training, whole chain. ``retention``
+here is what is left of all earlier skills together, the sum of their accuracies at the end over that when learned: a
+mean of ratios would be ruled by a skill that was hardly learned."""
 PAIRED = ("learned", "final", "retention", "prior_change")
 RESAMPLES = 1000
 
@@ -66,20 +68,23 @@ def growth(results: Sequence[Result]) -> list[dict[str, float | None]]:
     places: list[dict[str, float | None]] = []
     for place in range(max(len(result["stages"]) for result in results)):
         stages = [result["stages"][: place + 1] for result in results if len(result["stages"]) > place]
-        kept = [[_ratio(run[-1]["scores"][s["skill"]], _bits(s["learned"]).mean()) for s in run[:-1]] for run in stages]
+        now = [[run[-1]["scores"][stage["skill"]] for stage in run[:-1]] for run in stages]
+        learned = [[float(_bits(stage["learned"]).mean()) for stage in run[:-1]] for run in stages]
+        pairs = list(zip(now, learned, strict=True))
         train = [run[-1]["seconds"].get("train", 0.0) for run in stages]
         places.append({
             "skills": place + 1,
-            "first": _nan_mean([run[0] for run in kept if run]),
-            "earlier": _nan_mean([value for run in kept for value in run]),
+            "first": _nan_mean([_left(end[:1], begin[:1]) for end, begin in pairs]),
+            "earlier": _nan_mean([_left(end, begin) for end, begin in pairs]),
             "train": float(np.mean(train)),
             "rest": float(np.mean([sum(run[-1]["seconds"].values()) for run in stages]) - np.mean(train)),
         })  # fmt: skip
     return places
 
 
-def _ratio(now: float, learned: float) -> float:
-    return now / learned if learned else float("nan")
+def _left(now: Sequence[float] | Array, learned: Sequence[float] | Array) -> float:
+    """The sum of the accuracies now over that when learned; NaN where nothing was."""
+    return float(np.sum(now) / np.sum(learned)) if np.sum(learned) > 0 else float("nan")
 
 
 def _nan_mean(values: Sequence[float]) -> float | None:
@@ -143,7 +148,7 @@ def _metrics(run: dict[str, Any], base: Mapping[str, Array], prior: Mapping[str,
     return {
         "learned": float(retention.accuracy_when_learned(matrix, at).mean()),
         "final": retention.average_accuracy(matrix),
-        "retention": retention.mean_retention(matrix, at),
+        "retention": _left(retention.final_accuracy(matrix)[:-1], retention.accuracy_when_learned(matrix, at)[:-1]),
         "forgetting": float(earlier.mean()) if len(earlier) else float("nan"),
         "backward_transfer": retention.backward_transfer(matrix, at),
         "forward_transfer": retention.forward_transfer(matrix, at),
