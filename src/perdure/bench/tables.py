@@ -65,8 +65,9 @@ def page(chain: ChainFile, found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *(_row(found["labels"][name], found["rates"][name], row) for name, row in found["rows"].items()),
         "",
-        "Retention is what is left of the earlier skills together: the sum of their accuracies at the end over that when "
-        f"learned; forgetting and backward transfer are in results.json. The base model has {_percent([found['base']['prior'], None, None])} % on the prior tasks.",
+        "Retention is what is left of the earlier skills together: the sum of their accuracies at the end over that "
+        "when learned; forgetting and backward transfer are in results.json. The base model has "
+        f"{_percent([found['base']['prior'], None, None])} % on the prior tasks.",
         "",
         f"Paired difference to {found['labels'][found['reference']]}, in points; retention in hundredths:",
         "",
