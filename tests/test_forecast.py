@@ -23,7 +23,8 @@ def skill(tmp_path: Path) -> Skill:
 
 def config_of(folder: Path, **train: object) -> RunConfig:
     model = {"source": str(save_tiny_model(folder / "model", copies=True)), "compute_dtype": "float32"}
-    settings = {"batch_size": 8, "steps": 10, "warm_start_steps": 4, "anchor_general_tokens": 4} | train
+    settings = {"batch_size": 8, "steps": 10, "warm_start_steps": 4, "anchor_general_tokens": 4, "anchor_share": 0.25}
+    settings |= train
     return RunConfig.model_validate(
         {"model": model, "probe": {"tasks": []}, "preflight": {"rows": 8}, "train": settings}
     )
