@@ -245,12 +245,12 @@ def test_supervised_rows_ask_no_teacher(tmp_path: Path) -> None:
     skill, session = load_skill(toy_skill(tmp_path / "skill")), a_session(None)
     for name, has_teacher in (("sft", False), ("dft", False), ("sft_kl", True), ("reinvoke", True), ("offline", True)):
         run = parse(RunConfig, {"train": {"method": name, "anchor_share": 0.0}}, "test")
-        anchors = make_anchors(session, [], replace_share(run.train), 0)
+        anchors = make_anchors(session, [], short_answers(run.train), 0)
         stage = staged(session, skill, run, replace(anchors, general=()), "turns:1", tmp_path)
         assert (stage.teacher is not None) is has_teacher, name
 
 
-def replace_share(config: TrainConfig) -> TrainConfig:
+def short_answers(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"anchor_general_tokens": 2})
 
 

@@ -31,12 +31,11 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     general = general_prompts() if wants_general else []
     wants_earlier = config.anchor_share > 0 and config.anchor_earlier_share > 0
     chosen = {skill.name: _chosen(skill, config, seed) for skill in earlier} if wants_earlier else {}
-    total, done = len(general) + sum(map(len, chosen.values())), 0
-    most = config.anchor_general_tokens
-    answers = answered(session, general, most, derive_seed(seed, "anchors of", "general"), part_of(progress, 0, total))
+    total, done = len(general) + sum(map(len, chosen.values())), len(general)
+    answers = answered(session, general, config.anchor_general_tokens, derive_seed(seed, "anchors of", "general"),
+                       part_of(progress, 0, total))  # fmt: skip
     found: list[Rollout] = []
-    done = len(general)
-    for skill in earlier if chosen else ():
+    for skill in (skill for skill in earlier if skill.name in chosen):
         rows = chosen[skill.name]
         found += _earlier(session, skill, rows, method, derive_seed(seed, "anchors of", skill.name),
                           part_of(progress, done, total))  # fmt: skip
