@@ -78,7 +78,7 @@ def test_a_server_shows_runs_metrics_versions_and_aliases(server: str, tmp_path:
     assert metrics["accuracy/colours"] == 0.8 and metrics["prior/piqa"] == 0.6 and metrics["cost/train_seconds"] == 100
     curve = seen.get_metric_history(runs["v001"].info.run_id, "train/loss")
     assert sorted(point.step for point in curve) == list(range(1, 13))
-    assert runs["v001"].data.params["train.learning_rate"] == "3e-05"
+    assert runs["v001"].data.params["train.learning_rate"] == "0.0001"
     versions = {v.tags["perdure.version"]: v for v in seen.search_model_versions("name = 'helpdesk'")}
     assert versions["v002"].description == "colours: cannot tell." and versions["v002"].tags[
         "perdure.decision"] == "held"  # fmt: skip

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: damaged, not valid JSON: {error}") from error
+
+
+def read_object(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object that has at least these keys, with values of these types. Raises InputError when it is not."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: damaged, not a JSON object")
+    if wrong := [key for key, kind in keys.items() if key not in found or not isinstance(found[key], kind)]:
+        raise InputError(f"{path}: damaged, without a usable {', '.join(map(repr, wrong))}")
+    return found
 
 
 def read_jsonl(path: Path, growing: bool = False) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from perdure.files import (
     manifest_of,
     now,
     read_json,
+    read_object,
     replace_text,
     sync_folder,
     sync_path,
@@ -39,6 +40,8 @@ _STAGE = re.compile(r"s([0-9]{2,})-")
 _SKILL_FOLDER = re.compile(r"[a-z0-9][a-z0-9_-]*@[0-9a-f]{8}")
 MANIFEST = "version_sha256"
 """Entry of the ledger lines that introduce a version: the sha256 of its version.json."""
+_RECORD = {"version": str, "parent": str | None, "skill": str | None, "hashes": dict}
+"""What every command takes for granted in a version.json."""
 _SAME = ("version", "parent", "stage", "skill", "method", "seed", "hashes")
 """Entries of version.json that say what a version is; the others say when it was made and what that cost."""
 
@@ -91,7 +94,7 @@ class Workspace:
 
     def version(self, name: str) -> dict[str, Any]:
         """A version's ``version.json``. ``champion``, ``previous`` and ``v1`` for ``v001`` are understood."""
-        return read_json(self.version_folder(name) / "version.json")
+        return read_object(self.version_folder(name) / "version.json", _RECORD)
 
     def version_folder(self, name: str) -> Path:
         """Raises InputError for a name that is no version here, and for one with a link that leads out of it."""
@@ -137,7 +140,7 @@ class Workspace:
                 raise InputError(f"{self.folder}: damaged, {current} is among its own ancestors")
             if current not in known:
                 raise InputError(f"{self.folder}: damaged, there is no version {current}, the parent of another")
-            chain[current] = read_json(self.folder / "versions" / current / "version.json")
+            chain[current] = read_object(self.folder / "versions" / current / "version.json", _RECORD)
             current = chain[current]["parent"]
         return list(chain.values())[::-1]
 
@@ -272,8 +275,11 @@ class Workspace:
         """Skills taught on the way to ``name``, in order: name -> kept folder (the latest content of each)."""
         found: dict[str, Path] = {}
         for info in self.lineage_records(name)[1:]:
-            found.pop(info["skill"], None)
-            found[info["skill"]] = self._kept(info["skill"], info["hashes"]["skill"])
+            skill, content = info["skill"], info["hashes"].get("skill")
+            if not isinstance(skill, str) or not isinstance(content, str):
+                raise InputError(f"{self.folder}: damaged, {info['version']} does not say which skill it was taught")
+            found.pop(skill, None)
+            found[skill] = self._kept(skill, content)
         return found
 
     def _kept(self, name: str, content: str) -> Path:
@@ -298,7 +304,7 @@ class Workspace:
 
     def closed_stages(self) -> set[str]:
         """Stages that gave a version."""
-        records = (read_json(self.folder / "versions" / name / "version.json") for name in self.versions())
+        records = (read_object(self.folder / "versions" / name / "version.json", _RECORD) for name in self.versions())
         return {info["stage"] for info in records if info["stage"]}
 
     def unfinished(self) -> list[str]:
