@@ -94,6 +94,11 @@ def test_a_wrong_chain_file_is_one_clear_error(tmp_path: Path, old: str, new: st
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "benchmarks" / "chains").glob("*.toml")))
+def test_the_published_chain_files_can_be_run(file: Path) -> None:
+    assert load_chain(file).name == file.stem
+
+
 def test_runs_come_seed_by_seed_with_the_rates_of_their_sweeps(tmp_path: Path) -> None:
     chain = load_chain(write_chain(tmp_path, ("seeds = [0]", "seeds = [0, 1]")))
     plans = runs_of(chain, {"sft": 1e-3})
