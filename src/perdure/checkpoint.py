@@ -103,10 +103,7 @@ def load_checkpoint(
 
 def load_student(folder: Path, student: Any) -> None:
     """Put only the student's weights of a checkpoint back."""
-    tensors = load_file(folder / "state.safetensors")
-    with torch.no_grad():
-        for name, parameter in trainable(student).items():
-            parameter.copy_(tensors[f"student.{name}"])
+    load_weights(student, folder / "state.safetensors", "student.")
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -121,9 +118,9 @@ def save_weights(student: Any, path: Path) -> None:
     os.replace(beside, path)
 
 
-def load_weights(student: Any, path: Path) -> None:
-    """Put parameters written by ``save_weights`` back."""
+def load_weights(student: Any, path: Path, prefix: str = "") -> None:
+    """Put parameters written by ``save_weights`` back, or those of a file that holds them behind a prefix."""
     tensors = load_file(path)
     with torch.no_grad():
         for name, parameter in trainable(student).items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[prefix + name])

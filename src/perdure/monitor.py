@@ -17,6 +17,7 @@ from perdure.models import head_of, hidden_at_loss_positions
 from perdure.rows import says_demonstration
 from perdure.runlog import LoopState, RunLog
 from perdure.stage import Stage
+from perdure.teacher import Teacher
 from perdure.types import Rollout
 
 
@@ -75,8 +76,14 @@ def anchor_drift(stage: Stage, rows: int = 16) -> float | None:
     start = stage.teacher_of(demonstrated=False)
     if not rollouts or start is None or not start.is_start:
         return None
-    batch = collate(rollouts, "student", stage.student.pad_id, device=stage.student.device)
-    inputs = LossInputs(hidden_at_loss_positions(stage.working, batch), start.score(batch), batch.targets_N,
-                        batch.weights_N, batch.demonstrated_N)  # fmt: skip
-    total, _ = chunked_loss(LossSpec(), inputs, head_of(stage.working), start.head)
+    return drift(rollouts, stage.working, start, stage.student.pad_id)
+
+
+@torch.no_grad()
+def drift(rollouts: Sequence[Rollout], now: Any, start: Teacher, pad_id: int) -> float:
+    """Mean KL(start || now) a token, nats, over the rollouts' completions under the student's prompts."""
+    batch = collate(rollouts, "student", pad_id, device=now.device)
+    inputs = LossInputs(hidden_at_loss_positions(now, batch), start.score(batch), batch.targets_N, batch.weights_N,
+                        batch.demonstrated_N)  # fmt: skip
+    total, _ = chunked_loss(LossSpec(), inputs, head_of(now), start.head)
     return float(total) / len(batch.targets_N)

@@ -94,7 +94,7 @@ class Workspace:
 
     def version(self, name: str) -> dict[str, Any]:
         """A version's ``version.json``. ``champion``, ``previous`` and ``v1`` for ``v001`` are understood."""
-        return read_object(self.version_folder(name) / "version.json", _RECORD)
+        return _record(self.version_folder(name))
 
     def version_folder(self, name: str) -> Path:
         """Raises InputError for a name that is no version here, and for one with a link that leads out of it."""
@@ -140,7 +140,7 @@ class Workspace:
                 raise InputError(f"{self.folder}: damaged, {current} is among its own ancestors")
             if current not in known:
                 raise InputError(f"{self.folder}: damaged, there is no version {current}, the parent of another")
-            chain[current] = read_object(self.folder / "versions" / current / "version.json", _RECORD)
+            chain[current] = _record(self.folder / "versions" / current)
             current = chain[current]["parent"]
         return list(chain.values())[::-1]
 
@@ -304,7 +304,7 @@ class Workspace:
 
     def closed_stages(self) -> set[str]:
         """Stages that gave a version."""
-        records = (read_object(self.folder / "versions" / name / "version.json", _RECORD) for name in self.versions())
+        records = (_record(self.folder / "versions" / name) for name in self.versions())
         return {info["stage"] for info in records if info["stage"]}
 
     def unfinished(self) -> list[str]:
@@ -345,6 +345,10 @@ class Workspace:
                 yield
             finally:
                 file.truncate(0)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "version.json", _RECORD)
 
 
 def _of_content(entry: Any) -> Any:

@@ -17,18 +17,16 @@ import torch
 
 from perdure.anchors import answered, general_prompts
 from perdure.bench.plan import RunPlan
-from perdure.contexts import collate
 from perdure.curriculum import learn
 from perdure.files import code_state, environment, now, read_json, read_jsonl, replace_text
-from perdure.fused import LossInputs, chunked_loss
-from perdure.losses import LossSpec
-from perdure.measure import known_scores, measure_probe, measure_skill, skill_items
-from perdure.models import head_of, hidden_at_loss_positions
+from perdure.measure import Scores, known_scores, measure_probe, measure_skill, skill_items
+from perdure.monitor import drift
 from perdure.probe import ProbeResult
 from perdure.reporting import Phase, Silent
 from perdure.session import Session, open_session
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
+from perdure.teacher import FixedTeacher
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -81,10 +79,11 @@ def run_chain(folder: Path, plan: RunPlan, skills: dict[str, Path], base: Path |
     with workspace.lock():
         for skill in plan.skills:
             learn(workspace, [skills[skill]], config, reporter, force=True)
+    last = known_scores(workspace, "champion")
     result = {
         "key": plan.key, "method": plan.method, "label": plan.label, "order": plan.order, "seed": plan.seed,
         "identity": plan.identity, "rate": config.train.learning_rate, "threads": threads, "finished": now(),
-        "code": code_state(), "environment": environment(), "stages": [_stage(workspace, plan, skill)
+        "code": code_state(), "environment": environment(), "stages": [_stage(workspace, last, skill)
                                                                        for skill in plan.skills],
     }  # fmt: skip
     if base is not None:
@@ -94,11 +93,11 @@ def run_chain(folder: Path, plan: RunPlan, skills: dict[str, Path], base: Path |
     return result
 
 
-def _stage(workspace: Workspace, plan: RunPlan, skill: str) -> dict[str, Any]:
-    """What a stage cost and scored: bits of the skill's items before it, when learned and at the end."""
+def _stage(workspace: Workspace, last: Scores, skill: str) -> dict[str, Any]:
+    """What a stage cost and scored: bits of the skill's items before it, when learned and at the end (``last``)."""
     names = [name for name in workspace.lineage()[::-1] if workspace.version(name)["skill"] == skill]
     info = workspace.version(names[0])
-    before, learned, last = (known_scores(workspace, name) for name in (info["parent"], names[0], "champion"))
+    before, learned = (known_scores(workspace, name) for name in (info["parent"], names[0]))
     lines = read_jsonl(workspace.run_folder(info["stage"]) / "metrics.jsonl")
     validated = [line for line in lines if "validation_accuracy" in line]
     check = workspace.run_folder(info["stage"]) / "preflight.json"
@@ -122,7 +121,7 @@ def _final(workspace: Workspace, plan: RunPlan, reporter: FileReporter) -> dict[
     """Prior capabilities and drift of the last version."""
     last = open_session(plan.config, workspace.version_folder(workspace.resolve("champion")))
     probed = measure_probe(last, plan.probe, reporter, "the last version")
-    return {"probe": probe_bits(probed), "drift": drift(open_session(plan.config), last)}
+    return {"probe": probe_bits(probed), "drift": _drift(open_session(plan.config), last)}
 
 
 def measure_base(path: Path, plan: RunPlan, skills: dict[str, Path], threads: int) -> None:
@@ -144,15 +143,10 @@ def probe_bits(probed: ProbeResult | None) -> dict[str, str]:
     return tasks
 
 
-@torch.no_grad()
-def drift(base: Session, last: Session) -> float:
-    """Mean KL(base || last) a token, nats, on the base's own answers to general prompts."""
+def _drift(base: Session, last: Session) -> float:
+    """How far the last version is from the base, on the base's own answers to general prompts."""
     rollouts = answered(base, general_prompts()[:DRIFT_ROWS], 32, seed=0)
-    batch = collate(rollouts, "student", base.loaded.pad_id, device=base.loaded.device)
-    now_NH, then_NH = (hidden_at_loss_positions(session.working, batch) for session in (last, base))
-    inputs = LossInputs(now_NH, then_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N)
-    total, _ = chunked_loss(LossSpec(), inputs, head_of(last.working), head_of(base.working))
-    return float(total) / len(batch.targets_N)
+    return drift(rollouts, last.working, FixedTeacher(base.working), base.loaded.pad_id)
 
 
 def _drop_weights(place: Path) -> None:
