@@ -63,11 +63,13 @@ def test_expected_tokens(tmp_path: Path, skill: Skill):
     completion = sum(len(text.demonstration(e).token_ids) for e in rows) / len(rows)
     prompt = sum(len(text.student_prompt(e).token_ids) for e in rows) / len(rows)
     teacher = next(score.tokens for score in found.templates if score.template == found.template)
-    assert expected_tokens(session, skill, config.train, found) == {
-        "student": round(10 * 8 * (prompt + completion)),
-        "teacher": round(10 * 6 * (teacher + completion)),  # 6 of 8 rows carry a demonstration
-        "rollout": round(6 * 6 * completion),  # 10 - 4 steps are on-policy
-    }
+    for earlier, taught, rows_of_step in ((0, 7, 8), (1, 6, 8), (2, 6, 8), (9, 6, 12)):
+        # 2 of 8 rows are anchors, one of them of earlier skills; nine skills at half a row each need five.
+        assert expected_tokens(session, skill, config.train, found, earlier) == {
+            "student": round(10 * rows_of_step * (prompt + completion)),
+            "teacher": round(10 * taught * (teacher + completion)),
+            "rollout": round(6 * taught * completion),  # 10 - 4 steps are on-policy
+        }
 
 
 def test_prices():

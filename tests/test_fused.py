@@ -204,6 +204,20 @@ def test_splitting_the_batch_changes_nothing(split: list[int]) -> None:
     assert metrics == pytest.approx(whole_metrics)
 
 
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd-topk", "sft-with-anchors"])
+def test_each_positions_divergence_is_there_unweighted(name: str) -> None:
+    spec, inputs = SPECS[name], inputs_of(name, 0)
+    student, teacher = make_head(1, False, None), make_head(2, False, None)
+    found_N = torch.full((13,), -1.0)
+    chunked_loss(spec, inputs, student, teacher, 5, found_N)
+    asks_N = inputs.weights_N != 0
+    for row in range(13):
+        one = inputs.at(torch.tensor([row]))
+        one = replace(one, weights_N=torch.ones(1), label_weights_N=None)
+        expected = float(naive(spec, one, student, teacher).detach()) if asks_N[row] else -1.0
+        assert float(found_N[row]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 def test_metrics_are_sums_over_tokens() -> None:
     inputs, student, teacher = make_inputs(0), make_head(1, False, None), make_head(2, False, None)
     _, metrics = chunked_loss(SPECS["forward"], inputs, student, teacher, 4)

@@ -96,7 +96,7 @@ def test_a_supervised_row_has_the_students_prompt_for_both_roles_and_labels(tmp_
     stage, config = make_stage(tmp_path), settings(method=name, **held)
     if METHODS[name].writes_once:
         stage = with_written(stage, config)
-    rows = [complete(stage, config, row) for row in batch_rows(stage, config, 0)]
+    rows = [complete(stage, config, row) for row in batch_rows(stage, config, LoopState())]
     taught = [row for row in rows if row.has_demonstration]
     assert taught and all(row.teacher_prompt == row.student_prompt for row in taught)
     assert {(row.weight, row.label_weight) for row in taught} == {(0.3 if name == "sft_kl" else 0.0, 1.0)}
@@ -142,7 +142,7 @@ def test_a_share_of_the_demonstrations_own_token_mixes_both_losses(tmp_path: Pat
 def test_on_policy_a_share_of_the_rows_keeps_the_demonstrations(tmp_path: Path) -> None:
     engine = ScriptedEngine(lambda prompt: "north")
     stage, config = make_stage(tmp_path, engine=engine), settings(on_policy_share=0.5)
-    rows = batch_rows(stage, config, 0)
+    rows = batch_rows(stage, config, LoopState())
     rollouts = sample(stage, config, rows, LoopState())
     said = [stage.renderer.text(row.completion) for row in rollouts if row.has_demonstration]
     assert said[:3] == ["north"] * 3 and "north" not in said[3:] and len(said) == 6
@@ -180,11 +180,12 @@ def test_the_teacher_writes_offline_answers_once_and_only_those_that_are_drawn(t
     stage, config = make_stage(tmp_path, engine=engine), settings(method="offline", steps=1)
     written = with_written(stage, config)
     prompts, params, _ = engine.calls[0]
-    drawn = [row for row in batch_rows(stage, config, 0) if isinstance(row, Example)]
+    drawn = [row for row in batch_rows(stage, config, LoopState()) if isinstance(row, Example)]
     assert {p.example.id for p in prompts} == {row.id for row in drawn} and len(engine.calls) == 1
     assert all(p == stage.renderer.teacher_prompt(p.example, stage.template) for p in prompts)
     assert params.temperature == 1
-    rows = [row for row in batch_rows(written, config, 0) if isinstance(row, Rollout) and row.has_demonstration]
+    rows = [row for row in batch_rows(written, config, LoopState())
+            if isinstance(row, Rollout) and row.has_demonstration]  # fmt: skip
     assert len(rows) == len(drawn)
     assert all(stage.renderer.text(row.completion) == "north" and row.weight == 1 for row in rows)
     assert all(row.teacher_prompt != row.student_prompt for row in rows)
@@ -261,6 +262,9 @@ def short_answers(config: TrainConfig) -> TrainConfig:
     ("options", "message"),
     [
         ({"kl_weight": 0.1}, "sft_kl"),
+        ({"anchor_focus": 0.9, "method": "sft_replay"}, "anchor_focus goes by a divergence"),
+        ({"anchor_focus": 0.9, "anchor_share": 0.0}, "anchor_focus has an effect only with rows of earlier"),
+        ({"anchor_per_skill": 2, "anchor_earlier_share": 0.0}, "anchor_per_skill has an effect only with rows"),
         ({"reinvoke_steps": 3}, "reinvoke"),
         ({"method": "sft", "demonstration_weight": 0.1}, "sdft"),
         ({"method": "sft", "on_policy_share": 0.5}, "sdft"),

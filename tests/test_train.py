@@ -23,7 +23,7 @@ from perdure.models import working_copy
 from perdure.monitor import anchor_drift, describe, validate
 from perdure.rollout.base import RolloutEngine
 from perdure.rollout.local import LocalEngine
-from perdure.rows import batch_rows, complete, phase_of, sample
+from perdure.rows import batch_rows, complete, phase_of, sample, step_rollouts
 from perdure.runlog import Clock, LoopState
 from perdure.skills.graders import exact
 from perdure.stage import Anchors, Stage
@@ -45,7 +45,8 @@ def anchor(question: str, *ids: int) -> Rollout:
 
 
 def make_anchors(tmp_path: Path) -> Anchors:
-    earlier = tuple(anchor(f"say {key}", 260 + place, 279) for place, key in enumerate(NUMBERS))
+    earlier = tuple(replace(anchor(f"say {key}", 260 + place, 279), source="numbers") for place, key in
+                    enumerate(NUMBERS))  # fmt: skip
     return Anchors(earlier, tuple(anchor(f"tell me about {n}", 65 + n, 66, 279) for n in range(5)))
 
 
@@ -82,7 +83,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def warm_rollouts(stage: Stage, config: TrainConfig) -> list[Rollout]:
-    return [complete(stage, config, row) for row in batch_rows(stage, config, 0)]
+    return [complete(stage, config, row) for row in batch_rows(stage, config, LoopState())]
 
 
 # Rows of a batch
@@ -90,16 +91,16 @@ def warm_rollouts(stage: Stage, config: TrainConfig) -> list[Rollout]:
 
 def test_the_batch_depends_on_seed_and_step_only(tmp_path: Path) -> None:
     config, stage = settings(), make_stage(tmp_path)
-    forwards = [batch_rows(stage, config, step) for step in range(6)]
-    backwards = [batch_rows(make_stage(tmp_path), config, step) for step in reversed(range(6))][::-1]
+    forwards = [batch_rows(stage, config, LoopState(step)) for step in range(6)]
+    backwards = [batch_rows(make_stage(tmp_path), config, LoopState(step)) for step in reversed(range(6))][::-1]
     assert forwards == backwards
     assert forwards[0] != forwards[1]
-    assert batch_rows(replace(stage, seed=1), config, 0) != forwards[0]
+    assert batch_rows(replace(stage, seed=1), config, LoopState()) != forwards[0]
 
 
 def test_every_row_comes_once_an_epoch(tmp_path: Path) -> None:
     stage = make_stage(tmp_path, anchors=False)
-    rows = [row.id for step in range(4) for row in batch_rows(stage, settings(batch_size=4), step)
+    rows = [row.id for step in range(4) for row in batch_rows(stage, settings(batch_size=4), LoopState(step))
             if isinstance(row, Example)]  # fmt: skip
     assert sorted(rows) == sorted(e.id for e in stage.examples)
 
@@ -111,7 +112,7 @@ def test_every_row_comes_once_an_epoch(tmp_path: Path) -> None:
 def test_anchors_take_their_share_from_what_there_is(tmp_path: Path, earlier: bool, general: bool, counts) -> None:
     stage = make_stage(tmp_path)
     anchors = Anchors(stage.anchors.earlier if earlier else (), stage.anchors.general if general else ())
-    rows = batch_rows(replace(stage, anchors=anchors), settings(), 3)
+    rows = batch_rows(replace(stage, anchors=anchors), settings(), LoopState(3))
     found = (sum(isinstance(r, Example) for r in rows), sum(r in stage.anchors.earlier for r in rows),
              sum(r in stage.anchors.general for r in rows))  # fmt: skip
     assert found == counts
@@ -198,7 +199,7 @@ def test_the_warm_start_ends_when_the_threshold_is_passed(tmp_path: Path) -> Non
 def test_on_policy_the_student_answers_without_the_demonstration(tmp_path: Path) -> None:
     engine = ScriptedEngine(lambda prompt: "north" if prompt.example.messages[-1]["content"].endswith("cat") else "red")
     config, stage = settings(), make_stage(tmp_path, engine=engine)
-    rows = batch_rows(stage, config, 0)
+    rows = batch_rows(stage, config, LoopState())
     state = LoopState()
     rollouts = sample(stage, config, rows, state)
     prompts, params, seeds = engine.calls[0]
@@ -278,7 +279,7 @@ def test_a_fixed_teacher_scores_a_recurring_row_once_and_keeps_nothing_else(tmp_
     engine = ScriptedEngine(lambda prompt: "red")  # right for the cat, wrong for the others
     stage = replace(make_stage(tmp_path, engine=engine), teacher=teacher)
     kept: dict[Any, torch.Tensor] = {}
-    rows = batch_rows(stage, config, 0)
+    rows = batch_rows(stage, config, LoopState())
     own = sample(stage, config, rows, state)
     answers = {r.student_prompt.token_ids: r.student_prompt.example.demonstration for r in own}
     recurring = [ids for ids, answer in answers.items() if answer is None or answer["content"] == "red"]
@@ -466,6 +467,34 @@ def test_drift_is_the_kl_from_the_start_on_general_prompts(tmp_path: Path) -> No
     assert validate(stage, settings(), LoopState())["kl_start"] == anchor_drift(stage)
     others = [make_stage(tmp_path, kind=kind) for kind in ("original", "ema", None)]
     assert [anchor_drift(other) for other in (*others, make_stage(tmp_path, anchors=False))] == [None] * 4
+
+
+def test_how_far_an_earlier_skill_moved_is_the_kl_of_its_rows(tmp_path: Path) -> None:
+    config, stage, state = settings(anchor_share=0.75), make_stage(tmp_path), LoopState()
+    rollouts = step_rollouts(stage, config, "warm_start", state)
+    held = [row for row in rollouts if row.source]
+    assert len(held) == round(6 * config.anchor_earlier_share) == state.held["numbers"]["drawn"]
+    values = []
+    with torch.no_grad():
+        stage.student.model.lm_head.weight.mul_(1.3)
+        for r in held:
+            ids = torch.tensor([[*r.student_prompt.token_ids, *r.completion.token_ids]])
+            start, now = (m(input_ids=ids).logits[0, len(r.student_prompt.token_ids) - 1 : -1].log_softmax(-1)
+                          for m in (stage.working, stage.student.model))  # fmt: skip
+            values.append(forward_kl(now, start).mean().item())
+    hidden = score(stage, config, rollouts, {}, state)
+    optimise(stage, config, make_optimizer(stage, config), rollouts, hidden, "warm_start", Clock(), state)
+    assert state.held["numbers"]["moved"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_of_each_earlier_skill_every_row_comes_once_an_epoch(tmp_path: Path) -> None:
+    stage, state = make_stage(tmp_path), LoopState()
+    rows = [replace(row, source=name) for name in ("a", "b", "c") for row in stage.anchors.earlier[:2]]
+    stage = replace(stage, anchors=Anchors(tuple(rows)))
+    config = settings(anchor_share=0.5, anchor_earlier_share=0.75)  # three rows a step
+    drawn = [row for step in range(2) for row in batch_rows(stage, config, replace(state, step=step))
+             if isinstance(row, Rollout)]  # fmt: skip
+    assert sorted(map(rows.index, drawn)) == list(range(6))
 
 
 # The same run again

@@ -37,8 +37,9 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     found: list[Rollout] = []
     for skill in (skill for skill in earlier if skill.name in chosen):
         rows = chosen[skill.name]
-        found += _earlier(session, skill, rows, method, derive_seed(seed, "anchors of", skill.name),
-                          part_of(progress, done, total))  # fmt: skip
+        made = _earlier(session, skill, rows, method, derive_seed(seed, "anchors of", skill.name),
+                        part_of(progress, done, total))  # fmt: skip
+        found += [replace(row, source=skill.name) for row in made]
         done += len(rows)
     return Anchors(tuple(found), tuple(answers))
 

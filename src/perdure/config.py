@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from perdure.methods import METHODS
 from perdure.types import InputError
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -79,6 +80,10 @@ class TrainConfig(_Section):
     """Share of each batch without a demonstration: earlier skills' prompts and general ones."""
     anchor_earlier_share: float = Field(default=0.67, ge=0, le=1)
     """Of the anchors, the share from earlier skills; before there are any, these rows are demonstrations."""
+    anchor_per_skill: float = Field(default=0.5, ge=0)
+    """At least so many rows a step for each earlier skill; what that takes beyond their share is added to the batch."""
+    anchor_focus: float = Field(default=0.5, ge=0, le=1)
+    """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
     anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_general_tokens: int = Field(default=32, ge=1)
@@ -142,6 +147,11 @@ class TrainConfig(_Section):
             for name, owner, value in uses
             if self._changed(name) and getattr(self, owner) != value
         ]
+        if self.anchor_share == 0 or self.anchor_earlier_share == 0:
+            reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
+            found += [f"{name} {reason}" for name in ("anchor_per_skill", "anchor_focus") if self._changed(name)]
+        elif METHODS[self.method].earlier != "answers" and self._changed("anchor_focus"):
+            found += [f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows']
         of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora")
         return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
                         if self._changed(name) and not self.lora_rank]  # fmt: skip

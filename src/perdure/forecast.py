@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from perdure.measure import known_scores, unmeasured
 from perdure.methods import METHODS
 from perdure.preflight import Preflight
 from perdure.probe import probe
-from perdure.rows import batch_rows, complete
+from perdure.rows import batch_rows, complete, row_counts
 from perdure.runlog import Clock, LoopState
 from perdure.session import Session
 from perdure.skills.base import Skill
@@ -47,7 +49,7 @@ def forecast(workspace: Workspace, parent: str, session: Session, skill: Skill, 
         "probe": _probe(workspace, parent, session, config),
     }
     seconds = {phase: round(value, 1) for phase, value in seconds.items() if value}
-    return {"seconds": seconds, "tokens": expected_tokens(session, skill, config.train, found),
+    return {"seconds": seconds, "tokens": expected_tokens(session, skill, config.train, found, len(earlier)),
             "priced": priced(config.cost, sum(seconds.values()))}  # fmt: skip
 
 
@@ -60,10 +62,10 @@ def _train(session: Session, skill: Skill, earlier: list[Skill], config: RunConf
     a_general_row = (time.perf_counter() - start) / max(1, count)
     anchor_rows = sum(min(train.anchor_rows, len(other.train)) for other in earlier)
     anchors = a_general_row * len(general) + found.row_seconds["teacher"] * anchor_rows if count else 0.0
-    half = len(few) // 2 if earlier else 0
-    stage = make_stage(session, skill, config, Anchors(tuple(few[:half]), tuple(few[half:])), found.template, Path())
+    held = [replace(row, source=other.name) for row, other in zip(cycle(few), earlier, strict=False)] if few else []
+    stage = make_stage(session, skill, config, Anchors(tuple(held), tuple(few)), found.template, Path())
     a_step = _step_seconds(stage, train)
-    demonstrations = train.batch_size - count
+    demonstrations = row_counts(train, len(stage.anchors.skills), bool(few))["taught"]
     sampled = _decoded(train, demonstrations, len(stage.examples))
     validated = len(stage.validation) * len(
         {*range(train.validate_every, train.steps + 1, train.validate_every), train.steps}
@@ -94,9 +96,10 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
     for step in range(1 + STEPS):
         if step == 1:
             start = time.perf_counter()
-        rollouts = [complete(stage, train, row) for row in batch_rows(stage, train, step)]
-        hidden = score(stage, train, rollouts, kept, LoopState())
-        optimise(stage, train, optimizer, rollouts, hidden, "warm_start", Clock(), LoopState())
+        state = LoopState(step)
+        rollouts = [complete(stage, train, row) for row in batch_rows(stage, train, state)]
+        hidden = score(stage, train, rollouts, kept, state)
+        optimise(stage, train, optimizer, rollouts, hidden, "warm_start", Clock(), state)
     return (time.perf_counter() - start) / STEPS
 
 
@@ -124,15 +127,18 @@ def _probe(workspace: Workspace, parent: str, session: Session, config: RunConfi
     return (1 + before) * taken[1] * config.probe.rows / PROBE_ROWS
 
 
-def expected_tokens(session: Session, skill: Skill, train: TrainConfig, found: Preflight) -> dict[str, int]:
-    """Tokens of training at most, by what reads or writes them."""
+def expected_tokens(session: Session, skill: Skill, train: TrainConfig, found: Preflight,
+                    earlier: int) -> dict[str, int]:  # fmt: skip
+    """Tokens of training at most, by what reads or writes them; ``earlier``: skills that will be held."""
     rows, renderer = skill.train[: found.n], session.renderer
     completion = sum(len(renderer.demonstration(e).token_ids) for e in rows) / len(rows)
     prompt = sum(len(renderer.student_prompt(e).token_ids) for e in rows) / len(rows)
     teacher_prompt = next(score.tokens for score in found.templates if score.template == found.template)
-    demonstrations = train.batch_size - round(train.batch_size * train.anchor_share)
+    anchored = train.anchor_share > 0
+    counts = row_counts(train, earlier if anchored and train.anchor_earlier_share else 0, anchored)
+    demonstrations = counts["taught"]
     return {
-        "student": round(train.steps * train.batch_size * (prompt + completion)),
+        "student": round(train.steps * sum(counts.values()) * (prompt + completion)),
         "teacher": round(train.steps * demonstrations * (teacher_prompt + completion)),
         "rollout": round(_decoded(train, demonstrations, len(skill.train)) * completion),
     }

@@ -90,20 +90,22 @@ METRICS = ("entropy", "target_probability", "demonstrated_target_probability", "
 
 
 def chunked_loss(
-    spec: LossSpec, inputs: LossInputs, student_head: Head, teacher_head: Head | None, chunk: int | None = None
-) -> tuple[Tensor, dict[str, float]]:
+    spec: LossSpec, inputs: LossInputs, student_head: Head, teacher_head: Head | None, chunk: int | None = None,
+    divergence_N: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Weighted sum of the losses over all positions (float32 scalar with gradient) and summed metrics.
 
     ``chunk`` x V logits of each role exist at a time (by default as many as CHUNK_ELEMENTS allows). Rows without a
-    divergence never ask for the teacher's. Divide by the global token count afterwards. Raises ValueError where a
-    divergence is wanted and there is no teacher."""
+    divergence never ask for the teacher's. Divide by the global token count afterwards. ``divergence_N`` (float [N]),
+    where given, takes each position's divergence, unweighted; it stays as it is where the teacher is not asked. Raises
+    ValueError where a divergence is wanted and there is no teacher."""
     asks_N = inputs.weights_N != 0
     if (inputs.teacher_hidden_NH is None or teacher_head is None) and bool(asks_N.any()):
         raise ValueError(NO_TEACHER)
     chunk = chunk or max(1, CHUNK_ELEMENTS // student_head.weight_VH.shape[0])
     parts = [(rows_C, asks) for asks in (False, True) for rows_C in (asks_N == asks).nonzero().flatten().split(chunk)]
     job = _Job(spec, inputs, student_head, teacher_head, [part for part in parts if len(part[0])],
-               dict.fromkeys(METRICS, 0.0))  # fmt: skip
+               dict.fromkeys(METRICS, 0.0), divergence_N)  # fmt: skip
     trained = (inputs.student_hidden_NH, student_head.weight_VH, student_head.bias_V)
     if not torch.is_grad_enabled():  # inside the Function this cannot be seen, and it would form gradients for nobody
         trained = tuple(None if tensor is None else tensor.detach() for tensor in trained)
@@ -122,6 +124,7 @@ class _Job(NamedTuple):
     parts: list[tuple[Tensor, bool]]
     """(rows, whether they ask the teacher) of each chunk."""
     metrics: dict[str, float]
+    divergence_N: Tensor | None
 
     def chunk_loss(self, rows_C: Tensor, asks: bool, raw_CV: Tensor, wants: bool) -> Tensor:
         """Weighted loss sum of a chunk from the student's raw logits, which its gradient by them replaces."""
@@ -157,6 +160,8 @@ class _Job(NamedTuple):
             teacher_BV, weights_B = self._teacher(rows_B, teacher_raw_BV, exact), inputs.weights_N[rows_B].to(exact)
             loss_B, grad_BV = _divergence(self.spec, student_BV, probabilities_BV, teacher_BV, targets_B, wants)
             total = total + torch.dot(loss_B, weights_B)
+            if self.divergence_N is not None:
+                self.divergence_N[rows_B] = loss_B.to(self.divergence_N.dtype)
             grad_BV = None if grad_BV is None else grad_BV.mul_(weights_B[:, None])
         weights_B = None if inputs.label_weights_N is None else inputs.label_weights_N[rows_B].to(exact)
         if teacher_raw_BV is None or (weights_B is not None and bool((weights_B != 0).any())):

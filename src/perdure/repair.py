@@ -111,7 +111,7 @@ def _anchored(config: TrainConfig, harmed: Verdict) -> TrainConfig:
     share = max(config.anchor_earlier_share, 0.75) if skills else min(config.anchor_earlier_share, 0.25)
     return config.model_copy(
         update={"anchor_share": max(config.anchor_share, 0.5), "anchor_earlier_share": share,
-                "anchor_rows": 2 * config.anchor_rows}
+                "anchor_rows": 2 * config.anchor_rows, "anchor_per_skill": 2 * config.anchor_per_skill}
     )  # fmt: skip
 
 

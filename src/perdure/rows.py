@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from perdure.config import TrainConfig
+from perdure.guidance import allot
 from perdure.methods import METHODS
 from perdure.rollout.base import SamplingParams
 from perdure.runlog import LoopState
@@ -28,27 +30,55 @@ def step_rollouts(stage: Stage, config: TrainConfig, phase: str, state: LoopStat
     """The rows of one step with their completions and the weights of their losses."""
     if phase == "re_invoke":
         return invoke(stage, config, state)
-    rows = batch_rows(stage, config, state.step)
+    rows = batch_rows(stage, config, state)
     if phase == "on_policy":
         return sample(stage, config, rows, state)
     return [complete(stage, config, row) for row in rows]
 
 
-def batch_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | Rollout]:
-    """The rows of one step: examples to learn, and rows that come with their completion. Depends on (seed, step)."""
-    anchors = round(config.batch_size * config.anchor_share)
+def batch_rows(stage: Stage, config: TrainConfig, state: LoopState) -> list[Example | Rollout]:
+    """The rows of one step: examples to learn, and rows that come with their completion."""
+    counts = _counts(stage, config)
+    picked: list[Example | Rollout] = [*taught_rows(stage, config, state.step), *_earlier(stage, config, state)]
+    if count := counts["general"]:
+        pool, seed = stage.anchors.general, derive_seed(stage.seed, "batch", "general")
+        picked += [pool[place] for place in stream_window(seed, len(pool), state.step * count, count)]
+    return picked
+
+
+def row_counts(config: TrainConfig, skills: int, general: bool) -> dict[str, int]:
+    """Rows of a step: ``taught``, ``earlier`` and ``general``. Their sum is ``batch_size``, or more where the earlier
+    skills are too many for their share of it. ``skills``: earlier ones that have anchors; ``general``: whether there
+    are any of those."""
+    held = round(config.batch_size * config.anchor_share)
+    earlier = round(held * config.anchor_earlier_share)
     # Where there is no earlier skill yet, its part goes to the demonstrations: there is less to hold.
-    earlier = round(anchors * config.anchor_earlier_share) if stage.anchors.earlier else 0
-    general = anchors - round(anchors * config.anchor_earlier_share) if stage.anchors.general else 0
-    picked: list[Example | Rollout] = []
-    for name, pool, count in (
-        ("demonstrations", stage.examples, config.batch_size - earlier - general),
-        ("earlier", stage.anchors.earlier, earlier),
-        ("general", stage.anchors.general, general),
-    ):
-        if count:
-            places = stream_window(derive_seed(stage.seed, "batch", name), len(pool), step * count, count)
-            picked += [pool[place] for place in places]
+    return {
+        "taught": config.batch_size - (earlier if skills else 0) - (held - earlier if general else 0),
+        "earlier": max(earlier, math.ceil(skills * config.anchor_per_skill)) if skills else 0,
+        "general": held - earlier if general else 0,
+    }
+
+
+def _counts(stage: Stage, config: TrainConfig) -> dict[str, int]:
+    return row_counts(config, len(stage.anchors.skills), bool(stage.anchors.general))
+
+
+def taught_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | Rollout]:
+    """The rows to learn of one step; depends on (seed, step) only."""
+    count, pool = _counts(stage, config)["taught"], stage.examples
+    places = stream_window(derive_seed(stage.seed, "batch", "demonstrations"), len(pool), step * count, count)
+    return [pool[place] for place in places]
+
+
+def _earlier(stage: Stage, config: TrainConfig, state: LoopState) -> list[Rollout]:
+    """The step's anchor rows of earlier skills; of each skill every row comes once an epoch."""
+    picked: list[Rollout] = []
+    skills, count = stage.anchors.skills, _counts(stage, config)["earlier"]
+    drawn = {skill: int(state.held[skill]["drawn"]) if skill in state.held else 0 for skill in skills}
+    for skill, rows in allot(state.held, list(skills), count, config.anchor_focus).items() if skills else ():
+        pool, seed = skills[skill], derive_seed(stage.seed, "batch", "earlier", skill)
+        picked += [pool[place] for place in stream_window(seed, len(pool), drawn[skill], rows)]
     return picked
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from perdure.files import sync_path
+from perdure.guidance import Held
 from perdure.types import InputError
 
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
@@ -32,6 +33,8 @@ class LoopState:
     best_step: int = -1
     stale: int = 0
     """Validations in a row without a better accuracy."""
+    held: Held = field(default_factory=dict)
+    """What the anchor rows of each earlier skill got and said (guidance.py)."""
     tokens: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("rollout", "teacher", "student", "evaluate"), 0)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ class Anchors:
     replay of demonstrations the stored one."""
 
     earlier: tuple[Rollout, ...] = ()
-    """From the train files of earlier skills."""
+    """From the train files of earlier skills, which ``source`` names."""
     general: tuple[Rollout, ...] = ()
+
+    @cached_property
+    def skills(self) -> dict[str, tuple[Rollout, ...]]:
+        """The rows of each earlier skill."""
+        names = dict.fromkeys(row.source for row in self.earlier)
+        return {name: tuple(row for row in self.earlier if row.source == name) for name in names}
 
 
 @dataclass(frozen=True)

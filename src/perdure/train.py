@@ -24,6 +24,7 @@ from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights,
 from perdure.config import TrainConfig
 from perdure.contexts import collate, micro_batches
 from perdure.fused import LossInputs, chunked_loss
+from perdure.guidance import described, observe
 from perdure.losses import LossSpec
 from perdure.methods import METHODS
 from perdure.models import autocast, head_of, hidden_at_loss_positions, linear_parameters, sync_weights
@@ -72,6 +73,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         if phase == "warm_start" and metrics["demonstration_probability"] >= config.warm_start_until:
             state.warm = False
         line = {"step": state.step, "phase": phase, **metrics, **describe(stage, rollouts, phase)}
+        line |= described(state.held)
         log.metrics(line, {"step": state.step, "phase": phase, "seconds": clock.seconds, "tokens": dict(state.tokens),
                            "parameters": parameters})  # fmt: skip
         log_sample(stage, log, rollouts, state, phase)
@@ -181,6 +183,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     if count == 0:
         raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
     sums: dict[str, float] = {"loss": 0.0}
+    divergences: dict[int, float] = {}
     lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     for group in micro_batches(range(len(rollouts)), lengths, config.micro_batch_tokens):
         batch = collate([rollouts[i] for i in group], "student", stage.student.pad_id, config.skip_first_tokens,
@@ -192,10 +195,13 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         # Divided before the sum, once, by the global count: the head's gradient then needs no pass of its own for it.
         inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N / count, batch.demonstrated_N,
                             sharpness, batch.label_weights_N / count)  # fmt: skip
-        loss, metrics = loss_of(stage, spec, inputs)
+        divergence_N = torch.zeros_like(batch.weights_N)
+        loss, metrics = loss_of(stage, spec, inputs, divergence_N)
         clock.lap("loss")
         loss.backward()
         clock.lap("backward")
+        taken = divergence_N.split([loss_tokens(rollouts[i], config) for i in group])
+        divergences |= {i: float(d_N.mean()) if len(d_N) else 0.0 for i, d_N in zip(group, taken, strict=True)}
         sums["loss"] += float(loss.detach())
         sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
         state.tokens["student"] += int(batch.attention_mask_BT.sum())
@@ -204,6 +210,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         raise InputError(f"the loss is not finite at step {state.step + 1}: lower train.learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    observe(state.held, rollouts, [divergences[i] for i in range(len(rollouts))])
     found = {
         "loss": sums["loss"],
         "entropy": sums["entropy"] / count,
@@ -217,18 +224,22 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     return found
 
 
-def loss_of(stage: Stage, spec: LossSpec, inputs: LossInputs) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch; where two teachers scored it, each part goes through its own teacher's head."""
+def loss_of(stage: Stage, spec: LossSpec, inputs: LossInputs, divergence_N: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a micro-batch; where two teachers scored it, each part goes through its own teacher's head. Each
+    position's divergence goes into ``divergence_N``."""
     head = head_of(stage.student.model)
     if stage.holder is None or inputs.teacher_hidden_NH is None:
-        return chunked_loss(spec, inputs, head, stage.teacher.head if stage.teacher else None)
+        of_teacher = stage.teacher.head if stage.teacher else None
+        return chunked_loss(spec, inputs, head, of_teacher, divergence_N=divergence_N)
     total, sums = torch.zeros((), device=inputs.student_hidden_NH.device), dict[str, float]()
     for demonstrated in (True, False):
         rows_C = (inputs.demonstrated_N == demonstrated).nonzero().flatten()
         teacher = stage.teacher_of(demonstrated)
         if not len(rows_C) or teacher is None:
             continue
-        loss, metrics = chunked_loss(spec, inputs.at(rows_C), head, teacher.head)
+        found_C = torch.zeros_like(divergence_N[rows_C])
+        loss, metrics = chunked_loss(spec, inputs.at(rows_C), head, teacher.head, divergence_N=found_C)
+        divergence_N[rows_C] = found_C
         total = total + loss
         sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
     return total, sums

@@ -73,6 +73,8 @@ class Rollout:
     """Multiplies the divergence from the teacher at each of its tokens; 0 asks no teacher."""
     label_weight: float = 0.0
     """Multiplies the loss of its own tokens as labels (nll or dft)."""
+    source: str = ""
+    """The earlier skill that the row holds; empty for rows to learn and for general anchors."""
 
     @property
     def has_demonstration(self) -> bool:

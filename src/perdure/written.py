@@ -7,7 +7,7 @@ from dataclasses import replace
 from perdure.config import TrainConfig
 from perdure.methods import METHODS
 from perdure.rollout.base import SamplingParams, TotalProgress, part_of
-from perdure.rows import batch_rows, weighted
+from perdure.rows import taught_rows, weighted
 from perdure.seeds import derive_seed
 from perdure.stage import Stage
 from perdure.types import Completion, Example, Rollout
@@ -18,7 +18,7 @@ def with_written(stage: Stage, config: TrainConfig, progress: TotalProgress | No
 
     The engine must still hold the stage's first weights: they, seeing the demonstration, are the teacher. Where
     demonstrations are rewritten, the teacher's answer is taken if the grader passes it, else the demonstration."""
-    drawn = {row.id for step in range(config.steps) for row in batch_rows(stage, config, step)
+    drawn = {row.id for step in range(config.steps) for row in taught_rows(stage, config, step)
              if isinstance(row, Example)}  # fmt: skip
     rows = [row for row in stage.examples if isinstance(row, Example) and row.id in drawn]
     prompts = [stage.renderer.teacher_prompt(row, stage.template) for row in rows]
