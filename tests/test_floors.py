@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 FLOORS = {
     "F0 words": ["", "types", "methods", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
-    "F2 text and weights": ["files", "contexts", "packing", "attention", "adapters", "models", "teacher", "likelihood"],
+    "F2 text and weights": [
+        "files", "processes", "contexts", "packing", "attention", "adapters", "models", "teacher", "likelihood",
+    ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
         "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.base",

@@ -1,26 +1,18 @@
 """Anchor rows go where the student has moved most, and still reach every earlier skill."""
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import example, renderer
 from perdure.guidance import Held, allot, described, observe
-from perdure.types import Completion, Rollout
 
 moves = st.lists(st.floats(0, 5), min_size=1, max_size=12)
 
 
 def held_of(moved: list[float]) -> Held:
     return {f"skill{n}": {"owed": 0.0, "drawn": 0, "moved": value} for n, value in enumerate(moved)}
-
-
-def row(source: str, weight: float = 1.0) -> Rollout:
-    made = renderer().rollout(example("say it", None), Completion((260,), (), True), None)
-    return replace(made, source=source, weight=weight)
 
 
 @given(moved=moves, count=st.integers(1, 9), focus=st.floats(0, 1), steps=st.integers(1, 40))
@@ -63,8 +55,8 @@ def test_nothing_moved_is_an_even_share():
 
 def test_what_is_seen_is_the_mean_of_a_step_and_half_of_what_was_known():
     held: Held = {"a": {"owed": 0.0, "drawn": 0}, "b": {"owed": 0.0, "drawn": 0}}
-    observe(held, [row("a"), row("a"), row(""), row("b", weight=0.0)], [1.0, 3.0, 50.0, 9.0])
+    observe(held, [("a", 1.0), ("a", 3.0), ("", 50.0)])
     assert described(held) == {"moved": {"a": 2.0}}
-    observe(held, [row("a"), row("b")], [4.0, 1.0])
+    observe(held, [("a", 4.0), ("b", 1.0)])
     assert described(held) == {"moved": {"a": 3.0, "b": 1.0}}
     assert described({}) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from typing import Annotated
@@ -25,7 +26,12 @@ def main() -> None:
     """Run the command line; every expected failure becomes one clear message and its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _one_of_several()
+        else:
+            app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)  # a process that follows; the lead says it
     except InputError as error:
         _fail(str(error), BAD_INPUT)
     except OSError as error:
@@ -38,6 +44,30 @@ def main() -> None:
         if stop.code != _BY_SIGNAL:
             raise
         _fail("interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
+
+
+def _one_of_several() -> None:
+    """Started by torchrun or accelerate: the first process runs the command, the others take their part in it."""
+    from perdure import processes, running  # noqa: F401  # importing it registers what the others are called for
+
+    processes.start()
+    if not processes.GROUP.lead:
+        try:
+            processes.follow()
+        except processes.ProcessLost:
+            sys.exit(INTERRUPTED)  # the lead says why it stopped
+        return
+    try:
+        app()
+    except processes.ProcessLost as error:
+        _fail(str(error), INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code != _BY_SIGNAL:
+            processes.stop()
+        raise
+    except InputError:
+        processes.stop()
+        raise
 
 
 def _fail(message: str, code: int) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perdure.types import Rollout
-
 Held = dict[str, dict[str, float]]
 """Skill -> ``owed`` (rows that it is still to get), ``drawn`` (rows so far); once seen, ``moved`` (nats a token)."""
 MEMORY = 0.5
@@ -47,12 +45,12 @@ def described(held: Held) -> dict[str, dict[str, float]]:
     return {"moved": moved} if moved else {}
 
 
-def observe(held: Held, rollouts: Sequence[Rollout], divergences: Sequence[float]) -> None:
-    """Takes in the divergence, nats a token, of each row of a step; rows that hold no earlier skill are left out."""
+def observe(held: Held, divergences: Sequence[tuple[str, float]]) -> None:
+    """Takes in (skill, divergence in nats a token) of the rows of a step; rows of no earlier skill are left out."""
     found: dict[str, list[float]] = {}
-    for rollout, divergence in zip(rollouts, divergences, strict=True):
-        if rollout.source in held and rollout.weight:
-            found.setdefault(rollout.source, []).append(divergence)
+    for skill, divergence in divergences:
+        if skill in held:
+            found.setdefault(skill, []).append(divergence)
     for skill, values in found.items():
         now = sum(values) / len(values)
         held[skill]["moved"] = MEMORY * held[skill].get("moved", now) + (1 - MEMORY) * now

@@ -21,7 +21,7 @@ from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
 from perdure.gates import Guard
 from perdure.measure import Scores
-from perdure.models import load, sync_weights
+from perdure.models import load
 from perdure.running import Run, train_stage
 from perdure.stages import settings_hash
 from perdure.types import Verdict
@@ -87,17 +87,17 @@ def _parent_weights(run: Run) -> Weights:
 
 @torch.no_grad()
 def _set(run: Run, start: Weights, end: Weights, share: float) -> None:
-    """Give student and working copy the weights ``start`` + ``share`` * (``end`` - ``start``)."""
+    """Give student and working copy, in every process, the weights ``start`` + ``share`` * (``end`` - ``start``)."""
     for key, parameter in run.session.loaded.model.named_parameters():
         parameter.copy_(torch.lerp(start[key], end[key], share))
-    sync_weights(run.session.working, run.session.loaded.model)
+    run.session.publish()
 
 
 def _earlier(run: Run, parent: Weights, folder: Path) -> None:
     _set(run, parent, parent, 0.0)
     with adapted(run.session.loaded.model, run.config.train, run.seed):
         load_student(folder, run.session.loaded.model)
-    sync_weights(run.session.working, run.session.loaded.model)
+    run.session.publish()
 
 
 def _again(run: Run, parent: Weights, check: dict[str, Any] | None, label: str, settings: TrainConfig) -> None:

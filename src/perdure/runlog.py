@@ -18,6 +18,7 @@ import torch
 
 from perdure.files import sync_path
 from perdure.guidance import Held
+from perdure.processes import GROUP
 from perdure.types import InputError
 
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
@@ -45,12 +46,13 @@ Report = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
 class RunLog:
-    """Appends to the run folder's files. ``report`` hears of every line."""
+    """Appends to the run folder's files, in the lead process only. ``report`` hears of every line."""
 
     def __init__(self, folder: Path, report: Report | None):
         self.folder = folder
         self.report = report
-        folder.mkdir(parents=True, exist_ok=True)
+        if GROUP.lead:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def metrics(self, line: dict[str, Any], timings: dict[str, Any] | None = None) -> None:
         self._append("metrics.jsonl", line)
@@ -76,7 +78,7 @@ class RunLog:
         """Cut the files back to ``positions`` (to nothing where they name none): what follows is written again.
 
         Raises InputError for a file that is shorter than it was: its lines are lost."""
-        for name in FILES:
+        for name in FILES if GROUP.lead else ():
             path, position = self._path(name), positions.get(name, 0)
             if _size(path) < position:
                 raise InputError(
@@ -90,6 +92,8 @@ class RunLog:
         return self.folder / name
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
+        if not GROUP.lead:
+            return
         with self._path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

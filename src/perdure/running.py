@@ -27,10 +27,12 @@ from perdure.measure import (
 )
 from perdure.methods import METHODS
 from perdure.preflight import Preflight, Subject, accuracy_of_teacher, check_windows, preflight
-from perdure.reporting import Reporter
+from perdure.processes import followed_by, together
+from perdure.reporting import Reporter, Silent
 from perdure.runlog import LoopState
-from perdure.session import Session, open_session
-from perdure.skills.base import Skill
+from perdure.session import FOLLOWED, Session, open_session
+from perdure.skills.base import Skill, load_skill
+from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
 from perdure.train import train
 from perdure.workspace import BASE, Workspace
@@ -174,13 +176,26 @@ def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfi
         with run.reporter.phase("anchors: what the model says now", 0, "rows") as phase:
             anchors = make_anchors(run.session, list(run.earlier.values()), train_config, run.seed, _rows_of(phase))
         template = check["template"] if check else "turns:1"
-        stage = make_stage(run.session, run.skill, run.config.model_copy(update={"train": train_config}), anchors,
-                           template, run.folder / subfolder)  # fmt: skip
-        if METHODS[train_config.method].writes_once:
-            with run.reporter.phase("answers that the teacher writes", 0, "rows") as phase:
-                stage = with_written(stage, train_config, _rows_of(phase))
-        with run.reporter.phase(f"train on {len(stage.examples)} rows", train_config.steps, "steps") as phase:
-            return train(stage, train_config, _steps_of(phase))
+        config = run.config.model_copy(update={"train": train_config})
+        work = (config, anchors, template, run.folder / subfolder)
+        with together("train", run.session.key, run.skill.folder, *work):
+            return _train(run.session, run.skill, *work, run.reporter)
+
+
+def _train(session: Session, skill: Skill, config: RunConfig, anchors: Anchors, template: str, folder: Path,
+           reporter: Reporter) -> LoopState:  # fmt: skip
+    """What every process does of a stage's training."""
+    stage = make_stage(session, skill, config, anchors, template, folder)
+    if METHODS[config.train.method].writes_once:
+        with reporter.phase("answers that the teacher writes", 0, "rows") as phase:
+            stage = with_written(stage, config.train, _rows_of(phase))
+    with reporter.phase(f"train on {len(stage.examples)} rows", config.train.steps, "steps") as phase:
+        return train(stage, config.train, _steps_of(phase))
+
+
+@followed_by("train")
+def _follow_train(key: int, skill: Path, config: RunConfig, anchors: Anchors, template: str, folder: Path) -> None:
+    _train(FOLLOWED[key], load_skill(skill), config, anchors, template, folder, Silent())
 
 
 def _steps_of(phase: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:

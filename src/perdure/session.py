@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ import torch
 from perdure.attention import is_enabled
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
-from perdure.models import LoadedModel, compute_dtype, load, working_copy
-from perdure.rollout.base import RolloutEngine
+from perdure.models import LoadedModel, compute_dtype, load, sync_weights, working_copy
+from perdure.processes import GROUP, copy_from_lead, followed_by, from_lead, together
+from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.rollout.generate import GenerateEngine
 from perdure.rollout.local import LocalEngine
+from perdure.rollout.split import SplitEngine
+from perdure.types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +37,59 @@ class Session:
     engine: RolloutEngine
     renderer: Renderer
     dtype: torch.dtype
+    key: int = 0
+    """By which the other processes of the run know it."""
+
+    def publish(self) -> None:
+        """Bring the working copy, and the other processes, in step with the masters."""
+        sync_weights(self.working, self.loaded.model)
+        with together("publish", self.key):
+            copy_from_lead([*self.loaded.model.parameters(), *self.working.parameters()])
+
+
+_KEYS = itertools.count(1)
+FOLLOWED: dict[int, Session] = {}
+"""In a process that follows: its own twin of each of the lead's sessions."""
 
 
 def open_session(config: RunConfig, folder: Path | None = None) -> Session:
-    """Load the version in ``folder``, or the configured base model. Raises InputError when it cannot be loaded."""
+    """Load the version in ``folder``, or the configured base model, in every process. Raises InputError when it cannot
+    be loaded."""
+    key = next(_KEYS)
+    with together("open", key, config, folder):
+        return _open(key, config, folder)
+
+
+def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
     loaded = load(config.model, folder)
-    dtype = compute_dtype(config.model)
+    dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
     working = working_copy(loaded.model, dtype)
     engine = make_engine(loaded, working, config.eval.batch_tokens)
-    return Session(loaded, working, engine, Renderer(loaded.tokenizer, loaded.end_ids, loaded.window), dtype)
+    if GROUP.count > 1:
+        engine = SplitEngine(engine, key)
+    return Session(loaded, working, engine, Renderer(loaded.tokenizer, loaded.end_ids, loaded.window), dtype, key)
+
+
+@followed_by("open")
+def _follow_open(key: int, config: RunConfig, folder: Path | None) -> None:
+    FOLLOWED[key] = _open(key, config, folder)
+
+
+@followed_by("drop")
+def _follow_drop(key: int) -> None:
+    FOLLOWED.pop(key, None)
+
+
+@followed_by("generate")
+def _follow_generate(key: int, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
+                     references: Sequence[Sequence[int]]) -> None:  # fmt: skip
+    FOLLOWED[key].engine.generate(prompts, params, seeds, None, references)
+
+
+@followed_by("publish")
+def _follow_publish(key: int) -> None:
+    session = FOLLOWED[key]
+    copy_from_lead([*session.loaded.model.parameters(), *session.working.parameters()])
 
 
 def make_engine(loaded: LoadedModel, working: Any, batch_tokens: int = 8192) -> RolloutEngine:

@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perdure.adapters import adapted
+from perdure.adapters import adapted, trainable
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
 from perdure.config import TrainConfig
 from perdure.contexts import collate, micro_batches
-from perdure.fused import LossInputs, chunked_loss
+from perdure.fused import METRICS, LossInputs, chunked_loss
 from perdure.guidance import described, observe
 from perdure.losses import LossSpec
 from perdure.methods import METHODS
 from perdure.models import autocast, head_of, hidden_at_loss_positions, linear_parameters, sync_weights
 from perdure.monitor import describe, log_sample, validate
+from perdure.processes import GROUP, add_up, barrier, dealt, from_lead, gather
 from perdure.rows import phase_of, recurs, step_rollouts
 from perdure.runlog import Clock, LoopState, Report, RunLog
 from perdure.seeds import derive_seed
@@ -61,10 +62,15 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
             state.best_accuracy = -1.0  # the weights to end with are those of this phase
         rollouts = step_rollouts(stage, config, phase, state)
         clock.lap("rollout")
-        teacher_hidden = score(stage, config, rollouts, kept_scores, state)
+        own = [rollouts[place] for place in dealt([row_tokens(r) for r in rollouts])[GROUP.rank]]
+        before = dict(state.tokens)
+        teacher_hidden = score(stage, config, own, kept_scores, state)
         clock.lap("teacher")
         set_learning_rate(optimizer, config, state.step)
-        metrics = optimise(stage, config, optimizer, rollouts, teacher_hidden, phase, clock, state)
+        count = sum(loss_tokens(r, config) for r in rollouts)
+        metrics = optimise(stage, config, optimizer, own, teacher_hidden, phase, clock, state, count)
+        state.tokens = {part: before[part] + sum(tokens[part] - before[part] for tokens in gather(state.tokens))
+                        for part in before}  # fmt: skip
         sync_weights(stage.working, stage.student.model)
         if stage.teacher:
             stage.teacher.update(stage.student.model)
@@ -79,10 +85,12 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         log_sample(stage, log, rollouts, state, phase)
         if stage.validation and (state.step % config.validate_every == 0 or state.step == config.steps):
             log.metrics(validate(stage, config, state))
-        if state.step % config.checkpoint_every == 0:
+            state = from_lead(state)
+        if state.step % config.checkpoint_every == 0 and GROUP.lead:
             loop = {"state": asdict(state), "positions": log.positions()}
             save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher_state(stage), loop)
     if state.best_step >= 0:
+        barrier()  # the lead has written them
         load_weights(stage.student.model, stage.folder / BEST)
     return state
 
@@ -165,6 +173,11 @@ def score_group(teacher: Teacher, stage: Stage, config: TrainConfig, rollouts: S
     return list(teacher.score(batch).split([loss_tokens(r, config) for r in rollouts]))
 
 
+def row_tokens(rollout: Rollout) -> int:
+    """Tokens that the student reads, and a teacher with a longer prompt more."""
+    return len(rollout.teacher_prompt.token_ids) + len(rollout.completion.token_ids)
+
+
 def loss_tokens(rollout: Rollout, config: TrainConfig) -> int:
     """Tokens of the completion that carry loss."""
     return max(0, len(rollout.completion.token_ids) - config.skip_first_tokens)
@@ -172,17 +185,19 @@ def loss_tokens(rollout: Rollout, config: TrainConfig) -> int:
 
 def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer,
              rollouts: Sequence[Rollout], teacher_hidden: list[Tensor] | None, phase: str, clock: Clock,
-             state: LoopState) -> dict[str, Any]:  # fmt: skip
-    """One optimizer step: sums over all tokens, divided once by their number, whatever the micro-batches."""
+             state: LoopState, count: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """One optimizer step: sums over all tokens, divided once by their number, whatever the micro-batches and processes.
+
+    ``count``: loss tokens of the whole step, where ``rollouts`` are only this process's part of it."""
     model = stage.student.model
     method = METHODS[config.method]
     spec = LossSpec(config.divergence, config.support, config.jsd_beta, config.topk,
                     "dft" if method.loss == "dft" else "nll")  # fmt: skip
     sharpness = config.teacher_temperature if method.shows else 1.0
-    count = sum(loss_tokens(r, config) for r in rollouts)
+    count = sum(loss_tokens(r, config) for r in rollouts) if count is None else count
     if count == 0:
         raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
-    sums: dict[str, float] = {"loss": 0.0}
+    sums: dict[str, float] = dict.fromkeys(("loss", *METRICS), 0.0)
     divergences: dict[int, float] = {}
     lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     for group in micro_batches(range(len(rollouts)), lengths, config.micro_batch_tokens):
@@ -203,14 +218,17 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         taken = divergence_N.split([loss_tokens(rollouts[i], config) for i in group])
         divergences |= {i: float(d_N.mean()) if len(d_N) else 0.0 for i, d_N in zip(group, taken, strict=True)}
         sums["loss"] += float(loss.detach())
-        sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
+        sums |= {key: sums[key] + value for key, value in metrics.items()}
         state.tokens["student"] += int(batch.attention_mask_BT.sum())
+    sum_gradients(model)
+    every = gather((sums, [(r.source, divergences[i]) for i, r in enumerate(rollouts) if r.weight]))
+    sums = {key: sum(part[key] for part, _ in every) for key in sums}
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
         raise InputError(f"the loss is not finite at step {state.step + 1}: lower train.learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    observe(state.held, rollouts, [divergences[i] for i in range(len(rollouts))])
+    observe(state.held, [pair for _, pairs in every for pair in pairs])
     found = {
         "loss": sums["loss"],
         "entropy": sums["entropy"] / count,
@@ -222,6 +240,16 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         own = "sample_probability" if phase == "on_policy" else "demonstration_probability"
         found[own] = sums["demonstrated_target_probability"] / tokens
     return found
+
+
+def sum_gradients(model: Any) -> None:
+    """Every process gets the sum of all processes' gradients."""
+    parameters = list(trainable(model).values())
+    if GROUP.shares:
+        for parameter in parameters:
+            if parameter.grad is None:  # a process without a row
+                parameter.grad = torch.zeros_like(parameter)
+        add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def loss_of(stage: Stage, spec: LossSpec, inputs: LossInputs, divergence_N: Tensor) -> tuple[Tensor, dict[str, float]]:

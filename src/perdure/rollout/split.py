@@ -1,0 +1,43 @@
+"""An engine's prompts divided over the processes of a run; each decodes its part with its own copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from perdure.processes import GROUP, dealt, drop_with, gather, together
+from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
+from perdure.types import Completion, Prompt
+
+
+class SplitEngine:
+    """``engine`` of this process, known to all processes as ``key``. A row's tokens do not depend on who decodes it."""
+
+    def __init__(self, engine: RolloutEngine, key: int):
+        self.engine = engine
+        self.key = key
+        if GROUP.lead:
+            drop_with(self, key)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
+                 progress: Progress | None = None,
+                 references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
+        """See RolloutEngine. Outside of a call that all processes are in, the lead calls the others."""
+        references = [()] * len(prompts) if references is None else references
+        if not len(prompts) == len(seeds) == len(references):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(references)} references")
+        with together("generate", self.key, prompts, params, seeds, references):
+            parts = dealt([len(prompt.token_ids) for prompt in prompts])
+            mine = parts[GROUP.rank]
+            found = self.engine.generate([prompts[i] for i in mine], params, [seeds[i] for i in mine],
+                                         _of_all(progress, len(prompts)), [references[i] for i in mine])  # fmt: skip
+            completions: dict[int, Completion] = {}
+            for part, answers in zip(parts, gather(found), strict=True):
+                completions |= zip(part, answers, strict=True)
+        return [completions[place] for place in range(len(prompts))]
+
+
+def _of_all(progress: Progress | None, rows: int) -> Progress | None:
+    """The lead's own progress, scaled up: the others are about as far."""
+    if progress is None:
+        return None
+    return lambda tokens, done: progress(tokens * GROUP.count, min(rows, done * GROUP.count))
