@@ -14,8 +14,9 @@ from perdure.checkpoint import checkpoints
 from perdure.config import TrainConfig
 from perdure.models import sync_weights, working_copy
 from perdure.teacher import EmaTeacher
-from perdure.train import make_optimizer, train
+from perdure.train import train
 from perdure.types import InputError
+from perdure.update import make_optimizer
 from test_train import equal, lines, make_stage, settings, steps, weights
 
 KINDS = {"lora": {}, "rslora": {"lora_rslora": True}, "dora": {"lora_dora": True}}

@@ -16,7 +16,8 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "processes", "contexts", "packing", "attention", "adapters", "models", "teacher", "likelihood",
+        "files", "processes", "sharding", "contexts", "packing", "attention", "adapters", "models", "teacher",
+        "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
@@ -25,7 +26,7 @@ FLOORS = {
     ],
     "F4 doing": [
         "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
-        "rows", "monitor", "train", "written", "preflight", "advisor", "anchors", "footprint",
+        "rows", "monitor", "update", "train", "written", "preflight", "advisor", "anchors", "footprint",
     ],
     "F5 deciding": [
         "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",

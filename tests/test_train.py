@@ -28,8 +28,9 @@ from perdure.runlog import Clock, LoopState
 from perdure.skills.graders import exact
 from perdure.stage import Anchors, Stage
 from perdure.teacher import FixedTeacher, make_teacher
-from perdure.train import make_optimizer, optimise, score, set_learning_rate, train
+from perdure.train import score, train
 from perdure.types import Completion, Example, InputError, Rollout
+from perdure.update import make_optimizer, optimise, set_learning_rate
 from perdure.written import with_written
 
 TURNS = parse_template("turns:2")

@@ -2,6 +2,9 @@
 
 Random choices are derived from (seed, step), so no generator state is kept. A checkpoint is a folder, written
 beside, synced and renamed; the one before it goes away only then.
+
+With several processes the lead writes. Where the student is divided over them, all write and read their own parts
+(torch.distributed.checkpoint), and any number of processes can go on from the folder.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +20,27 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from perdure.adapters import trainable
 from perdure.files import sync_folder, sync_path
+from perdure.processes import GROUP, barrier
+from perdure.sharding import like, whole
 
 BEST = "best.safetensors"
 """In the run folder: the student's weights at the best validation so far."""
+WHOLE = "state.safetensors"
 _PREFIX = "checkpoint-"
 
 
 def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.Optimizer,
                     teacher: Mapping[str, Tensor], loop: dict[str, Any]) -> None:  # fmt: skip
-    """Write ``run/checkpoint-<step>``: the state after ``step`` optimizer steps. ``loop`` must be JSON."""
+    """Write ``run/checkpoint-<step>``: the state after ``step`` optimizer steps. ``loop`` must be JSON. Every process
+    calls it."""
     tensors = {f"student.{name}": p.detach() for name, p in trainable(student).items()}
     for name, parameter in trainable(student).items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -35,9 +48,18 @@ def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.O
     tensors |= {f"teacher.{name}": value for name, value in teacher.items()}
     final = run / f"{_PREFIX}{step:06d}"
     beside = run / f".{final.name}.tmp"
-    _sweep(run)
-    beside.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, beside / "state.safetensors")
+    divided = any(isinstance(value, DTensor) for value in tensors.values())
+    if GROUP.lead:
+        _sweep(run)
+        beside.mkdir(parents=True)
+    if divided:
+        barrier()  # the folder is there
+        save(tensors, checkpoint_id=beside)
+        barrier()  # all parts are written
+    if not GROUP.lead:
+        return
+    if not divided:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside / WHOLE)
     (beside / "loop.json").write_text(json.dumps({"step": step, **loop}), encoding="utf-8")
     sync_folder(beside)
     _remove(final)
@@ -81,9 +103,9 @@ def load_checkpoint(
     """Put student and optimizer back; returns the loop's state and the moving teacher's weights.
 
     Raises ValueError when the checkpoint is of a model with other weights."""
-    tensors = load_file(folder / "state.safetensors")
-    teacher: dict[str, Tensor] = {}
     parameters = trainable(student)
+    tensors = _read(folder, parameters)
+    teacher: dict[str, Tensor] = {}
     kept = {key.removeprefix("student.") for key in tensors if key.startswith("student.")}
     if kept != parameters.keys():
         raise ValueError(f"{folder}: holds other weights than this model: {sorted(kept ^ parameters.keys())[:5]}")
@@ -91,19 +113,42 @@ def load_checkpoint(
         for key, value in tensors.items():
             part, _, rest = key.partition(".")
             if part == "student":
-                parameters[rest].copy_(value)
+                parameters[rest].copy_(like(value, parameters[rest]))
             elif part == "teacher":
                 teacher[rest] = value
             else:
                 entry, _, name = rest.partition(".")
+                placed = like(value, parameters[name]) if value.ndim else value
                 # A copy: the file may be mapped, and goes away.
-                optimizer.state[parameters[name]][entry] = value.to(parameters[name].device, copy=True)
+                optimizer.state[parameters[name]][entry] = placed.to(parameters[name].device, copy=True)
     return json.loads((folder / "loop.json").read_text(encoding="utf-8")), teacher
 
 
 def load_student(folder: Path, student: Any) -> None:
     """Put only the student's weights of a checkpoint back."""
-    load_weights(student, folder / "state.safetensors", "student.")
+    parameters = trainable(student)
+    _put(parameters, _read(folder, parameters), "student.")
+
+
+def _read(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint; those of one written in parts are divided as ``parameters`` are."""
+    if (folder / WHOLE).is_file():
+        return load_file(folder / WHOLE)
+    found: dict[str, Tensor] = {}
+    for key, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        name = next((name for name in parameters if key.endswith(f".{name}")), None)
+        same = name is not None and parameters[name].shape == entry.size
+        found[key] = (
+            torch.zeros_like(parameters[name])
+            if same and name
+            else torch.empty(entry.size, dtype=entry.properties.dtype)
+        )
+    with warnings.catch_warnings():
+        if not GROUP.shares:  # torch warns that one process reads alone, which is meant
+            warnings.simplefilter("ignore")
+        load(found, checkpoint_id=folder, no_dist=not GROUP.shares)
+    return found
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -111,16 +156,22 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def save_weights(student: Any, path: Path) -> None:
-    """The student's parameters that train as one safetensors file, replaced atomically."""
+    """The student's parameters that train as one safetensors file, replaced atomically. Every process calls it."""
     beside = path.with_name(f".{path.name}.tmp")
-    save_file({name: p.detach().contiguous() for name, p in trainable(student).items()}, beside)
+    tensors = {name: whole(p.detach()).contiguous() for name, p in trainable(student).items()}
+    if not GROUP.lead:
+        return
+    save_file(tensors, beside)
     sync_path(beside)
     os.replace(beside, path)
 
 
-def load_weights(student: Any, path: Path, prefix: str = "") -> None:
-    """Put parameters written by ``save_weights`` back, or those of a file that holds them behind a prefix."""
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, parameter in trainable(student).items():
-            parameter.copy_(tensors[prefix + name])
+def load_weights(student: Any, path: Path) -> None:
+    """Put parameters written by ``save_weights`` back."""
+    _put(trainable(student), load_file(path))
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(like(tensors[prefix + name], parameter))

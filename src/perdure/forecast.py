@@ -20,14 +20,14 @@ from perdure.measure import known_scores, unmeasured
 from perdure.methods import METHODS
 from perdure.preflight import Preflight
 from perdure.probe import probe
-from perdure.processes import dealt
 from perdure.rows import batch_rows, complete, row_counts
 from perdure.runlog import Clock, LoopState
 from perdure.session import Session
 from perdure.skills.base import Skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
-from perdure.train import make_optimizer, optimise, row_tokens, score
+from perdure.train import score
+from perdure.update import make_optimizer, optimise, own_rows
 from perdure.workspace import Workspace
 
 PROBE_ROWS = 8
@@ -99,7 +99,7 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
             start = time.perf_counter()
         state = LoopState(step)
         rollouts = [complete(stage, train, row) for row in batch_rows(stage, train, state)]
-        rollouts = [rollouts[place] for place in dealt([row_tokens(r) for r in rollouts])[0]]
+        rollouts = own_rows(rollouts)
         hidden = score(stage, train, rollouts, kept, state)
         optimise(stage, train, optimizer, rollouts, hidden, "warm_start", Clock(), state)
     return (time.perf_counter() - start) / STEPS

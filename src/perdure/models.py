@@ -29,6 +29,7 @@ from perdure.config import ModelConfig
 from perdure.files import file_sha256, package_folder
 from perdure.fused import Head
 from perdure.packing import pack
+from perdure.sharding import whole
 from perdure.types import Batch, InputError
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1)"
@@ -198,7 +199,7 @@ def sync_weights(target: Any, source: Any) -> None:
     """Copy every parameter of ``source`` (with its adapters merged, where it has any) into ``target``, casting to the
     target's dtype."""
     for mine, (_, theirs) in zip(target.parameters(), effective_parameters(source), strict=True):
-        mine.copy_(theirs)
+        mine.copy_(whole(theirs))
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -14,7 +14,6 @@ from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
 from perdure.models import head_of, hidden_at_loss_positions
-from perdure.processes import GROUP
 from perdure.rows import says_demonstration
 from perdure.runlog import LoopState, RunLog
 from perdure.stage import Stage
@@ -61,8 +60,7 @@ def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, A
         # On a tie the later weights are kept, but only a better accuracy counts as progress.
         state.stale = 0 if result.accuracy > state.best_accuracy else state.stale + 1
         state.best_accuracy, state.best_step = result.accuracy, state.step
-        if GROUP.lead:
-            save_weights(stage.student.model, stage.folder / BEST)
+        save_weights(stage.student.model, stage.folder / BEST)
     else:
         state.stale += 1
     drift = anchor_drift(stage)

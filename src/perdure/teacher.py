@@ -11,6 +11,7 @@ from perdure.adapters import effective_parameters
 from perdure.ema import teacher_update
 from perdure.fused import Head
 from perdure.models import head_of, hidden_at_loss_positions, working_copy
+from perdure.sharding import like, whole
 from perdure.types import Batch
 
 KINDS = ("frozen", "ema", "original", "live")
@@ -30,6 +31,10 @@ class Teacher(Protocol):
 
     @property
     def head(self) -> Head: ...
+
+    def follow(self, student: Any) -> None:
+        """Called before the first step with the student as it trains: plain, or divided over processes."""
+        ...
 
     def update(self, student: Any) -> None:
         """Called after each optimizer step."""
@@ -59,6 +64,9 @@ class FixedTeacher:
     def score(self, batch: Batch) -> Tensor:
         return hidden_at_loss_positions(self.model, batch)
 
+    def follow(self, student: Any) -> None:
+        pass
+
     def update(self, student: Any) -> None:
         pass
 
@@ -79,7 +87,8 @@ class LiveTeacher(FixedTeacher):
 class EmaTeacher(FixedTeacher):
     """Follows the student: averages in float32, scores with a working copy in the compute dtype.
 
-    Of adapters it averages the product, merged: averaged factors would have another product."""
+    Of adapters it averages the product, merged: averaged factors would have another product. The averages are divided
+    over processes where the student is."""
 
     moves = True
 
@@ -87,6 +96,9 @@ class EmaTeacher(FixedTeacher):
         super().__init__(working_copy(student, dtype))
         self.rate = teacher_update_rate
         self.average = {name: p.detach().float().clone() for name, p in effective_parameters(student)}
+
+    def follow(self, student: Any) -> None:
+        self.average = {name: like(self.average[name], p) for name, p in effective_parameters(student)}
 
     def update(self, student: Any) -> None:
         teacher_update(self.average, dict(effective_parameters(student)), self.rate)
@@ -99,13 +111,13 @@ class EmaTeacher(FixedTeacher):
         if state.keys() != self.average.keys():
             raise ValueError("the checkpoint's teacher has other weights than this model")
         for name, tensor in state.items():
-            self.average[name].copy_(tensor)
+            self.average[name].copy_(like(tensor, self.average[name]))
         self._publish()
 
     @torch.no_grad()
     def _publish(self) -> None:
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(self.average[name])
+            parameter.copy_(whole(self.average[name]))
 
 
 def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None, dtype: torch.dtype,

@@ -1,0 +1,111 @@
+"""A student whose masters, gradients and optimizer state are divided over the processes while it trains (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from perdure.processes import GROUP
+from perdure.types import InputError
+
+T = TypeVar("T")
+_RUN = "perdure_run"
+
+
+@contextmanager
+def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False) -> Iterator[Any]:
+    """Within the context a twin of ``model`` whose parameters are divided; ``model`` itself holds nothing meanwhile and
+    has the twin's weights afterwards. The model as it is, where nothing is to be divided.
+
+    Products run in ``dtype``; gradients are summed over the processes in float32. ``offload`` keeps what is divided in
+    the CPU's memory."""
+    if not (wanted and GROUP.shares):
+        yield model
+        return
+    if offload and model.device.type == "cpu":
+        raise InputError("train.shard_offload moves weights from a GPU to the CPU's memory, and here is no GPU")
+    device = model.device
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    policy = {
+        "mesh": init_device_mesh(device.type, (GROUP.count,)),
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for part in (*_layers(twin), twin):
+        fully_shard(part, **policy)
+        part.set_gradient_divide_factor(1.0)  # the loss is divided by the whole step's tokens already
+        part.set_force_sum_reduction_for_comms(True)
+    setattr(twin, _RUN, _call.__get__(twin))
+    register_forward(twin, _RUN)
+    pairs = list(zip(model.parameters(), twin.parameters(), strict=True))
+    for mine, _ in pairs:
+        mine.data = torch.empty(0, dtype=mine.dtype)
+    try:
+        yield twin
+    finally:
+        for mine, theirs in pairs:
+            mine.data = whole(theirs.detach()).to(device)
+
+
+def _call(self: Any, function: Callable[[], T]) -> T:
+    return function()
+
+
+def run_in(model: Any, function: Callable[[], T]) -> T:
+    """``function()``, during which the parameters of a divided model that lie outside its layers are whole: what uses
+    the model in another way than by calling it must run in here."""
+    return getattr(model, _RUN)(function) if hasattr(model, _RUN) else function()
+
+
+def is_sharded(model: Any) -> bool:
+    return hasattr(model, _RUN)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a divided one, in every process; another as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """``tensor``, which all processes have, divided as ``pattern`` is."""
+    if not isinstance(pattern, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    placed = tensor.to(pattern.to_local().device)
+    return distribute_tensor(placed, pattern.device_mesh, pattern.placements)
+
+
+@contextmanager
+def recomputed(model: Any, wanted: bool) -> Iterator[None]:
+    """Within the context the blocks keep only their inputs for the backward pass and compute the rest again there
+    (activation checkpointing, by transformers). Raises InputError where the model's blocks cannot."""
+    if not wanted:
+        yield
+        return
+    blocks = _layers(model)
+    if not model.supports_gradient_checkpointing or not blocks:
+        raise InputError(f"train.recompute: {type(model).__name__} does not support it; set it false")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in blocks:
+        block.training = True  # transformers recomputes in training only; what is inside the block stays as it is
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        for block in blocks:
+            block.training = False
+
+
+def _layers(model: Any) -> list[Any]:
+    """The repeated blocks: what is gathered and let go of one after the other."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

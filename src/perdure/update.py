@@ -1,0 +1,174 @@
+"""One optimizer step: the student's passes over a step's rows, the loss, the sum over processes, AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perdure.adapters import trainable
+from perdure.config import TrainConfig
+from perdure.contexts import collate, micro_batches
+from perdure.fused import METRICS, LossInputs, chunked_loss
+from perdure.guidance import observe
+from perdure.losses import LossSpec
+from perdure.methods import METHODS
+from perdure.models import autocast, head_of, hidden_at_loss_positions
+from perdure.processes import GROUP, add_up, dealt, gather
+from perdure.runlog import Clock, LoopState
+from perdure.sharding import is_sharded, run_in, whole
+from perdure.stage import Stage
+from perdure.types import Batch, InputError, Rollout
+
+
+def make_optimizer(stage: Stage, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the float32 masters. Norms and biases are not decayed."""
+    parameters = [p for p in stage.student.model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
+    """Linear warmup, then cosine to a tenth."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    done = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    rate = config.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def own_rows(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """This process's part of a step's rows."""
+    return [rollouts[place] for place in dealt([row_tokens(r) for r in rollouts])[GROUP.rank]]
+
+
+def row_tokens(rollout: Rollout) -> int:
+    """Tokens that the student reads, and a teacher with a longer prompt more."""
+    return len(rollout.teacher_prompt.token_ids) + len(rollout.completion.token_ids)
+
+
+def loss_tokens(rollout: Rollout, config: TrainConfig) -> int:
+    """Tokens of the completion that carry loss."""
+    return max(0, len(rollout.completion.token_ids) - config.skip_first_tokens)
+
+
+def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer,
+             rollouts: Sequence[Rollout], teacher_hidden: list[Tensor] | None, phase: str, clock: Clock,
+             state: LoopState, every: Sequence[Rollout] | None = None) -> dict[str, Any]:  # fmt: skip
+    """One optimizer step: sums over all tokens, divided once by their number, whatever the micro-batches and processes.
+
+    ``every``: all rows of the step, where ``rollouts`` are only this process's part of them."""
+    every = rollouts if every is None else every
+    count = sum(loss_tokens(r, config) for r in every)
+    if count == 0:
+        raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
+    sums: dict[str, float] = dict.fromkeys(("loss", *METRICS), 0.0)
+    held: list[tuple[str, float]] = []
+    for rows in _micro_batches(rollouts, config):
+        teacher_NH = torch.cat([teacher_hidden[i] for i in rows]) if teacher_hidden is not None else None
+        group = [rollouts[i] for i in rows]
+        batch = collate(group, "student", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
+        divergence_N = torch.zeros_like(batch.weights_N)
+        loss, metrics = _pass(stage, config, batch, teacher_NH, 1 / count, divergence_N, clock)
+        taken = divergence_N.split([loss_tokens(row, config) for row in group])
+        held += [(row.source, float(d_N.mean())) for row, d_N in zip(group, taken, strict=True)
+                 if row.source and row.weight and len(d_N)]  # fmt: skip
+        sums = {key: value + (metrics | {"loss": loss})[key] for key, value in sums.items()}
+        state.tokens["student"] += int(batch.attention_mask_BT.sum())
+    _sum_gradients(stage, config, rollouts, every)
+    parts = gather((sums, held))
+    sums = {key: sum(part[key] for part, _ in parts) for key in sums}
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(stage.student.model.parameters(), config.max_grad_norm)))
+    if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+        raise InputError(f"the loss is not finite at step {state.step + 1}: lower train.learning_rate")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    observe(state.held, [pair for _, pairs in parts for pair in pairs])
+    found = {
+        "loss": sums["loss"],
+        "entropy": sums["entropy"] / count,
+        "grad_norm": norm,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "loss_tokens": count,
+    }
+    if tokens := sums["demonstrated_tokens"]:
+        own = "sample_probability" if phase == "on_policy" else "demonstration_probability"
+        found[own] = sums["demonstrated_target_probability"] / tokens
+    return found
+
+
+def _micro_batches(rollouts: Sequence[Rollout], config: TrainConfig) -> list[list[int]]:
+    lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
+    return list(micro_batches(range(len(rollouts)), lengths, config.micro_batch_tokens))
+
+
+def _pass(stage: Stage, config: TrainConfig, batch: Batch, teacher_NH: Tensor | None, scale: float,
+          divergence_N: Tensor, clock: Clock) -> tuple[float, dict[str, float]]:  # fmt: skip
+    """The student's forward and backward pass over one micro-batch: loss and summed metrics.
+
+    ``scale`` is one over the step's loss tokens, applied before the sum, once: the head's gradient then needs no pass
+    of its own for it."""
+    method = METHODS[config.method]
+    spec = LossSpec(config.divergence, config.support, config.jsd_beta, config.topk,
+                    "dft" if method.loss == "dft" else "nll")  # fmt: skip
+    sharpness = config.teacher_temperature if method.shows else 1.0
+
+    def forward() -> tuple[Tensor, dict[str, float]]:
+        with autocast(stage.dtype, stage.student.device):
+            student_NH = hidden_at_loss_positions(stage.student.model, batch).to(stage.dtype)
+        clock.lap("forward")
+        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N * scale, batch.demonstrated_N,
+                            sharpness, batch.label_weights_N * scale)  # fmt: skip
+        return loss_of(stage, spec, inputs, divergence_N)
+
+    loss, metrics = run_in(stage.student.model, forward)
+    clock.lap("loss")
+    loss.backward()
+    clock.lap("backward")
+    return float(loss.detach()), metrics
+
+
+def _sum_gradients(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], every: Sequence[Rollout]) -> None:
+    """Every process gets the sum of all processes' gradients (or its part of the sum, where they are divided)."""
+    if not GROUP.shares:
+        return
+    if is_sharded(stage.student.model):
+        # The passes themselves sum, so each process must run as many: those with fewer rows add some of no weight.
+        parts = [[every[i] for i in part] for part in dealt([row_tokens(r) for r in every])]
+        passes = max(len(_micro_batches(part, config)) for part in parts) - len(_micro_batches(rollouts, config))
+        for _ in range(passes):
+            batch = collate(every[:1], "student", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
+            _pass(stage, config, batch, None, 0.0, torch.zeros_like(batch.weights_N), Clock())
+        return
+    parameters = list(trainable(stage.student.model).values())
+    for parameter in parameters:
+        if parameter.grad is None:  # a process without a row
+            parameter.grad = torch.zeros_like(parameter)
+    add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def loss_of(stage: Stage, spec: LossSpec, inputs: LossInputs, divergence_N: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a micro-batch; where two teachers scored it, each part goes through its own teacher's head. Each
+    position's divergence goes into ``divergence_N``."""
+    head = head_of(stage.student.model)
+    if stage.holder is None or inputs.teacher_hidden_NH is None:
+        of_teacher = stage.teacher.head if stage.teacher else None
+        return chunked_loss(spec, inputs, head, of_teacher, divergence_N=divergence_N)
+    total, sums = torch.zeros((), device=inputs.student_hidden_NH.device), dict[str, float]()
+    for demonstrated in (True, False):
+        rows_C = (inputs.demonstrated_N == demonstrated).nonzero().flatten()
+        teacher = stage.teacher_of(demonstrated)
+        if not len(rows_C) or teacher is None:
+            continue
+        found_C = torch.zeros_like(divergence_N[rows_C])
+        loss, metrics = chunked_loss(spec, inputs.at(rows_C), head, teacher.head, divergence_N=found_C)
+        divergence_N[rows_C] = found_C
+        total = total + loss
+        sums |= {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
+    return total, sums

@@ -1,0 +1,134 @@
+"""Several processes do what one does: the same answers, the same training to rounding, and no less after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perdure.processes import GROUP, add_up, barrier, copy_from_lead, dealt, from_lead, gather, together
+from perdure.verify import verify
+from perdure.workspace import Workspace
+from several import CASES, answers, chain, prepare
+
+HERE = Path(__file__).parent
+
+
+def torchrun(folder: Path, *arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone",
+               str(HERE / "several.py"), str(folder), *arguments]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("several")
+    prepare(place)
+    return place
+
+
+def said(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def losses(folder: Path, name: str) -> list[tuple[str, int, float, float, int, dict[str, float]]]:
+    """(stage, step, loss, gradient norm, loss tokens, moved) of every step."""
+    return [
+        (path.parent.name, line["step"], line["loss"], line["grad_norm"], line["loss_tokens"], line.get("moved", {}))
+        for path in sorted(folder.glob(f"{name}/runs/*/metrics.jsonl"))
+        for line in map(json.loads, path.read_text().splitlines())
+        if "loss" in line
+    ]
+
+
+def assert_same(folder: Path, one: str, other: str) -> None:
+    """The same curve to rounding, the same tokens counted, the same answers of the versions."""
+    first, second = losses(folder, one), losses(folder, other)
+    assert len(first) == len(second) > 10
+    for (stage, step, *values, moved), (stage2, step2, *values2, moved2) in zip(first, second, strict=True):
+        assert (stage, step) == (stage2, step2)
+        assert values == pytest.approx(values2, rel=2e-2)  # late steps: rounding grows at these rates
+        if step < 5 and stage.startswith("s01"):
+            assert values == pytest.approx(values2, rel=1e-4)
+        assert moved == pytest.approx(moved2, rel=2e-2, abs=2e-4)
+    mine, theirs = (Workspace.open(folder / name) for name in (one, other))
+    for version in ("v001", "v002"):
+        found = [workspace.version(version) for workspace in (mine, theirs)]
+        assert found[0]["scores"] == found[1]["scores"]
+        for part in ("rollout", "student", "evaluate"):  # a teacher's scores are kept by each process for itself
+            assert found[0]["cost"]["tokens"][part] == found[1]["cost"]["tokens"][part]
+
+
+# One process alone
+
+
+def test_alone_everything_is_the_thing_itself() -> None:
+    tensor = torch.ones(2)
+    with together("nothing", 1):
+        assert gather(3) == [3] and from_lead(4) == 4
+        add_up([tensor]), copy_from_lead([tensor]), barrier()
+    assert tensor.tolist() == [1, 1] and not GROUP.shares
+    assert dealt([5, 1, 3]) == [[0, 1, 2]]
+
+
+def test_rows_are_dealt_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GROUP, "count", 3)
+    sizes = [9, 1, 8, 2, 7, 3, 6]
+    parts = dealt(sizes)
+    assert sorted(place for part in parts for place in part) == list(range(7))
+    assert [sum(sizes[place] for place in part) for part in parts] == [9 + 2 + 1, 8 + 3, 7 + 6]
+    assert dealt([]) == [[], [], []] and dealt([4]) == [[0], [], []]
+
+
+# Two processes
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_one_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers(folder)
+    alone = json.loads(capsys.readouterr().out)
+    done = torchrun(folder, "answers")
+    assert done.returncode == 0, done.stderr
+    assert said(done) == alone and alone["sampled"] != alone["turned"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(folder: Path, case: str) -> None:
+    """Divided (FSDP2) or not, in every way that the loop differs."""
+    name = case.replace(" ", "-")
+    chain(folder, f"{name}-1", case)
+    for kind in ("shard",) if case in ("ema", "lora") else ("plain", "shard") if case == "plain" else ("plain",):
+        done = torchrun(folder, case, f"{name}-{kind}", kind)
+        assert done.returncode == 0, done.stderr
+        assert_same(folder, f"{name}-1", f"{name}-{kind}")
+        assert not verify(folder / f"{name}-{kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "shard"])
+def test_a_killed_process_ends_the_run_clearly_and_any_number_goes_on(folder: Path, kind: str) -> None:
+    """Process 1 dies after 14 of 20 steps: in the second stage, behind its first checkpoint."""
+    if not (folder / "whole").exists():
+        chain(folder, "whole", "plain")
+    name = f"killed-{kind}"
+    done = torchrun(folder, "plain", name, kind, "14")
+    assert done.returncode != 0
+    assert '{"lost": "another process of this run is gone' in done.stdout or "SIGTERM" in done.stderr
+    stage = folder / name / "runs" / "s02-numbers"
+    assert [path.name for path in stage.glob("checkpoint-*")] == ["checkpoint-000003"]
+    assert (stage / "checkpoint-000003" / "state.safetensors").is_file() is (kind == "plain")
+    if kind == "shard":
+        chain(folder, name, "plain", shard=True)  # one process alone
+    else:
+        done = torchrun(folder, "plain", name, kind)
+        assert done.returncode == 0, done.stderr
+    assert_same(folder, "whole", name)
+    assert not verify(folder / name)
