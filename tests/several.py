@@ -58,7 +58,7 @@ def prepare(folder: Path) -> None:
 
 def chain(folder: Path, name: str, case: str, shard: bool = False) -> None:
     """Two skills in a row in ``folder/name``."""
-    config = settings(folder / "model", CASES[case] | {"shard": shard})
+    config = settings(folder / "model", CASES[case] | {"fsdp": shard})
     place = folder / name
     workspace = Workspace.open(place) if (place / "perdure.toml").is_file() else create_workspace(place, config)
     with workspace.lock():

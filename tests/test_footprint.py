@@ -111,7 +111,27 @@ def test_the_command_says_whether_it_fits(tmp_path: Path) -> None:
     wrong = perdure("check", skill, "-w", tmp_path / "bot", "--hardware", "abacus")
     assert wrong.returncode == 2 and "NUMBERxDEVICE" in wrong.stderr
     big = estimate(replace(SHAPE, weights=int(7e9)), WORK, TrainConfig(), parse_hardware("1xA10-24GB"))
-    assert not big["fits"] and big["devices_needed"] == 7
+    assert not big["fits"] and big["devices_needed"] is None  # more devices hold no less each
+    divided = estimate(replace(SHAPE, weights=int(3e9)), WORK, TrainConfig(fsdp=True), parse_hardware("1xA10-24GB"))
+    assert divided["devices_needed"] == 6  # 16 bytes a weight divided, 4 not: 48 / n + 12 GB must fit into 21.6
+
+
+def test_what_is_divided_and_what_is_not() -> None:
+    alone, four = (memory(SHAPE, WORK, TrainConfig(fsdp=True), devices=n) for n in (1, 4))
+    for part in ("masters", "gradients", "optimizer", "keys and values"):
+        assert four[part] == alone[part] / 4
+    for part in ("working copy", "teacher"):
+        assert four[part] == alone[part]
+    assert four["weights as mixed precision casts them"] == 2 * (2 * 20 * 8 + 800)
+    apart = memory(SHAPE, WORK, TrainConfig(), devices=4)
+    assert apart["masters"] == alone["masters"] and apart["activations"] == alone["activations"] / 4
+    ema = memory(SHAPE, WORK, TrainConfig(fsdp=True, teacher="ema"), devices=4)
+    assert ema["teacher"] == (2 + 4 / 4) * 1000
+
+
+def test_activation_checkpointing_keeps_a_layers_input() -> None:
+    found = memory(SHAPE, WORK, TrainConfig(activation_checkpointing=True))
+    assert found["activations"] == 2 * (2 * 8 + (48 + 8 + 48)) * 60
 
 
 CHILD = """

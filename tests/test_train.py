@@ -586,3 +586,18 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     report = lambda line, timings: pytest.fail("trained again")  # noqa: E731
     assert train(again, config, report).step == 12
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_recomputed_blocks_give_the_same_training_and_come_back_as_they_were(tmp_path: Path) -> None:
+    found, seen = [], []
+    for name, recompute in (("a", False), ("b", True)):
+        stage = make_stage(tmp_path / name)
+        backbone = stage.student.model.base_model
+        hook = backbone.layers[0].mlp.register_forward_pre_hook(lambda *args, name=name: seen.append(name))
+        train(stage, settings(steps=4, activation_checkpointing=recompute))
+        hook.remove()
+        found.append((weights(stage), lines(stage)))
+        assert not any(module.training for module in stage.student.model.modules())
+        assert not stage.student.model.is_activation_checkpointing
+    assert seen.count("b") == 2 * seen.count("a")  # the student's passes are the only ones through this model
+    assert equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]

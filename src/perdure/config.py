@@ -107,12 +107,12 @@ class TrainConfig(_Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup_steps: int = Field(default=5, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    shard: bool = False
+    fsdp: bool = False
     """With several processes (torchrun, accelerate): masters, gradients and optimizer state are divided over them
     (FSDP2), not held by each."""
-    shard_offload: bool = False
+    fsdp_offload: bool = False
     """What is divided lies in the CPU's memory, and each layer comes to the GPU when it is its turn."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Activation checkpointing: less memory for a third more computation in the student's passes."""
     lora_rank: int = Field(default=0, ge=0)
     """Above 0 the stage trains low-rank adapters of this rank, merged into full weights at its end; they want a higher
@@ -143,7 +143,7 @@ class TrainConfig(_Section):
         uses = (
             ("jsd_beta", "divergence", "generalized_jsd"),
             ("topk", "support", "teacher_topk"),
-            ("shard_offload", "shard", True),
+            ("fsdp_offload", "fsdp", True),
             ("teacher_update_rate", "teacher", "ema"),
             ("demonstration_weight", "method", "sdft"),
             ("on_policy_share", "method", "sdft"),

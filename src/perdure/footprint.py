@@ -2,8 +2,8 @@
 
 Full weights cost, in bytes each: masters 4, gradients 4, AdamW 8, the working copy for decode 2 in bfloat16, as much
 again for what mixed precision casts and for a teacher that does not move (an EMA teacher keeps 4 more). With adapters
-only their own weights have gradients and optimizer states. Several devices are counted as if everything were split
-evenly between them.
+only their own weights have gradients and optimizer states. Several devices, one process each, share the rows of a step;
+``train.fsdp`` divides masters, gradients, optimizer and an EMA teacher's averages over them, and nothing else.
 """
 
 from __future__ import annotations
@@ -123,28 +123,39 @@ def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence
     return Work(train.batch_size, prompt, answer, max(teachers))
 
 
-def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2) -> dict[str, float]:
-    """Bytes by part. ``width``: bytes of a number in the compute dtype."""
+def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1) -> dict[str, float]:
+    """Bytes by part on each of ``devices``. ``width``: bytes of a number in the compute dtype."""
+    rows, parts_of_student = -(-work.rows // devices), devices if train.fsdp else 1
     trained = shape.weights if not train.lora_rank else adapter_weights(shape, train.lora_rank)
-    tokens = min(train.micro_batch_tokens, work.rows * (work.prompt + work.completion))
+    tokens = min(train.micro_batch_tokens, rows * (work.prompt + work.completion))
     of_layer = 6 * shape.hidden + 2 * shape.keys + 3 * shape.mlp
+    kept = shape.layers * of_layer
+    if train.activation_checkpointing:  # each layer's input, and one layer whole while it is computed again
+        kept = shape.layers * shape.hidden + of_layer
     method = METHODS[train.method]
-    teachers = {"frozen": width, "original": width, "ema": width + 4, "live": 0}
+    teachers = {"frozen": width, "original": width, "ema": width + 4 / parts_of_student, "live": 0}
     has_teacher = method.shows or method.held or method.reinvoked or train.anchor_share > 0
     a_teacher = teachers[train.teacher if method.shows else "frozen"] if has_teacher else 0
     whole = 0 if train.lora_rank else 4 * shape.vocabulary * shape.hidden  # the head's gradient before it is added
     parts = {
-        "masters": 4 * shape.weights + (4 * trained if train.lora_rank else 0),
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
+        "masters": (4 * shape.weights + (4 * trained if train.lora_rank else 0)) / parts_of_student,
+        "gradients": 4 * trained / parts_of_student,
+        "optimizer": 8 * trained / parts_of_student,
         "working copy": width * shape.weights,
-        "weights as mixed precision casts them": 2 * shape.linear if width == 2 else 0,
+        "weights as mixed precision casts them": _cast(shape, width, parts_of_student),
         "teacher": a_teacher * shape.weights,
-        "activations": width * of_layer * shape.layers * tokens,
+        "activations": width * kept * tokens,
         "loss": 2 * width * CHUNK_ELEMENTS + whole,
-        "keys and values": 2 * width * shape.keys * shape.layers * work.rows * (work.prompt + work.completion),
+        "keys and values": 2 * width * shape.keys * shape.layers * rows * (work.prompt + work.completion),
     }
     return {part: float(size) for part, size in parts.items() if size}
+
+
+def _cast(shape: Shape, width: int, parts_of_student: int) -> float:
+    """What a step's weights take in the compute dtype: all of them, or, divided, embedding, head and two layers."""
+    if parts_of_student > 1:
+        return width * (2 * shape.vocabulary * shape.hidden + 2 * shape.linear / shape.layers)
+    return 2 * shape.linear if width == 2 else 0
 
 
 def adapter_weights(shape: Shape, rank: int) -> int:
@@ -173,19 +184,23 @@ def step_seconds(shape: Shape, work: Work, train: TrainConfig, hardware: Hardwar
     return parts
 
 
+def _least(shape: Shape, work: Work, train: TrainConfig, room: float) -> int | None:
+    """The least number of devices that would do; None where no number does."""
+    return next((count for count in (*range(1, 65), 128, 256, 512, 1024)
+                 if sum(memory(shape, work, train, devices=count).values()) <= room), None)  # fmt: skip
+
+
 def estimate(shape: Shape, work: Work, train: TrainConfig, hardware: Hardware) -> dict[str, Any]:
     """All of it as ``perdure check --hardware --json`` prints it."""
-    parts = memory(shape, work, train)
-    room = hardware.devices * hardware.memory * (1 - FREE)
-    each = hardware.memory * (1 - FREE)
-    needed = sum(parts.values())
+    parts = memory(shape, work, train, devices=hardware.devices)
+    room, needed = hardware.memory * (1 - FREE), sum(parts.values())
     return {
         "hardware": hardware.name,
         "memory_gb": {part: round(size / GIGA, 2) for part, size in parts.items()},
         "needed_gb": round(needed / GIGA, 1),
         "room_gb": round(room / GIGA, 1),
         "fits": needed <= room,
-        "devices_needed": int(-(-needed // each)),
+        "devices_needed": _least(shape, work, train, room),
         "step_seconds": {part: round(value, 4) for part, value in step_seconds(shape, work, train, hardware).items()},
         "weights": shape.weights,
         "rows": work.rows,

@@ -32,7 +32,7 @@ def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False)
         yield model
         return
     if offload and model.device.type == "cpu":
-        raise InputError("train.shard_offload moves weights from a GPU to the CPU's memory, and here is no GPU")
+        raise InputError("train.fsdp_offload moves weights from a GPU to the CPU's memory, and here is no GPU")
     device = model.device
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -93,14 +93,14 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
         return
     blocks = _layers(model)
     if not model.supports_gradient_checkpointing or not blocks:
-        raise InputError(f"train.recompute: {type(model).__name__} does not support it; set it false")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        raise InputError(f"train.activation_checkpointing: {type(model).__name__} does not support it; set it false")
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for block in blocks:
         block.training = True  # transformers recomputes in training only; what is inside the block stays as it is
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         for block in blocks:
             block.training = False
 

@@ -45,8 +45,8 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
     model = stage.student.model
     with (
         adapted(model, config, derive_seed(stage.seed, "adapter")),
-        recomputed(model, config.recompute),
-        sharded(model, config.shard, stage.dtype, config.shard_offload) as student,
+        recomputed(model, config.activation_checkpointing),
+        sharded(model, config.fsdp, stage.dtype, config.fsdp_offload) as student,
     ):
         if stage.teacher:
             stage.teacher.follow(student)

@@ -96,15 +96,17 @@ def _test_line(test: Mapping[str, Any]) -> str:
 def hardware_tables(estimates: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print what ``perdure check --hardware`` found."""
     for found in estimates:
-        table = _table(f"{found['skill']} on {found['hardware']}", ["Memory", "GB"])
+        table = _table(f"{found['skill']} on {found['hardware']}", ["Memory of each device", "GB"])
         for part, size in found["memory_gb"].items():
             _row(table, [part, f"{size:.2f}"])
         _row(table, ["all", f"{found['needed_gb']:.1f}"], "bold")
         console.print(table)
         fits = f"Fits into {found['room_gb']:.0f} GB (a tenth of each device is left free)."
         if not found["fits"]:
-            fits = (f"Does not fit into {found['room_gb']:.0f} GB: it takes {found['devices_needed']} such devices, or "
-                    "train.lora_rank, a smaller train.micro_batch_tokens, a smaller model.")  # fmt: skip
+            several = f"{found['devices_needed']} such devices, or " if found["devices_needed"] else ""
+            fits = (f"Does not fit into {found['room_gb']:.0f} GB: it takes {several}train.fsdp over several devices, "
+                    "train.activation_checkpointing, train.lora_rank, a smaller train.micro_batch_tokens or a smaller "
+                    "model.")  # fmt: skip
         console.print(Text(fits, style="" if found["fits"] else "yellow"))
         parts = ", ".join(f"{part} {value:.3f} s" for part, value in found["step_seconds"].items())
         total = sum(found["step_seconds"].values())
@@ -112,8 +114,7 @@ def hardware_tables(estimates: Sequence[Mapping[str, Any]], console: Console) ->
         console.print(Text(line))
 
 
-ARITHMETIC = ("From data sheets, not measured; memory and work are counted as if split evenly over the devices, which "
-              "this version cannot do beyond one.")  # fmt: skip
+ARITHMETIC = "From data sheets, not measured on a GPU; one process a device, started by torchrun."
 
 
 def score_table(result: Mapping[str, Any], console: Console) -> None:
