@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,16 @@ import pytest
 import torch
 
 from fakes import tiny_model
-from perdure.adapters import adapted, effective_parameters, trainable
+from perdure.adapters import adapted, effective_parameters, trainable, without_adapters
 from perdure.checkpoint import checkpoints
 from perdure.config import TrainConfig
-from perdure.models import sync_weights, working_copy
-from perdure.teacher import EmaTeacher
+from perdure.contexts import collate
+from perdure.models import hidden_at_loss_positions, sync_weights, working_copy
+from perdure.teacher import BareTeacher, EmaTeacher, make_teacher
 from perdure.train import train
 from perdure.types import InputError
 from perdure.update import make_optimizer
-from test_train import equal, lines, make_stage, settings, steps, weights
+from test_train import equal, lines, make_stage, settings, steps, warm_rollouts, weights
 
 KINDS = {"lora": {}, "rslora": {"lora_rslora": True}, "dora": {"lora_dora": True}}
 
@@ -36,9 +38,11 @@ def shake(model: Any, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_trained_is_what_is_merged(kind: str) -> None:
-    model, before = tiny_model(), dict(tiny_model().named_parameters())
+    masters, before = tiny_model(), dict(tiny_model().named_parameters())
+    working = working_copy(masters, torch.float32)
     ids = torch.arange(5, 25)[None]
-    with adapted(model, config_of(kind), 0):
+    with adapted(masters, working, config_of(kind), 0) as model:
+        assert model is working
         assert torch.allclose(model(input_ids=ids).logits, tiny_model()(input_ids=ids).logits, atol=1e-5)
         assert all("lora" in name for name in trainable(model)) and trainable(model)
         shake(model)
@@ -46,50 +50,107 @@ def test_what_is_trained_is_what_is_merged(kind: str) -> None:
         again = dict(effective_parameters(model))
         assert all(torch.equal(effective[name], again[name]) for name in effective)  # asking changes nothing
         logits = model(input_ids=ids).logits.detach()
-    assert list(effective) == list(before) == [name for name, _ in model.named_parameters()]
-    after = dict(model.named_parameters())
+        with without_adapters(model):
+            assert torch.equal(model(input_ids=ids).logits, tiny_model()(input_ids=ids).logits)
+        assert torch.equal(model(input_ids=ids).logits, logits) and trainable(model)
+    assert list(effective) == list(before) == [name for name, _ in masters.named_parameters()]
+    after = dict(masters.named_parameters())
     assert all(torch.equal(effective[name], after[name]) for name in after)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in masters.parameters())
+    torch.testing.assert_close(masters(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {name for name in after if name.endswith("_proj.weight")}
+    # The working copy is plain again; its owner brings it in step.
+    assert [name for name, _ in working.named_parameters()] == list(before) and not trainable(working)
+    assert torch.equal(working(input_ids=ids).logits, tiny_model()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_masters_get_the_exact_product_not_rounded_weights(kind: str) -> None:
+    """The working copy is bfloat16; merging it and casting back would lose what the masters hold beyond it."""
+    masters, before = tiny_model(), dict(tiny_model().named_parameters())
+    with adapted(masters, working_copy(masters, torch.bfloat16), config_of(kind), 0) as model:
+        assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+        layer, name = model.model.layers[0].mlp.up_proj, "model.layers.0.mlp.up_proj.weight"
+        if kind != "dora":
+            shake(model)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            expected = before[name] + layer.scaling["default"] * b @ a
+        else:  # nothing learned: direction and magnitude are what they were
+            expected = before[name]
+    torch.testing.assert_close(masters.model.layers[0].mlp.up_proj.weight, expected, rtol=1e-5, atol=1e-6)
+    for same in ("model.norm.weight", "model.embed_tokens.weight"):
+        assert torch.equal(dict(masters.named_parameters())[same], before[same])
+
+
+def test_an_error_or_a_trial_leaves_the_masters_alone() -> None:
+    masters, before = tiny_model(), dict(tiny_model().named_parameters())
+    working = working_copy(masters, torch.float32)
+    with adapted(masters, working, config_of(), 0, merge=False) as model:
+        shake(model)
+    with pytest.raises(ZeroDivisionError), adapted(masters, working, config_of(), 0) as model:
+        shake(model)
+        1 / 0  # noqa: B018
+    assert all(torch.equal(p, before[name]) for name, p in masters.named_parameters())
+    assert not any("lora" in name for name, _ in working.named_parameters())
 
 
 def test_only_the_named_layers_get_one() -> None:
-    model = tiny_model()
-    with adapted(model, config_of(lora_targets=("q_proj",)), 0):
+    masters = tiny_model()
+    working = working_copy(masters, torch.float32)
+    with adapted(masters, working, config_of(lora_targets=("q_proj",)), 0) as model:
         assert {name.split(".")[-4] for name in trainable(model)} == {"q_proj"}
-    with pytest.raises(InputError, match="lora_targets"), adapted(model, config_of(lora_targets=("nothing",)), 0):
+    with (
+        pytest.raises(InputError, match="lora_targets"),
+        adapted(masters, working, config_of(lora_targets=("nothing",)), 0),
+    ):
         pass
-    with adapted(model, settings(), 0):
-        assert len(trainable(model)) == len(list(model.parameters()))
+    with adapted(masters, working, settings(), 0) as model:
+        assert model is masters
 
 
 def test_the_same_seed_gives_the_same_first_weights() -> None:
     found = []
     for seed in (0, 0, 1):
-        with adapted(model := tiny_model(), config_of(), seed):
+        masters = tiny_model()
+        with adapted(masters, working_copy(masters, torch.float32), config_of(), seed) as model:
             found.append({name: p.clone() for name, p in trainable(model).items()})
     assert equal(found[0], found[1]) and not equal(found[0], found[2])
 
 
-def test_the_working_copy_has_the_product() -> None:
-    model = tiny_model()
-    twin = working_copy(model, torch.float32)
-    ids = torch.arange(5, 25)[None]
-    with adapted(model, config_of(), 0):
+def test_another_copy_gets_the_product() -> None:
+    masters = tiny_model()
+    twin, ids = working_copy(masters, torch.float32), torch.arange(5, 25)[None]
+    with adapted(masters, working_copy(masters, torch.float32), config_of(), 0) as model:
         shake(model)
         sync_weights(twin, model)
         torch.testing.assert_close(twin(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    assert equal(dict(twin.named_parameters()), dict(model.named_parameters()))
+    assert equal(dict(twin.named_parameters()), dict(masters.named_parameters()))
+
+
+def test_the_frozen_teacher_is_the_same_model_with_its_adapters_off(tmp_path: Path) -> None:
+    """No copy of the weights; scores as a copy made beforehand would give them, whatever the adapters learn."""
+    stage = make_stage(tmp_path)
+    plain = make_teacher("frozen", student=stage.student.model, working=stage.working, original=None,
+                         dtype=torch.float32, teacher_update_rate=0)  # fmt: skip
+    teacher = make_teacher("frozen", student=stage.student.model, working=stage.working, original=None,
+                           dtype=torch.float32, teacher_update_rate=0, adapters=True)  # fmt: skip
+    assert teacher.is_start and not teacher.moves and isinstance(teacher, BareTeacher)
+    batch = collate(warm_rollouts(stage, settings()), "teacher", 0)
+    expected = plain.score(batch)
+    with adapted(stage.student.model, stage.working, config_of(), 0) as model:
+        shake(model)
+        assert torch.equal(teacher.score(batch), expected)
+        assert not torch.allclose(hidden_at_loss_positions(model, batch), expected)
+        assert trainable(model)
 
 
 def test_a_moving_teacher_averages_products_not_factors() -> None:
     """Against the definition, (1 - r) phi + r (W + B A), over three updates."""
-    model, rate = tiny_model(), 0.25
-    teacher = EmaTeacher(model, torch.float32, rate)
-    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with adapted(model, config_of(), 0):
+    masters, rate = tiny_model(), 0.25
+    teacher = EmaTeacher(masters, torch.float32, rate)
+    expected = {name: p.detach().clone() for name, p in masters.named_parameters()}
+    with adapted(masters, working_copy(masters, torch.float32), config_of(), 0) as model:
         for seed in range(3):
             shake(model, seed)
             teacher.update(model)
@@ -97,7 +158,7 @@ def test_a_moving_teacher_averages_products_not_factors() -> None:
             expected = {name: (1 - rate) * value + rate * product[name] for name, value in expected.items()}
     for name, value in expected.items():
         torch.testing.assert_close(teacher.average[name], value, rtol=1e-5, atol=1e-6)
-    assert teacher.state().keys() == dict(model.named_parameters()).keys()
+    assert teacher.state().keys() == dict(masters.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,9 +195,10 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path) -> None:
 
 def test_the_optimizer_and_the_files_hold_only_the_adapters(tmp_path: Path) -> None:
     stage = make_stage(tmp_path)
-    with adapted(stage.student.model, config_of(), 0):
-        held = [p for group in make_optimizer(stage, config_of()).param_groups for p in group["params"]]
-        assert len(held) == len(trainable(stage.student.model))
+    with adapted(stage.student.model, stage.working, config_of(), 0) as model:
+        inside = replace(stage, student=replace(stage.student, model=model))
+        held = [p for group in make_optimizer(inside, config_of()).param_groups for p in group["params"]]
+        assert len(held) == len(trainable(model))
     train(stage, config_of(steps=3, checkpoint_every=3))
     (folder,) = checkpoints(stage.folder)
     plain = make_stage(tmp_path / "plain")

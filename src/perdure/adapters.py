@@ -1,6 +1,8 @@
-"""Low-rank adapters (LoRA, by peft) on the student while a stage trains; at its end they are merged into full weights.
+"""Low-rank adapters within a stage (peft): they train on the working copy, which decodes and, with them off, teaches.
 
-Outside a stage every model here is a plain one: evaluation, versions and the next stage never see an adapter.
+One copy of the weights in the compute dtype serves as student, decoder and frozen teacher; the float32 masters do not
+take part and get the product at the stage's end. A version is then plain: evaluation, versions and the next stage
+never see an adapter.
 """
 
 from __future__ import annotations
@@ -15,16 +17,15 @@ from torch import Tensor
 from perdure.config import TrainConfig
 from perdure.types import InputError
 
-_MARK = "_perdure_adapted"
-
 
 @contextmanager
-def adapted(model: Any, config: TrainConfig, seed: int) -> Iterator[None]:
-    """Within the context only the adapter's weights of ``model`` train; afterwards they are part of its own.
+def adapted(masters: Any, working: Any, config: TrainConfig, seed: int, merge: bool = True) -> Iterator[Any]:
+    """The model that trains: ``masters``; with ``lora_rank`` above 0 ``working``, of which only adapters train.
 
-    Does nothing for ``lora_rank`` 0. Raises InputError for targets that the model does not have."""
+    Afterwards ``working`` is without adapters again. What they learned is part of ``masters`` then, unless ``merge`` is
+    off or an error ended the context. Raises InputError for targets that the model does not have."""
     if not config.lora_rank:
-        yield
+        yield masters
         return
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -40,43 +41,81 @@ def adapted(model: Any, config: TrainConfig, seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            tuner = LoraModel(model, settings, "default")
+            tuner = LoraModel(working, settings, "default")
         except ValueError as error:
             raise InputError(f"train.lora_targets: {error}") from error
-    setattr(model, _MARK, True)
+    for parameter in trainable(working).values():
+        parameter.data = parameter.data.float()  # peft makes them in the base's dtype
+    if config.lora_dora:
+        _exact_magnitudes(masters, working)
+    try:
+        yield working
+        if merge:
+            _merge(masters, working)
+    finally:
+        tuner.unload()
+        working.requires_grad_(False)
+
+
+def _exact_magnitudes(masters: Any, working: Any) -> None:
+    """DoRA's first magnitudes, from the float32 weights: peft takes the norms of the rounded ones."""
+    parameters = dict(masters.named_parameters())
+    for name, layer in _layers(working):
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        norms = torch.linalg.vector_norm(parameters[f"{name}.weight"].detach(), dim=1)
+        magnitude.data = norms.to(magnitude.device)
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """The model as if it had no adapters."""
+    layers = [module for _, module in _layers(model)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        delattr(model, _MARK)
-        tuner.merge_and_unload()
-        model.requires_grad_(True)
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _layers(model: Any) -> list[tuple[str, Any]]:
+    """Names and modules of the layers that have an adapter."""
+    # Not imported for a model without any: peft takes a second.
+    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    return found
+
+
+@torch.no_grad()
+def _merge(masters: Any, working: Any) -> None:
+    """Add the adapters' product to the float32 weights, exactly: not by way of the working copy's rounded ones."""
+    parameters = dict(masters.named_parameters())
+    for name, layer in _layers(working):
+        parameter = parameters[f"{name}.weight"]
+        parameter.copy_(_merged(layer, parameter))
 
 
 @torch.no_grad()
 def effective_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under the name, and in the order, that it has without adapters; where there is one, the product
-    of its factors is added. Exactly what merging will give."""
-    if not getattr(model, _MARK, False):
-        yield from model.named_parameters()
-        return
-    from peft.tuners.lora import LoraLayer
-
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    of its factors is added, in float32."""
+    layers = dict(_layers(model))
     for name, parameter in model.named_parameters():
         owner, inside, last = name.rpartition(".base_layer.")
         if inside:
-            yield f"{owner}.{last}", _merged(layers[owner]) if last == "weight" else parameter
+            layer = layers[owner]
+            yield f"{owner}.{last}", _merged(layer, layer.get_base_layer().weight) if last == "weight" else parameter
         elif not any(name.startswith(f"{layer}.lora_") for layer in layers):
             yield name, parameter
 
 
-def _merged(layer: Any) -> Tensor:
-    """The layer's weight with its adapter. The base weight is put back, not computed back: nothing drifts."""
-    weight = layer.get_base_layer().weight
-    kept = weight.detach().clone()
+def _merged(layer: Any, weight: Tensor) -> Tensor:
+    """``weight`` with the layer's adapter, in float32. The layer's own weight is put back, not computed back."""
+    base = layer.get_base_layer().weight
+    kept = base.data
+    base.data = weight.detach().to(kept.device, torch.float32, copy=True)
     layer.merge()
-    merged = weight.detach().clone()
-    weight.data.copy_(kept)
+    merged, base.data = base.data, kept
     layer.merged_adapters.clear()
     return merged
 

@@ -160,6 +160,8 @@ class TrainConfig(_Section):
             found += [f"{name} {reason}" for name in ("anchor_per_skill", "anchor_focus") if self._changed(name)]
         elif METHODS[self.method].earlier != "answers" and self._changed("anchor_focus"):
             found += [f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows']
+        if self.fsdp and self.lora_rank:
+            found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
         of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora")
         return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
                         if self._changed(name) and not self.lora_rank]  # fmt: skip

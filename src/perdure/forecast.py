@@ -84,8 +84,8 @@ def _decoded(train: TrainConfig, demonstrations: int, rows: int) -> int:
 
 def _step_seconds(stage: Any, train: TrainConfig) -> float:
     """One step on demonstrations and anchors, timed with the loop's own parts at a learning rate of zero."""
-    with adapted(stage.student.model, train, stage.seed):
-        return _timed_steps(stage, train)
+    with adapted(stage.student.model, stage.working, train, stage.seed, merge=False) as student:
+        return _timed_steps(replace(stage, student=replace(stage.student, model=student)), train)
 
 
 def _timed_steps(stage: Any, train: TrainConfig) -> float:

@@ -35,6 +35,9 @@ class Head:
     bias_V: Tensor | None = None
     softcap: float | None = None
 
+    def to(self, device: torch.device) -> Head:
+        return Head(self.weight_VH.to(device), None if self.bias_V is None else self.bias_V.to(device), self.softcap)
+
     def product(self, hidden_NH: Tensor) -> Tensor:
         """hidden @ weight.T, [N, V], in the dtype of ``hidden_NH``: logits before bias and soft cap."""
         return hidden_NH @ self.weight_VH.to(hidden_NH.dtype).T

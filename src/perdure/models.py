@@ -89,8 +89,9 @@ def resolve(config: ModelConfig) -> str:
     return str(path) if path.exists() else config.source
 
 
-def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
-    """Load in float32 from ``folder`` (a version of a workspace) or from the configured source.
+def load(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None) -> LoadedModel:
+    """Load in float32 from ``folder`` (a version of a workspace) or from the configured source, to the configured
+    ``device`` or another one.
 
     Raises InputError naming the source when it is no model that this package can train."""
     from transformers import AutoModelForCausalLM
@@ -109,7 +110,7 @@ def load(config: ModelConfig, folder: Path | None = None) -> LoadedModel:
         raise InputError(
             f"{source}: {len(missing)} weights are missing ({missing[0]}, ...); the files are not complete"
         )
-    model.to(device_of(config)).eval()
+    model.to(device or device_of(config)).eval()
     _check_head(model, source)
     enable(model)
     end_ids = _end_ids(model, tokenizer)

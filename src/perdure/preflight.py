@@ -234,7 +234,7 @@ def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) 
     kl = probability = count = 0.0
     lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     models = {"student": subject.working, "teacher": subject.teaching[0]}
-    heads, device = {role: head_of(model) for role, model in models.items()}, subject.student.device
+    heads, device = {role: head_of(model) for role, model in models.items()}, subject.working.device
     for group in micro_batches(range(len(rollouts)), lengths, budget):
         batches = {role: collate([rollouts[i] for i in group], role, subject.student.pad_id, device=device)
                    for role in ("student", "teacher")}  # fmt: skip
@@ -257,7 +257,7 @@ def _as_the_student_sees_it(subject: Subject, rows: Sequence[Example], budget: i
     lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     sums, nll, count = {"target_probability": 0.0, "entropy": 0.0}, 0.0, 0
     for group in micro_batches(range(len(rollouts)), lengths, budget):
-        batch = collate([rollouts[i] for i in group], "student", subject.student.pad_id, device=subject.student.device)
+        batch = collate([rollouts[i] for i in group], "student", subject.student.pad_id, device=subject.working.device)
         none, ones = torch.zeros_like(batch.weights_N), torch.ones_like(batch.weights_N)
         inputs = LossInputs(hidden_at_loss_positions(subject.working, batch), None, batch.targets_N, none,
                             batch.demonstrated_N, label_weights_N=ones)  # fmt: skip
@@ -273,12 +273,14 @@ def _identity(subject: Subject, rows: Sequence[Example]) -> float:
 
     Raises InputError when it is not about zero."""
     rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows[:8]]
-    batch = collate(rollouts, "student", subject.student.pad_id, device=subject.student.device)
-    with autocast(subject.dtype, subject.student.device):
-        student_NH = hidden_at_loss_positions(subject.student.model, batch).to(subject.dtype)
+    there, here = subject.student.device, subject.working.device  # masters of adapters lie in the CPU's memory
+    batch = collate(rollouts, "student", subject.student.pad_id, device=there)
+    with autocast(subject.dtype, there):
+        student_NH = hidden_at_loss_positions(subject.student.model, batch).to(here, subject.dtype)
+    batch = collate(rollouts, "student", subject.student.pad_id, device=here)
     working_NH = hidden_at_loss_positions(subject.working, batch)
     inputs = LossInputs(student_NH, working_NH, batch.targets_N, batch.weights_N, batch.demonstrated_N)
-    total, _ = chunked_loss(LossSpec(), inputs, head_of(subject.student.model), head_of(subject.working))
+    total, _ = chunked_loss(LossSpec(), inputs, head_of(subject.student.model).to(here), head_of(subject.working))
     identity = float(total) / len(batch.targets_N)
     if not identity <= IDENTITY_LIMIT[subject.dtype]:  # NaN fails, too
         raise InputError(

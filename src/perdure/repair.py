@@ -95,8 +95,8 @@ def _set(run: Run, start: Weights, end: Weights, share: float) -> None:
 
 def _earlier(run: Run, parent: Weights, folder: Path) -> None:
     _set(run, parent, parent, 0.0)
-    with adapted(run.session.loaded.model, run.config.train, run.seed):
-        load_student(folder, run.session.loaded.model)
+    with adapted(run.session.loaded.model, run.session.working, run.config.train, run.seed) as student:
+        load_student(folder, student)
     run.session.publish()
 
 

@@ -15,7 +15,7 @@ import torch
 from perdure.attention import is_enabled
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
-from perdure.models import LoadedModel, compute_dtype, load, sync_weights, working_copy
+from perdure.models import LoadedModel, compute_dtype, device_of, load, sync_weights, working_copy
 from perdure.processes import GROUP, copy_from_lead, followed_by, from_lead, together
 from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.rollout.generate import GenerateEngine
@@ -61,9 +61,11 @@ def open_session(config: RunConfig, folder: Path | None = None) -> Session:
 
 
 def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
-    loaded = load(config.model, folder)
+    device = device_of(config.model)
+    # Masters of adapters take no part in training: they leave a GPU's memory to the working copy.
+    loaded = load(config.model, folder, torch.device("cpu") if config.train.lora_rank else device)
     dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
-    working = working_copy(loaded.model, dtype)
+    working = working_copy(loaded.model, dtype).to(device)
     engine = make_engine(loaded, working, config.eval.batch_tokens)
     if GROUP.count > 1:
         engine = SplitEngine(engine, key)

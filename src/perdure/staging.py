@@ -7,12 +7,11 @@ from pathlib import Path
 from perdure.config import RunConfig
 from perdure.contexts import parse_template
 from perdure.methods import METHODS
-from perdure.models import working_copy
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill
 from perdure.stage import Anchors, Stage
-from perdure.teacher import FixedTeacher, Teacher, make_teacher
+from perdure.teacher import Teacher, make_teacher, start_teacher
 from perdure.types import Example
 
 
@@ -39,7 +38,7 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
     teacher = _teacher(session, config, anchored=bool(anchors.general or anchors.earlier))
     start = None
     if teacher and not teacher.is_start and (anchors.general or anchors.earlier):
-        start = FixedTeacher(working_copy(session.loaded.model, session.dtype), is_start=True)
+        start = start_teacher(session.loaded.model, session.working, session.dtype, bool(train.lora_rank))
     return Stage(
         student=session.loaded,
         working=session.working,
@@ -66,4 +65,5 @@ def _teacher(session: Session, config: RunConfig, anchored: bool) -> Teacher | N
     kind = config.train.teacher if method.shows else "frozen"
     original = open_session(config).loaded.model if kind == "original" else None
     return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
-                        dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate)  # fmt: skip
+                        dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate,
+                        adapters=bool(config.train.lora_rank))  # fmt: skip

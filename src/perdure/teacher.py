@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from perdure.adapters import effective_parameters
+from perdure.adapters import effective_parameters, without_adapters
 from perdure.ema import teacher_update
 from perdure.fused import Head
 from perdure.models import head_of, hidden_at_loss_positions, working_copy
@@ -78,6 +78,18 @@ class FixedTeacher:
             raise ValueError("the checkpoint belongs to a moving teacher, this one is fixed")
 
 
+class BareTeacher(FixedTeacher):
+    """The weights that a stage with adapters started from: the model that trains, with its adapters off."""
+
+    def __init__(self, working: Any):
+        super().__init__(working, is_start=True)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        with without_adapters(self.model):
+            return hidden_at_loss_positions(self.model, batch)
+
+
 class LiveTeacher(FixedTeacher):
     """The student itself: the caller passes the working copy that it keeps in step with the student."""
 
@@ -120,12 +132,18 @@ class EmaTeacher(FixedTeacher):
             parameter.copy_(whole(self.average[name]))
 
 
+def start_teacher(student: Any, working: Any, dtype: torch.dtype, adapters: bool) -> FixedTeacher:
+    """The weights that the stage starts from: with ``adapters`` those of the working copy below them, else a copy."""
+    return BareTeacher(working) if adapters else FixedTeacher(working_copy(student, dtype), is_start=True)
+
+
 def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None, dtype: torch.dtype,
-                 teacher_update_rate: float) -> Teacher:  # fmt: skip
+                 teacher_update_rate: float, adapters: bool = False) -> Teacher:  # fmt: skip
     """The teacher of a stage. ``student`` is the version promoted last, before its first step; ``working`` is the
-    copy of it that is kept in step while it trains. Raises ValueError for an unknown kind."""
+    copy of it that is kept in step while it trains, or that trains itself, with ``adapters``. Raises ValueError for an
+    unknown kind."""
     if kind == "frozen":
-        return FixedTeacher(working_copy(student, dtype), is_start=True)
+        return start_teacher(student, working, dtype, adapters)
     if kind == "ema":
         return EmaTeacher(student, dtype, teacher_update_rate)
     if kind == "live":

@@ -42,16 +42,16 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
 
     Goes on from the run folder's checkpoint when there is one. Raises InputError when the loss is not finite.
     """
-    model = stage.student.model
+    masters = stage.student.model
     with (
-        adapted(model, config, derive_seed(stage.seed, "adapter")),
+        adapted(masters, stage.working, config, derive_seed(stage.seed, "adapter")) as model,
         recomputed(model, config.activation_checkpointing),
         sharded(model, config.fsdp, stage.dtype, config.fsdp_offload) as student,
     ):
         if stage.teacher:
             stage.teacher.follow(student)
         state = loop(replace(stage, student=replace(stage.student, model=student)), config, report)
-    sync_weights(stage.working, stage.student.model)
+    sync_weights(stage.working, masters)
     return state
 
 
@@ -76,7 +76,8 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         metrics = optimise(stage, config, optimizer, own, teacher_hidden, phase, clock, state, rollouts)
         state.tokens = {part: before[part] + sum(tokens[part] - before[part] for tokens in gather(state.tokens))
                         for part in before}  # fmt: skip
-        sync_weights(stage.working, stage.student.model)
+        if stage.student.model is not stage.working:  # adapters train on the working copy itself
+            sync_weights(stage.working, stage.student.model)
         if stage.teacher:
             stage.teacher.update(stage.student.model)
         clock.lap("optimizer")
@@ -109,7 +110,8 @@ def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog) -> LoopS
     loop, teacher = load_checkpoint(found[-1], stage.student.model, optimizer)
     if stage.teacher:
         stage.teacher.load_state(teacher)
-    sync_weights(stage.working, stage.student.model)
+    if stage.student.model is not stage.working:
+        sync_weights(stage.working, stage.student.model)
     log.rewind(loop["positions"])
     return LoopState(**loop["state"])
 
