@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-STEPS, SKIPPED = 7, 2
+STEPS, SKIPPED = 5, 2
 KINDS = {"one": (1, False), "two": (2, False), "two, divided": (2, True)}
 """Name -> processes, divided."""
 
@@ -95,7 +95,7 @@ def child(folder: Path, divided: bool) -> None:
 
     perdure.train.optimise = watched
     skill = IMPORTERS["home-assistant"](folder / "smart-home", 0)
-    train = {"steps": STEPS, "warm_start_steps": 0, "batch_size": 16, "anchor_share": 0.0, "validation_max": 0,
+    train = {"steps": STEPS, "warm_start_steps": 0, "batch_size": 32, "anchor_share": 0.0, "validation_max": 0,
              "checkpoint_every": 1000, "fsdp": divided}  # fmt: skip
     config = RunConfig.model_validate(
         {"train": train, "context": {"template": "turns:3"}, "probe": {"tasks": []}, "eval": {"rows": 4},

@@ -22,10 +22,14 @@ SHAPES = {
     "Qwen2.5-1.5B": Shape(1_543_714_304, 1_310_199_808, 28, 1536, 8960, 256, 151936),
     "Qwen2.5-7B": Shape(7_615_616_512, 6_525_288_448, 28, 3584, 18944, 512, 152064),
     "Qwen2.5-14B": Shape(14_770_033_664, 13_212_057_600, 48, 5120, 13824, 1024, 152064),
+    "Qwen2.5-32B": Shape(32_763_876_352, 31_206_604_800, 64, 5120, 27648, 1024, 152064),
 }
 """From the models' public configurations: weights, those in matrices without the head, layers, widths, vocabulary."""
 WORK = Work(rows=32, prompt=200, completion=200, teacher_prompt=1000)
-KINDS = {"full weights": TrainConfig(), "LoRA, rank 32": TrainConfig(lora_rank=32)}
+KINDS = {
+    "full weights, FSDP2": TrainConfig(fsdp=True, activation_checkpointing=True),
+    "LoRA, rank 32": TrainConfig(lora_rank=32, activation_checkpointing=True),
+}
 
 
 def main() -> None:

@@ -15,10 +15,12 @@ import pytest
 from fake_workspace import FakeWorkspace
 from fakes import COLOURS, save_tiny_model, toy_skill
 from perdure.cli import app
+from perdure.config import load_config
+from perdure.workspace import Workspace
 
 SURFACE = {
     "demo": {"--workspace", "-w", "--compare"},
-    "init": {"workspace", "--model", "--set"},
+    "init": {"workspace", "--model", "--config", "--set"},
     "import": {"source", "target", "--file", "--grader", "--test-share", "--seed"},
     "check": {"--hardware", "skills", "--workspace", "-w", "--set", "--json"},
     "learn": {
@@ -143,6 +145,27 @@ def test_a_prompt_longer_than_the_window_is_named(bot: Path, tmp_path: Path):
 )
 def test_bad_skill_settings_are_named(bot: Path, tmp_path: Path, change: dict, parts: tuple[str, ...]):
     assert_one_error(perdure("learn", toy_skill(tmp_path / "toy", **change), "-w", bot), 2, *parts)
+
+
+def test_init_from_a_settings_file(tmp_path: Path, model: Path):
+    file = tmp_path / "settings.toml"
+    file.write_text("[train]\nsteps = 77\nlora_rank = 8\n")
+    done = perdure("init", tmp_path / "bot", "--model", model, "--config", file, "--set", "train.lora_rank=4")
+    assert done.returncode == 0, done.stderr
+    train = Workspace.open(tmp_path / "bot").config().train
+    assert (train.steps, train.lora_rank) == (77, 4)
+    assert_one_error(perdure("init", tmp_path / "new", "--config", tmp_path / "none.toml"), 2, "none.toml")
+    file.write_text("[train]\nsteps = 0\n")
+    assert_one_error(perdure("init", tmp_path / "new", "--config", file), 2, "settings.toml", "steps")
+    assert not (tmp_path / "new").exists()
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("**/*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_recipe_is_settings_that_can_be_used(recipe: Path):
+    assert load_config(recipe).train.steps > 0
 
 
 def test_a_model_folder_that_is_no_model(tmp_path: Path):

@@ -20,7 +20,7 @@ from perdure.cli_common import (
     out,
     reporter,
 )
-from perdure.config import RunConfig, with_settings
+from perdure.config import RunConfig, load_config, with_settings
 
 if TYPE_CHECKING:
     from perdure.workspace import Workspace
@@ -45,14 +45,20 @@ def demo(
 @app.command()
 def init(
     workspace: Annotated[Path, typer.Argument(help="Folder to make.")],
-    model: Annotated[str, typer.Option(help="embedded, a folder, a GGUF file or a hub id.")] = "embedded",
+    model: Annotated[
+        str | None, typer.Option(help="embedded (the default), a folder, a GGUF file or a hub id.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Settings to begin with, as in perdure.toml: recipes/scale/...")
+    ] = None,
     settings: SetOption = None,
 ) -> None:
     """Make a workspace whose champion is the base model."""
     from perdure.stages import create_workspace
 
-    config = with_settings(RunConfig(), [f"model.source={json.dumps(model)}", *(settings or [])])
-    create_workspace(workspace, config)
+    given = load_config(config) if config else RunConfig()
+    source = [] if model is None else [f"model.source={json.dumps(model)}"]
+    create_workspace(workspace, with_settings(given, [*source, *(settings or [])]))
     out.print(f"{workspace}: ready. Next: perdure check skills/NAME -w {workspace}", soft_wrap=True)
 
 

@@ -1,9 +1,10 @@
 """What a stage needs on a machine, by arithmetic from the model's configuration alone: nothing is loaded.
 
 Full weights cost, in bytes each: masters 4, gradients 4, AdamW 8, the working copy for decode 2 in bfloat16, as much
-again for what mixed precision casts and for a teacher that does not move (an EMA teacher keeps 4 more). With adapters
-only their own weights have gradients and optimizer states. Several devices, one process each, share the rows of a step;
-``train.fsdp`` divides masters, gradients, optimizer and an EMA teacher's averages over them, and nothing else.
+again for what mixed precision casts and for a teacher that does not move (an EMA teacher keeps 4 more). Adapters train
+on the working copy, which is their frozen teacher, too; the masters then lie in the CPU's memory. Several devices, one
+process each, share the rows of a step; ``train.fsdp`` divides masters, gradients, optimizer and an EMA teacher's
+averages over them, and nothing else.
 """
 
 from __future__ import annotations
@@ -123,8 +124,10 @@ def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence
     return Work(train.batch_size, prompt, answer, max(teachers))
 
 
-def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1) -> dict[str, float]:
-    """Bytes by part on each of ``devices``. ``width``: bytes of a number in the compute dtype."""
+def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1,
+           apart: bool = True) -> dict[str, float]:  # fmt: skip
+    """Bytes by part on each of ``devices``. ``width``: bytes of a number in the compute dtype. ``apart``: the CPU's
+    memory is another one, where the masters of adapters lie."""
     rows, parts_of_student = -(-work.rows // devices), devices if train.fsdp else 1
     trained = shape.weights if not train.lora_rank else adapter_weights(shape, train.lora_rank)
     tokens = min(train.micro_batch_tokens, rows * (work.prompt + work.completion))
@@ -134,15 +137,18 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
         kept = shape.layers * shape.hidden + of_layer
     method = METHODS[train.method]
     teachers = {"frozen": width, "original": width, "ema": width + 4 / parts_of_student, "live": 0}
+    if train.lora_rank:
+        teachers["frozen"] = 0
     has_teacher = method.shows or method.held or method.reinvoked or train.anchor_share > 0
     a_teacher = teachers[train.teacher if method.shows else "frozen"] if has_teacher else 0
     whole = 0 if train.lora_rank else 4 * shape.vocabulary * shape.hidden  # the head's gradient before it is added
     parts = {
-        "masters": (4 * shape.weights + (4 * trained if train.lora_rank else 0)) / parts_of_student,
+        "masters": 4 * shape.weights / parts_of_student if not train.lora_rank or not apart else 0,
+        "adapters": 4 * trained if train.lora_rank else 0,
         "gradients": 4 * trained / parts_of_student,
         "optimizer": 8 * trained / parts_of_student,
         "working copy": width * shape.weights,
-        "weights as mixed precision casts them": _cast(shape, width, parts_of_student),
+        "weights as mixed precision casts them": 0 if train.lora_rank else _cast(shape, width, parts_of_student),
         "teacher": a_teacher * shape.weights,
         "activations": width * kept * tokens,
         "loss": 2 * width * CHUNK_ELEMENTS + whole,

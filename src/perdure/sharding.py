@@ -41,20 +41,22 @@ def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False)
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
+    pairs = list(model.named_parameters())
     for part in (*_layers(twin), twin):
+        undivided = [tensor for tensor in part.parameters() if not isinstance(tensor, DTensor)]
         fully_shard(part, **policy)
+        for tensor in undivided:  # the model's own: each is let go of as soon as its parts are made
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
         part.set_gradient_divide_factor(1.0)  # the loss is divided by the whole step's tokens already
         part.set_force_sum_reduction_for_comms(True)
     setattr(twin, _RUN, _call.__get__(twin))
     register_forward(twin, _RUN)
-    pairs = list(zip(model.parameters(), twin.parameters(), strict=True))
-    for mine, _ in pairs:
-        mine.data = torch.empty(0, dtype=mine.dtype)
     try:
         yield twin
     finally:
-        for mine, theirs in pairs:
-            mine.data = whole(theirs.detach()).to(device)
+        divided = dict(twin.named_parameters())
+        for name, mine in pairs:
+            mine.data = whole(divided[name].detach()).to(device)
 
 
 def _call(self: Any, function: Callable[[], T]) -> T:
