@@ -21,7 +21,7 @@ FLOORS = {
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
-        "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.base",
+        "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.turns", "skills.base",
         "importers.base", "importers.tldr", "importers.*", "importers",
     ],
     "F4 doing": [

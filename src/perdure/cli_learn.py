@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -71,12 +71,15 @@ def import_skill(
     file: Annotated[Path | None, typer.Option("--file", help="jsonl only: the demonstrations.")] = None,
     grader: Annotated[str, typer.Option(help="jsonl only: how answers are graded.")] = "exact",
     test_share: Annotated[float, typer.Option(help="jsonl only: share of the rows held out.", min=0.01, max=0.9)] = 0.2,
+    turns: Annotated[
+        Literal["last", "all"], typer.Option(help="jsonl only: learn a conversation's last answer, or each of them.")
+    ] = "last",
     seed: Annotated[int, typer.Option(help="Of the split and of drawn rows.")] = 0,
 ) -> None:
     """Bring a known source, or a JSONL file of your own, into a skill folder."""
     from perdure.importers import run_importer
 
-    run_importer(source, target, seed, file, grader, test_share)
+    run_importer(source, target, seed, file, grader, test_share, turns)
     out.print(f"{target}: ready. Next: perdure check {target}", soft_wrap=True)
 
 

@@ -22,14 +22,17 @@ IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
 """Source -> builder of (folder to make, seed). Each raises InputError when its data package is missing."""
 
 
-def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str, test_share: float) -> Path:
+def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str, test_share: float,
+                 turns: jsonl.Turns = "last") -> Path:  # fmt: skip
     """Make a skill folder from a known source, or from a JSONL ``file``. Raises InputError for an unknown source."""
     if source == "jsonl":
         if file is None:
             raise InputError("perdure import jsonl: name the demonstrations with --file rows.jsonl")
-        return jsonl.build(target, seed, file, grader, test_share)
+        return jsonl.build(target, seed, file, grader, test_share, turns)
     if source not in IMPORTERS:
         raise InputError(f"unknown source {source!r}: use {', '.join(IMPORTERS)} or jsonl")
     if file is not None:
         raise InputError(f"perdure import {source} reads its data package; --file is for jsonl only")
+    if turns != "last":
+        raise InputError(f"perdure import {source}: --turns is for jsonl only")
     return IMPORTERS[source](target, seed)

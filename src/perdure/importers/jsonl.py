@@ -6,26 +6,35 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Literal
 
 from perdure.importers.base import Row, write_skill
 from perdure.skills.base import SkillSettings, prompt_key, read_rows
-from perdure.types import InputError
+from perdure.types import Example, InputError
+
+Turns = Literal["last", "all"]
 
 
-def build(target: Path, seed: int, file: Path, grader: str, test_share: float) -> Path:
-    """Write the skill folder. Rows with the same prompt stay on one side. Raises InputError listing every bad line."""
+def build(target: Path, seed: int, file: Path, grader: str, test_share: float, turns: Turns = "last") -> Path:
+    """Write the skill folder. Rows with the same (first) prompt stay on one side, conversations are not cut apart.
+
+    Raises InputError listing every bad line."""
     name = re.sub(r"[^a-z0-9_-]+", "-", target.name.lower()).strip("-")
-    settings = {"name": name, "source": str(file.name), "grader": grader}
+    settings = {"name": name, "source": str(file.name), "grader": grader, "turns": turns}
     problems: list[str] = []
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     data = file.read_bytes()
-    examples = read_rows(file, SkillSettings(name=name, grader=grader, max_new_tokens=4096), problems, data)
+    of_rows = SkillSettings(name=name, grader=grader, max_new_tokens=4096, turns=turns)
+    examples = read_rows(file, of_rows, problems, data)
     if problems:
         raise InputError(f"{file}: {len(problems)} problems:\n" + "\n".join(problems))
+    first: dict[str, Example] = {}  # of each line
+    for example in examples:
+        first.setdefault(example.origin.partition(" (turn ")[0], example)
     lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
     groups: dict[str, list[Row]] = {}
-    for example, row in zip(examples, lines, strict=True):
+    for example, row in zip(first.values(), lines, strict=True):
         groups.setdefault(prompt_key(example), []).append(row)
     if len(groups) < 2:
         raise InputError(f"{file}: {len(groups)} distinct prompts; at least 2 are needed to hold some out")
@@ -33,7 +42,7 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float) -
     random.Random(f"{seed}/jsonl").shuffle(order)
     held_out = min(len(order) - 1, max(1, round(len(order) * test_share)))
     test, train = ([row for group in part for row in group] for part in (order[:held_out], order[held_out:]))
-    longest = max(len(json.dumps(row.get("completion") or row["messages"][-1])) for row in lines)
+    longest = max(len(json.dumps(example.demonstration)) for example in examples)
     # A token is at least one byte of the answer; most are three or four. Room is cheap: decoding ends with the turn.
     settings["max_new_tokens"] = max(16, longest // 2)  # type: ignore[assignment]
     return write_skill(target, settings, train, test)

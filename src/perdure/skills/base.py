@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from perdure.config import parse_toml, problems_of
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
+from perdure.skills.turns import bare, check_calls, check_order, metadata_of_turns, positions
 from perdure.types import Example, InputError, Message
 
 FILES = ("skill.toml", "train.jsonl", "test.jsonl")
@@ -44,6 +45,9 @@ class SkillSettings(BaseModel):
     """Goes in front of rows without a system turn."""
     tools: tuple[dict[str, Any], ...] = ()
     """For rows without their own."""
+    turns: Literal["last", "all"] = "last"
+    """Which assistant turns of a conversation are demonstrations: the last one, or each of them after what came before
+    it (those with ``"weight": 0`` left out)."""
     retention_budget: float | None = Field(default=None, gt=0, lt=0.5)
     """Accuracy that this skill may lose when later ones are learned; the workspace's budget where absent."""
 
@@ -162,14 +166,15 @@ def read_rows(
     for number, line in rows:
         origin = f"{path}:{number}"
         try:
-            example = parse_row(_json(line), settings, origin, default_id=f"{path.stem}-{number}")
+            found = parse_row(_json(line), settings, origin, default_id=f"{path.stem}-{number}")
         except ValueError as error:
             problems.append(f"{origin}: {error}")
             continue
-        if example.id in seen:
-            problems.append(f"{origin}: the id {example.id!r} was used in line {seen[example.id]} already")
-        seen.setdefault(example.id, number)
-        examples.append(example)
+        for example in found:
+            if example.id in seen:
+                problems.append(f"{origin}: the id {example.id!r} was used in line {seen[example.id]} already")
+            seen.setdefault(example.id, number)
+        examples += found
     return tuple(examples)
 
 
@@ -210,19 +215,25 @@ def _check_values(row: dict[str, Any]) -> None:
     raise ValueError(f"nested too deeply; at most {_DEPTH} levels")
 
 
-def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default_id: str) -> Example:
-    """One row in either form as an Example. Raises ValueError saying what is wrong and what was expected."""
+def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default_id: str) -> list[Example]:
+    """The demonstrations of one row in either form: one, or with ``turns = "all"`` one for each assistant turn.
+
+    Raises ValueError saying what is wrong and what was expected."""
     if unknown := row.keys() - _KEYS:
         raise ValueError(f"unknown keys {sorted(unknown)}; allowed: {sorted(_KEYS)}")
-    messages, demonstration = _turns(row)
-    for message in (*messages, demonstration):
+    messages = _turns(row)
+    for message in messages:
         _check_message(message)
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(f"the turn before the demonstration must be a user or tool turn, not {messages[-1]['role']!r}")
-    if demonstration["role"] != "assistant":
-        raise ValueError(f"the demonstration must be an assistant turn, not {demonstration['role']!r}")
+    check_order(messages)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"the demonstration must be an assistant turn, not {messages[-1]['role']!r}")
     if settings.system is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": settings.system}, *messages)
+    places = positions(messages)
+    if settings.turns == "last":
+        if places[-1] != len(messages) - 1:
+            raise ValueError("the last turn has weight 0, and skill.toml teaches the last turn only")
+        places = places[-1:]
     document, metadata = row.get("document"), row.get("metadata", {})
     if document is not None and not (isinstance(document, str) and document):
         raise ValueError("'document' must be a text that is not empty")
@@ -234,22 +245,35 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
     name = row.get("id", default_id)
     if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
         raise ValueError("'id' must be a text or a whole number")
-    return Example(str(name), messages, demonstration, tuple(tools), document, metadata, origin)
+    of_turns = metadata_of_turns(metadata, len(places)) if settings.turns == "all" else [metadata]
+    examples = []
+    for number, (place, its_metadata) in enumerate(zip(places, of_turns, strict=True), 1):
+        before = messages[place - 1]["role"] if place else "nothing"
+        if before not in ("user", "tool"):
+            raise ValueError(f"the turn before the demonstration must be a user or tool turn, not {before!r}")
+        check_calls(messages[place], tools)
+        several = settings.turns == "all" and len(places) > 1
+        examples.append(Example(
+            f"{name}/{number}" if several else str(name), tuple(map(bare, messages[:place])), bare(messages[place]),
+            tuple(tools), document, its_metadata, f"{origin} (turn {number})" if several else origin,
+        ))  # fmt: skip
+    return examples
 
 
-def _turns(row: dict[str, Any]) -> tuple[tuple[Message, ...], Message]:
+def _turns(row: dict[str, Any]) -> tuple[Message, ...]:
+    """The whole conversation."""
     if "messages" in row:
         if "prompt" in row or "completion" in row:
             raise ValueError("give either 'messages' or 'prompt' and 'completion', not both")
         turns = row["messages"]
         if not (isinstance(turns, list) and len(turns) >= 2):
             raise ValueError("'messages' must be a list of at least a user and an assistant turn")
-        if not isinstance(turns[-1], dict) or turns[-1].get("role") != "assistant":
+        if not isinstance(turns[-1], dict) or turns[-1].get("role") not in ("assistant", "tool"):
             raise ValueError("the last message must be the assistant turn to learn (no assistant turn found there)")
-        return tuple(turns[:-1]), turns[-1]
+        return tuple(turns)
     if "prompt" not in row or "completion" not in row:
         raise ValueError("expected 'messages', or 'prompt' and 'completion'")
-    return _as_turns(row["prompt"], "prompt", "user"), _as_turns(row["completion"], "completion", "assistant")[-1]
+    return (*_as_turns(row["prompt"], "prompt", "user"), *_as_turns(row["completion"], "completion", "assistant"))
 
 
 def _as_turns(value: Any, key: str, role: str) -> tuple[Message, ...]:

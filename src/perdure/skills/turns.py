@@ -1,0 +1,92 @@
+"""Conversations: which of their turns are demonstrations, and whether their tool calls are ones that could be made.
+
+A row with ``turns = "all"`` in ``skill.toml`` teaches every assistant turn: each is a demonstration of its own, after
+the conversation so far as it was recorded, tool results included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jsonschema import Draft202012Validator, SchemaError
+
+from perdure.types import Message
+
+
+def positions(messages: Sequence[Message]) -> list[int]:
+    """Places of the assistant turns to learn: all but those with ``"weight": 0`` (context only, as in OpenAI's files).
+
+    Raises ValueError where there is none, or for a weight that is neither 0 nor 1."""
+    places = []
+    for place, message in enumerate(messages):
+        weight = message.get("weight", 1)
+        if weight not in (0, 1) or ("weight" in message and message["role"] != "assistant"):
+            raise ValueError(f"'weight' is 0 or 1, and of assistant turns only, not {weight!r} of {message['role']!r}")
+        if message["role"] == "assistant" and weight:
+            places.append(place)
+    if not places:
+        raise ValueError("every assistant turn has weight 0: nothing is left to learn")
+    return places
+
+
+def bare(message: Message) -> Message:
+    """A message as chat templates take it: without its weight."""
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def metadata_of_turns(metadata: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The metadata of each of ``count`` turns: that of the row, with ``metadata.turns[k]`` over it.
+
+    Raises ValueError when ``turns`` has another length."""
+    common = {key: value for key, value in metadata.items() if key != "turns"}
+    own = metadata.get("turns", [{}] * count)
+    if not (isinstance(own, list) and len(own) == count and all(isinstance(turn, dict) for turn in own)):
+        raise ValueError(f"'metadata.turns' must be a list with an object for each of the {count} turns to learn")
+    return [common | turn for turn in own]
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Raises ValueError for a tool turn that answers no assistant turn, or a conversation that ends in one."""
+    for before, message in zip((None, *messages), messages, strict=False):
+        if message["role"] == "tool" and (before is None or before["role"] not in ("assistant", "tool")):
+            raise ValueError("a tool turn must follow the assistant turn that called it, or another tool turn")
+    if messages[-1]["role"] == "tool":
+        raise ValueError("the conversation ends in a tool turn; the assistant's answer to it is missing")
+
+
+def check_calls(message: Message, tools: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError for a call of a function that ``tools`` do not hold, or whose arguments do not fit its schema.
+
+    Without tools nothing is known of the functions, and nothing is checked."""
+    known = {function["name"]: function for function in map(_function, tools) if "name" in function}
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        name, arguments = function["name"], function.get("arguments", {})
+        if not known:
+            continue
+        if name not in known:
+            raise ValueError(f"calls {name!r}, which is not among the tools ({', '.join(sorted(known))})")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except json.JSONDecodeError as error:
+                raise ValueError(f"the arguments of {name!r} are not valid JSON: {error.msg}") from error
+        if problem := next(_problems(known[name].get("parameters") or {}, arguments, name), None):
+            raise ValueError(problem)
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function", tool)
+    return function if isinstance(function, dict) else {}
+
+
+def _problems(schema: Any, arguments: Any, name: str) -> Any:
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"the parameters of the tool {name!r} are no JSON Schema: {error.message}") from error
+    for error in Draft202012Validator(schema).iter_errors(arguments):
+        place = ".".join(map(str, error.absolute_path))
+        yield f"the arguments of {name!r} do not fit its schema{f' at {place}' if place else ''}: {error.message}"

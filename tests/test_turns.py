@@ -1,0 +1,159 @@
+"""Conversations with tools: each assistant turn a demonstration, and calls that could be made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import renderer
+from perdure.config import ContextConfig
+from perdure.contexts import parse_template
+from perdure.importers import run_importer
+from perdure.preflight import candidates
+from perdure.skills.base import SkillSettings, load_skill, parse_row
+from perdure.types import InputError
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def call(name: str = "weather", **arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+def conversation(city: str = "Rome") -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": f"weather in {city}?"},
+        call(city=city),
+        {"role": "tool", "content": '{"sky": "blue"}'},
+        {"role": "assistant", "content": "blue"},
+        {"role": "user", "content": "and for two days?"},
+        call(city=city, days=2),
+    ]
+
+
+def parsed(row: dict[str, Any], **settings: Any) -> list[Any]:
+    return parse_row({"tools": [WEATHER]} | row, SkillSettings(name="toy", **settings), "f:1", "train-1")
+
+
+def test_each_assistant_turn_is_a_demonstration_after_what_came_before() -> None:
+    turns = conversation()
+    found = parsed({"messages": turns}, turns="all", system="Be brief.")
+    assert [example.id for example in found] == ["train-1/1", "train-1/2", "train-1/3"]
+    assert [example.demonstration for example in found] == [turns[1], turns[3], turns[5]]
+    assert [len(example.messages) for example in found] == [2, 4, 6]
+    assert all(example.messages[0] == {"role": "system", "content": "Be brief."} for example in found)
+    assert found[1].messages[-1] == turns[2] and found[1].tools == (WEATHER,)
+    assert found[2].origin == "f:1 (turn 3)"
+    (last,) = parsed({"messages": turns})
+    assert (last.id, last.origin, last.demonstration) == ("train-1", "f:1", turns[5])
+    (single,) = parsed({"messages": turns[:2]}, turns="all")
+    assert (single.id, single.origin) == ("train-1", "f:1")
+
+
+def test_turns_of_weight_0_are_context() -> None:
+    turns = conversation()
+    turns[1] = turns[1] | {"weight": 0}
+    turns[5] = turns[5] | {"weight": 1}
+    found = parsed({"messages": turns}, turns="all")
+    assert [example.demonstration["content"] for example in found] == ["blue", None]
+    assert all("weight" not in message for example in found for message in (*example.messages, example.demonstration))
+    turns[5]["weight"] = 0
+    with pytest.raises(ValueError, match="last turn has weight 0"):
+        parsed({"messages": turns})
+    assert len(parsed({"messages": turns}, turns="all")) == 1
+
+
+def test_each_turn_has_its_own_metadata() -> None:
+    own = [{"ground_truth": [{"weather": {"city": ["Rome", "Roma"]}}]}, {}, {"ground_truth": []}]
+    found = parsed({"messages": conversation(), "metadata": {"case": 7, "turns": own}}, turns="all")
+    assert [example.metadata for example in found] == [{"case": 7} | turn for turn in own]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"messages": conversation()[:3]}, {}, "ends in a tool turn"),
+        ({"messages": [conversation()[0], conversation()[2], conversation()[3]]}, {}, "tool turn must follow"),
+        ({"messages": [*conversation()[:5], call(town="Rome")]}, {}, "'city' is a required property"),
+        ({"messages": [*conversation()[:5], call(city="Rome", days=0)]}, {}, "at days: 0 is less than the minimum"),
+        ({"messages": [*conversation()[:5], call(city="Rome", hours=2)]}, {}, "'hours' was unexpected"),
+        ({"messages": [*conversation()[:5], call("whether", city="Rome")]}, {}, "not among the tools"),
+        ({"messages": [*conversation()[:5], call(city=3)]}, {"turns": "all"}, "at city: 3 is not of type 'string'"),
+        ({"messages": conversation(), "metadata": {"turns": [{}]}}, {"turns": "all"}, "each of the 3 turns"),
+        ({"messages": [conversation()[0], conversation()[1] | {"weight": 2}]}, {}, "'weight' is 0 or 1"),
+        ({"messages": [conversation()[0] | {"weight": 1}, conversation()[1]]}, {}, "assistant turns only"),
+        ({"messages": [conversation()[0], conversation()[1] | {"weight": 0}]}, {"turns": "all"}, "nothing is left"),
+        ({"messages": [{"role": "assistant", "content": "hi"}, *conversation()[:2]]}, {"turns": "all"}, "not 'nothing'"),
+    ],
+)  # fmt: skip
+def test_bad_conversations_are_named(row: dict[str, Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(row, **settings)
+
+
+def test_arguments_may_be_text_and_schemas_must_be_schemas() -> None:
+    text = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]}
+    assert len(parsed({"messages": [conversation()[0], text]})) == 1
+    text["tool_calls"][0]["function"]["arguments"] = "{city"  # type: ignore[index]
+    with pytest.raises(ValueError, match="not valid JSON"):
+        parsed({"messages": [conversation()[0], text]})
+    odd = {"function": {"name": "weather", "parameters": {"type": "dictionary"}}}
+    with pytest.raises(ValueError, match="no JSON Schema"):
+        parsed({"messages": conversation()[:2], "tools": [odd]})
+    assert len(parsed({"messages": conversation()[:2], "tools": []})) == 1  # nothing is known of the functions
+
+
+def write(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    (folder / "skill.toml").write_text('name = "weather"\ngrader = "tool_call"\nturns = "all"\n')
+    for name, rows in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_skill_of_conversations_through_the_renderer(tmp_path: Path) -> None:
+    """Calls are graded as calls, text as no call; both roles see the tools and the recorded results."""
+    rows = [{"messages": conversation(city), "tools": [WEATHER]} for city in ("Rome", "Oslo", "Bonn")]
+    skill = load_skill(write(tmp_path / "weather", rows[:2], rows[2:]))
+    assert (len(skill.train), len(skill.test)) == (6, 3)
+    text = renderer()
+    for example in skill.test:
+        assert skill.grade(text.demonstration_text(example), example) == 1
+    assert skill.grade('<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>', skill.test[0]) == 0
+    assert skill.grade(text.demonstration_text(skill.test[0]), skill.test[1]) == 0  # a call where none is right
+    after_tool = skill.test[1]
+    student = text.tokenizer.decode(text.student_prompt(after_tool).token_ids)
+    teacher = text.tokenizer.decode(text.teacher_prompt(after_tool, parse_template("turns:1")).token_ids)
+    assert "Tools: " in student and '{"sky": "blue"}' in student and "blue<|end|>" not in student
+    assert teacher.count("weather in Bonn?") == 2 and "<|assistant|>blue<|end|>" in teacher
+    assert teacher.endswith(student.rsplit("<|user|>", 1)[1])
+    assert [template.name for template in candidates(ContextConfig(), skill.train)][1:] == [
+        "turns:1",
+        "turns:2",
+        "turns:4",
+    ]
+
+
+def test_import_keeps_conversations_whole(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    rows = [{"messages": conversation(f"City{n}"), "tools": [WEATHER]} for n in range(10)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_importer("jsonl", tmp_path / "chats", 0, file, "tool_call", 0.2, "all")
+    skill = load_skill(tmp_path / "chats")
+    assert (len(skill.train), len(skill.test), skill.settings.turns) == (24, 6, "all")
+    with pytest.raises(InputError, match="--turns is for jsonl only"):
+        run_importer("mmlu", tmp_path / "other", 0, None, "exact", 0.2, "all")
