@@ -31,7 +31,9 @@ def answer(example) -> str:
 def test_a_skill_has_enough_rows_and_its_own_demonstrations_are_right(imported: tuple[str, Skill]):
     name, skill = imported
     assert len(skill.train) >= (200 if name == "sciq" else 400)
-    assert len(skill.test) == (120 if name in ("bfcl", "sciq") else 240)  # their packages have no more
+    assert len(skill.test) == {"bfcl": 120, "bfcl-mixed": 160, "sciq": 120}.get(
+        name, 240
+    )  # their packages have no more
     assert all(skill.grade(answer(example), example) == 1 for example in (*skill.train, *skill.test))
     assert skill.settings.licence
     assert "==" in skill.settings.source or name.startswith("forms-")
@@ -51,6 +53,7 @@ def test_what_test_rows_hold_out(imported: tuple[str, Skill]):
     source, skill = imported
     group = {
         "bfcl": lambda e: e.messages[-1]["content"].split("(", 1)[0],
+        "bfcl-mixed": lambda e: e.messages[-1]["content"].split("(", 1)[0],
         "tldr": lambda e: e.metadata["tool"],
         "commands": lambda e: e.metadata["program"],
     }.get(source, lambda e: e.messages[-1]["content"])
@@ -153,3 +156,12 @@ def test_how_functions_and_commands_are_written():
     assert signature(function) == "f(a: integer, b?: any)"
     assert plain("tar {{[-x|--extract]}} {{path/to/file}}") == "tar --extract <path/to/file>"
     assert plain("jj {{[b|bookmark]}} list") == "jj bookmark list"
+
+
+def test_where_no_function_fits_a_call_is_wrong_and_silence_right(tmp_path: Path):
+    skill = load_skill(IMPORTERS["bfcl-mixed"](tmp_path / "tools", 0))
+    none = [example for example in skill.test if example.id.startswith("none-")]
+    assert len(none) == 40 and sum(e.id.startswith("none-") for e in skill.train) == len(skill.train) // 5
+    called = answer(next(example for example in skill.test if example not in none))
+    for example in none:
+        assert skill.grade(called, example) == 0 and skill.grade("I cannot do that.", example) == 1

@@ -97,7 +97,7 @@ def test_each_turn_has_its_own_metadata() -> None:
         ({"messages": [conversation()[0], conversation()[1] | {"weight": 2}]}, {}, "'weight' is 0 or 1"),
         ({"messages": [conversation()[0] | {"weight": 1}, conversation()[1]]}, {}, "assistant turns only"),
         ({"messages": [conversation()[0], conversation()[1] | {"weight": 0}]}, {"turns": "all"}, "nothing is left"),
-        ({"messages": [{"role": "assistant", "content": "hi"}, *conversation()[:2]]}, {"turns": "all"}, "not 'nothing'"),
+        ({"messages": [call(city="Rome"), *conversation()[:2]]}, {"turns": "all"}, "not 'nothing'"),
     ],
 )  # fmt: skip
 def test_bad_conversations_are_named(row: dict[str, Any], settings: dict[str, Any], message: str) -> None:

@@ -65,7 +65,8 @@ def init(
 @app.command("import")
 def import_skill(
     source: Annotated[
-        str, typer.Argument(help="home-assistant, bfcl, mmlu, sst2, tldr, commands, sciq, forms-NAME or jsonl.")
+        str,
+        typer.Argument(help="home-assistant, bfcl, bfcl-mixed, mmlu, sst2, tldr, commands, sciq, forms-NAME or jsonl."),
     ],
     target: Annotated[Path, typer.Argument(help="Skill folder to make.")],
     file: Annotated[Path | None, typer.Option("--file", help="jsonl only: the demonstrations.")] = None,

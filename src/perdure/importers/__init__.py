@@ -12,6 +12,7 @@ from perdure.types import InputError
 IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
     "home-assistant": home_assistant.build,
     "bfcl": bfcl.build,
+    "bfcl-mixed": bfcl.build_mixed,
     "mmlu": mmlu.build,
     "sst2": sst2.build,
     "tldr": tldr.build,

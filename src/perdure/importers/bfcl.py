@@ -1,5 +1,6 @@
 """Tool calls: a function's signature and a request -> one JSON call, from the Berkeley Function Calling Leaderboard.
 
+``build`` makes rows where the function fits; ``build_mixed`` adds rows where it does not and no call is right.
 Signatures are written in one line, so that prompts stay short enough for a small model on a laptop. The split is by
 function: no function of the test rows occurs in a training row.
 """
@@ -26,7 +27,20 @@ FILES = {
                  "244e00ce9395df948bcafc7bee64e8f9c87ef70887587d83cae45b13699f3047"),
 }  # fmt: skip
 """Category -> sha256 of its questions and of its answers."""
+IRRELEVANCE = ("data/BFCL_v4_irrelevance.json", "2b6ed4c2e992cdcf5f1678a701851f944bef7550ee026ed1ddb89efed5be01a6")
+"""Requests that the function at hand cannot serve, and their sha256."""
 SYSTEM = "Answer with one tool call."
+MIXED_SYSTEM = "Answer with one tool call, or say that no function fits."
+NO_CALL = "No function fits."
+SETTINGS = {
+    "name": "tool-call",
+    "description": "A function's signature and a request to one JSON tool call; test functions were never trained.",
+    "licence": "Apache-2.0",
+    "source": PACKAGE,
+    "grader": "tool_call",
+    "max_new_tokens": 96,
+    "system": SYSTEM,
+}
 MAX_WORDS = 45
 """Longest request kept, in words."""
 MAX_ARGUMENTS = 110
@@ -35,6 +49,48 @@ MAX_ARGUMENTS = 110
 
 def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 120) -> Path:
     """Write the skill folder. Raises InputError when the package is missing."""
+    train, test = _calls(seed, test_rows)
+    return write_skill(target, SETTINGS, train[:train_rows], test[:test_rows])
+
+
+def build_mixed(target: Path, seed: int = 0, train_rows: int = 600, test_rows: int = 160) -> Path:
+    """Write a skill folder in which a fifth of the training rows, and a quarter of the test rows, want no call.
+
+    Raises InputError when the package is missing."""
+    few, fewer = train_rows // 5, test_rows // 4
+    train, test = _calls(seed, test_rows - fewer)
+    random.Random(f"{seed}/bfcl mixed").shuffle(none := _irrelevant())
+    train, test = train[: train_rows - few], test[: test_rows - fewer]
+    test += [row for row in none if _function(row) not in set(map(_function, train))][:fewer]
+    train += [row for row in none if _function(row) not in set(map(_function, test))][:few]
+    random.Random(f"{seed}/bfcl order").shuffle(train)
+    settings = SETTINGS | {
+        "name": "tool-use",
+        "description": "A function's signature and a request to one JSON call, or to a refusal where it cannot serve.",
+        "system": MIXED_SYSTEM,
+    }
+    return write_skill(target, settings, train, test)
+
+
+def _function(row: Row) -> str:
+    return row["prompt"].split("(", 1)[0]
+
+
+def _irrelevant() -> list[Row]:
+    """Rows where no call is right; their ids begin with "none"."""
+    path, sha256 = IRRELEVANCE
+    rows: list[Row] = []
+    for line in package_file(PACKAGE, "bfcl_eval", path, sha256).read_text("utf-8").splitlines():
+        question = json.loads(line)
+        (turn,), (function,) = question["question"][0], question["function"]
+        rows.append({"id": f"none-{question['id'].rpartition('_')[2]}",
+                     "prompt": f"{signature(function)}\n{turn['content'].strip()}", "completion": NO_CALL,
+                     "metadata": {"ground_truth": []}})  # fmt: skip
+    return rows
+
+
+def _calls(seed: int, test_rows: int) -> tuple[list[Row], list[Row]]:
+    """Training rows, and at least ``test_rows`` test rows of other functions."""
     by_function: dict[str, list[Row]] = {}
     prompts: set[str] = set()
     for category in FILES:
@@ -47,17 +103,7 @@ def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 1
     test: list[Row] = []
     while len(test) < test_rows:
         test += by_function[names.pop()]
-    train = [row for name in names for row in by_function[name]]
-    settings = {
-        "name": "tool-call",
-        "description": "A function's signature and a request to one JSON tool call; test functions were never trained.",
-        "licence": "Apache-2.0",
-        "source": PACKAGE,
-        "grader": "tool_call",
-        "max_new_tokens": 96,
-        "system": SYSTEM,
-    }
-    return write_skill(target, settings, train[:train_rows], test[:test_rows])
+    return [row for name in names for row in by_function[name]], test
 
 
 def _rows(category: str) -> Iterator[tuple[str, Row]]:
