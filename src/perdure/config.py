@@ -202,6 +202,29 @@ class PreflightConfig(_Section):
     """Times a few steps, answers and prior items to say what the stage will cost. Off: nothing is predicted."""
 
 
+class RolloutConfig(_Section):
+    """Who writes the model's answers, in training and in evaluations of skills."""
+
+    engine: Literal["own", "vllm"] = "own"
+    """``vllm``: a running server (docs/scaling.md), for GPUs."""
+    url: str = "http://localhost:8000"
+    model: str = "perdure"
+    """The name under which the server serves it."""
+    weights_folder: str = ""
+    """Where changed weights are handed over; both sides must see it. Empty: a temporary folder of this machine."""
+    concurrency: int = Field(default=64, ge=1)
+    """Requests under way at once."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds that one request may take."""
+
+    @model_validator(mode="after")
+    def _used(self) -> RolloutConfig:
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.engine == "own" and changed:
+            raise ValueError(f'{", ".join(changed)}: has an effect only with engine = "vllm"')
+        return self
+
+
 class EvalConfig(_Section):
     rows: int = Field(default=0, ge=0)
     """Test rows per skill, the first ones; 0 = all."""
@@ -254,6 +277,7 @@ class RunConfig(_Section):
     context: ContextConfig = ContextConfig()
     train: TrainConfig = TrainConfig()
     preflight: PreflightConfig = PreflightConfig()
+    rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
     probe: ProbeConfig = ProbeConfig()
     gate: GateConfig = GateConfig()

@@ -66,10 +66,17 @@ def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
     loaded = load(config.model, folder, torch.device("cpu") if config.train.lora_rank else device)
     dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
     working = working_copy(loaded.model, dtype).to(device)
-    engine = make_engine(loaded, working, config.eval.batch_tokens)
+    remote = config.rollout.engine == "vllm"
+    engine = _remote(loaded, working, config) if remote else make_engine(loaded, working, config.eval.batch_tokens)
     if GROUP.count > 1:
-        engine = SplitEngine(engine, key)
+        engine = SplitEngine(engine, key, alone=remote)  # one server: the lead asks it
     return Session(loaded, working, engine, Renderer(loaded.tokenizer, loaded.end_ids, loaded.window), dtype, key)
+
+
+def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngine:
+    from perdure.rollout.vllm import VllmEngine
+
+    return VllmEngine(loaded, working, config.rollout)
 
 
 @followed_by("open")

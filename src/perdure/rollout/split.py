@@ -10,11 +10,14 @@ from perdure.types import Completion, Prompt
 
 
 class SplitEngine:
-    """``engine`` of this process, known to all processes as ``key``. A row's tokens do not depend on who decodes it."""
+    """``engine`` of this process, known to all processes as ``key``. A row's tokens do not depend on who decodes it.
 
-    def __init__(self, engine: RolloutEngine, key: int):
+    ``alone``: the lead answers everything, the others get what it got."""
+
+    def __init__(self, engine: RolloutEngine, key: int, alone: bool = False):
         self.engine = engine
         self.key = key
+        self.alone = alone
         if GROUP.lead:
             drop_with(self, key)
 
@@ -27,6 +30,8 @@ class SplitEngine:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(references)} references")
         with together("generate", self.key, prompts, params, seeds, references):
             parts = dealt([len(prompt.token_ids) for prompt in prompts])
+            if self.alone:
+                parts = [list(range(len(prompts))), *([] for _ in range(GROUP.count - 1))]
             mine = parts[GROUP.rank]
             found = self.engine.generate([prompts[i] for i in mine], params, [seeds[i] for i in mine],
                                          _of_all(progress, len(prompts)), [references[i] for i in mine])  # fmt: skip

@@ -1,0 +1,137 @@
+"""Rollouts by a running vLLM server, which gets the model's weights whenever they have changed.
+
+Start it in an environment of its own, with the base model of the workspace, and name it in ``rollout.url``:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --served-model-name perdure --logprobs-mode processed_logprobs \\
+      --hf-overrides '{"tie_word_embeddings": false}'
+
+Development mode is what offers the reloading of weights; keep such a server on a network of your own. The override is
+for models whose head is their embedding: vLLM does not reload a tied head, so it gets one of its own. Weights travel
+through ``rollout.weights_folder``, which both sides must see. Log-probabilities are those of the distribution sampled
+from (processed, not raw). After every reload a few tokens are scored by both sides, and a server that disagrees is
+refused: samples of another model would not be on-policy.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import httpx2
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perdure.adapters import effective_parameters
+from perdure.config import RolloutConfig
+from perdure.contexts import collate
+from perdure.losses import pick
+from perdure.models import LoadedModel, head_of, hidden_at_loss_positions
+from perdure.rollout.base import Progress, SamplingParams
+from perdure.types import Completion, InputError, Prompt, Rollout
+
+HEAD = "lm_head.weight"
+PROBE = SamplingParams(16, temperature=0.5)
+PARITY = 0.2
+"""Most nats a token, on average over a probe, by which both sides may differ: bfloat16 alone makes about 0.05."""
+
+
+class VllmEngine:
+    """Generates with the weights that ``working`` has at each call; sampling is vLLM's own, seeded by row."""
+
+    def __init__(self, loaded: LoadedModel, working: Any, config: RolloutConfig,
+                 transport: httpx2.BaseTransport | None = None):  # fmt: skip
+        self.working, self.end_ids, self.pad_id = working, list(loaded.end_ids), loaded.pad_id
+        self.config = config
+        self.name = uuid.uuid4().hex[:12]
+        self.client = httpx2.Client(base_url=config.url, timeout=config.timeout, transport=transport)
+        weakref.finalize(self, self.client.close)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
+                 progress: Progress | None = None,
+                 references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
+        """See RolloutEngine; references are not used. Raises InputError when the server cannot be used, saying why."""
+        if not len(prompts) == len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        if not prompts:
+            return []
+        if self._push():
+            self._check(prompts[0])
+        found: dict[int, Completion] = {}
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            jobs = {pool.submit(self._complete, prompt.token_ids, params, seed): place
+                    for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))}  # fmt: skip
+            for job in as_completed(jobs):
+                found[jobs[job]] = completion = job.result()
+                if progress:
+                    progress(len(completion.token_ids), len(found))
+        return [found[place] for place in range(len(prompts))]
+
+    def _complete(self, token_ids: Sequence[int], params: SamplingParams, seed: int) -> Completion:
+        answer = self._ask("POST", "/v1/completions", {
+            "model": self.config.model, "prompt": list(token_ids), "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k or -1,
+            "seed": seed, "logprobs": 0, "return_token_ids": True, "stop_token_ids": self.end_ids,
+        })["choices"][0]  # fmt: skip
+        tokens, logprobs = answer["token_ids"], answer["logprobs"]["token_logprobs"]
+        return Completion(tuple(tokens), tuple(logprobs), bool(tokens) and tokens[-1] in self.end_ids)
+
+    def _push(self) -> bool:
+        """Give the server the weights; False where it has these very ones."""
+        # Every change in place counts a tensor's version up, whoever makes it: an optimizer, a copy.
+        version = f"{self.name}-{sum(parameter._version for parameter in self.working.parameters())}"
+        if self._ask("GET", "/weight_info").get("weight_version") == version:
+            return False
+        folder = self._folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f".{self.name}.tmp"
+        save_file(self._weights(), beside)
+        os.replace(beside, folder / "model.safetensors")
+        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._ask("POST", "/collective_rpc", arguments)
+        self._ask("POST", "/update_weight_version", {"new_version": version})
+        return True
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All parameters in the working dtype, and a head also where it is the embedding."""
+        dtype = self.working.dtype
+        tensors = {name: value.detach().to(dtype).contiguous() for name, value in effective_parameters(self.working)}
+        if HEAD not in tensors:
+            tensors[HEAD] = head_of(self.working).weight_VH.detach().to(dtype, copy=True)
+        return tensors
+
+    def _folder(self) -> Path:
+        given = self.config.weights_folder
+        return Path(given).expanduser().resolve() if given else Path(gettempdir()) / f"perdure-vllm-{os.getpid()}"
+
+    @torch.no_grad()
+    def _check(self, prompt: Prompt) -> None:
+        """Raises InputError where the server's log-probabilities are not those of the working copy."""
+        completion = self._complete(prompt.token_ids, PROBE, 0)
+        batch = collate([Rollout(prompt, prompt, completion)], "student", self.pad_id, device=self.working.device)
+        logits_NV = head_of(self.working).logits(hidden_at_loss_positions(self.working, batch)) / PROBE.temperature
+        own_N = pick(logits_NV.log_softmax(-1), batch.targets_N)
+        theirs_N = torch.tensor(completion.sampler_logprobs, device=own_N.device)
+        if not (difference := float((own_N - theirs_N).abs().mean())) <= PARITY:
+            raise InputError(
+                f"{self.config.url}: its log-probabilities differ from this model's by {difference:.2f} nats a token; "
+                "start vLLM with the workspace's base model, --logprobs-mode processed_logprobs and "
+                "--hf-overrides '{\"tie_word_embeddings\": false}'"
+            )
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            response = self.client.request(method, path, json=body)
+        except httpx2.HTTPError as error:
+            raise InputError(f"rollout.url {self.config.url}: no vLLM server answers there: {error}") from error
+        if response.status_code == 404 and not path.startswith("/v1/"):
+            raise InputError(f"{self.config.url}: offers no {path}; start vLLM with VLLM_SERVER_DEV_MODE=1")
+        if response.is_error:
+            raise InputError(f"{self.config.url}{path}: {response.status_code}: {response.text[:300]}")
+        return response.json() if response.content else {}

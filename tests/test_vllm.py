@@ -1,0 +1,166 @@
+"""The vLLM engine against a server that is played by the own engine, and, where there is one, against a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fakes import example, loaded, renderer, tiny_model
+from perdure.config import RolloutConfig, RunConfig, parse
+from perdure.models import sync_weights, working_copy
+from perdure.rollout.base import SamplingParams
+from perdure.rollout.local import LocalEngine
+from perdure.rollout.vllm import VllmEngine
+from perdure.types import InputError, Prompt
+
+PROMPTS = [renderer().student_prompt(example(f"say {word}", None)) for word in ("north", "south", "east", "west")]
+
+
+class Server:
+    """Answers as vLLM does. ``ignores``: parameters that a reload leaves as they were."""
+
+    def __init__(self, tied: bool = True, raw: bool = False, dev: bool = True, ignores: tuple[str, ...] = ()):
+        self.model, self.raw, self.dev, self.ignores = tiny_model(seed=5, tied=False), raw, dev, ignores
+        self.engine = LocalEngine(loaded(self.model), self.model)
+        self.version, self.reloads, self.requests = "default", 0, []
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        path, body = request.url.path, json.loads(request.content or b"{}")
+        if path == "/v1/completions":
+            return httpx2.Response(200, json={"choices": [self.complete(body)]})
+        if not self.dev:
+            return httpx2.Response(404, text="Not Found")
+        if path == "/weight_info":
+            return httpx2.Response(200, json={"weight_version": self.version})
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+            return httpx2.Response(200, json={})
+        assert path == "/collective_rpc" and body["method"] == "reload_weights"
+        self.reloads += 1
+        found = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name not in self.ignores:
+                    parameter.copy_(found[name])
+        return httpx2.Response(200)
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.requests.append(body)
+        params = SamplingParams(body["max_tokens"], body["temperature"], max(0, body["top_k"]), body["top_p"])
+        prompt = Prompt(PROMPTS[0].example, tuple(body["prompt"]))
+        (answer,) = self.engine.generate([prompt], params, [body["seed"]])
+        logprobs = [value - 3.0 * self.raw for value in answer.sampler_logprobs]
+        return {"token_ids": list(answer.token_ids), "logprobs": {"token_logprobs": logprobs},
+                "finish_reason": "stop" if answer.finished else "length"}  # fmt: skip
+
+
+def engine_on(server: Any, folder: Path, model: Any = None) -> VllmEngine:
+    config = RolloutConfig(engine="vllm", weights_folder=str(folder), concurrency=1)
+    subject = model or tiny_model(seed=1)
+    return VllmEngine(loaded(subject), working_copy(subject, torch.float32), config, httpx2.MockTransport(server))
+
+
+def test_the_server_gets_the_weights_and_answers_as_the_own_engine(tmp_path: Path) -> None:
+    """A tied model: the server's head is its own, and gets the embedding."""
+    server, seen = Server(), []
+    engine = engine_on(server, tmp_path / "new" / "weights")
+    own = LocalEngine(loaded(engine.working), engine.working)
+    params, seeds = SamplingParams(6, temperature=0.8, top_k=20, top_p=0.9), [3, 2**62, 5, 7]
+    found = engine.generate(PROMPTS, params, seeds, lambda tokens, done: seen.append((tokens, done)))
+    expected = own.generate(PROMPTS, params, seeds)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    assert [c.finished for c in found] == [c.finished for c in expected]
+    for ours, theirs in zip(expected, found, strict=True):
+        assert theirs.sampler_logprobs == pytest.approx(ours.sampler_logprobs, abs=1e-4)
+    assert seen[-1][1] == 4 and sum(tokens for tokens, _ in seen) == sum(len(c.token_ids) for c in found)
+    assert engine.generate([], params, []) == [] and server.requests[-1]["top_k"] == 20
+
+
+def test_weights_travel_when_they_have_changed_whoever_changed_them(tmp_path: Path) -> None:
+    server = Server()
+    engine, other = engine_on(server, tmp_path), engine_on(server, tmp_path, tiny_model(seed=2))
+    params = SamplingParams(3, 0)
+
+    def said(by: VllmEngine) -> list[tuple[int, ...]]:
+        return [c.token_ids for c in by.generate(PROMPTS, params, [0] * 4)]
+
+    first = said(engine)
+    assert said(engine) == first and server.reloads == 1
+    sync_weights(engine.working, tiny_model(seed=3))
+    assert said(engine) != first and server.reloads == 2
+    said(other)
+    assert server.reloads == 3
+    sync_weights(engine.working, tiny_model(seed=1))
+    assert said(engine) == first and server.reloads == 4
+    server.version = "default"  # it was started anew
+    said(engine)
+    assert server.reloads == 5 and {path.name for path in tmp_path.iterdir()} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (Server(raw=True), "differ from this model's by 3.00 nats"),
+        (Server(dev=False), "VLLM_SERVER_DEV_MODE=1"),
+        (Server(ignores=("lm_head.weight",)), "tie_word_embeddings"),
+        (lambda request: httpx2.Response(500, text="out of memory"), "500: out of memory"),
+    ],
+)  # fmt: skip
+def test_a_server_that_cannot_be_used_is_refused(server: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        engine_on(server, tmp_path).generate(PROMPTS, SamplingParams(4), [0] * 4)
+
+
+def test_no_server_is_one_clear_error(tmp_path: Path) -> None:
+    subject = tiny_model()
+    engine = VllmEngine(loaded(subject), subject, RolloutConfig(engine="vllm", url="http://127.0.0.1:9"))
+    with pytest.raises(InputError, match=r"rollout.url http://127.0.0.1:9: no vLLM server answers there"):
+        engine.generate(PROMPTS, SamplingParams(4), [0] * 4)
+
+
+def test_settings_of_a_server_need_the_engine() -> None:
+    with pytest.raises(InputError, match='url: has an effect only with engine = "vllm"'):
+        parse(RunConfig, {"rollout": {"url": "http://elsewhere"}}, "test")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PERDURE_VLLM_URL" not in os.environ, reason="PERDURE_VLLM_URL names no running vLLM server")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_parity_with_a_real_server(temperature: float) -> None:
+    """Serving the embedded model: log-probabilities of both sides over the same samples, before and after an update
+    of all weights, within bfloat16's rounding."""
+    from perdure.anchors import general_prompts
+    from perdure.contexts import collate
+    from perdure.losses import pick
+    from perdure.models import head_of, hidden_at_loss_positions
+    from perdure.session import open_session
+
+    config = {
+        "rollout": {"engine": "vllm", "url": os.environ["PERDURE_VLLM_URL"]},
+        "model": {"compute_dtype": "bfloat16"},
+    }
+    session = open_session(parse(RunConfig, config, "test"))
+    prompts = [session.renderer.student_prompt(row) for row in general_prompts()[:16]]
+    for update in (False, True):
+        if update:
+            with torch.no_grad():
+                for parameter in session.loaded.model.parameters():
+                    parameter += 0.02 * parameter.std() * torch.randn(parameter.shape) if parameter.ndim > 1 else 0
+            session.publish()
+        answers = session.engine.generate(prompts, SamplingParams(32, temperature), list(range(16)))
+        rollouts = [
+            session.renderer.rollout(p.example, answer, None) for p, answer in zip(prompts, answers, strict=True)
+        ]
+        batch = collate(rollouts, "student", session.loaded.pad_id)
+        with torch.no_grad():
+            hidden_NH = hidden_at_loss_positions(session.working, batch)
+            own_N = pick((head_of(session.working).logits(hidden_NH) / temperature).log_softmax(-1), batch.targets_N)
+        difference_N = own_N - torch.tensor([value for answer in answers for value in answer.sampler_logprobs])
+        assert difference_N.abs().mean() < 0.08 and difference_N.mean().abs() < 0.03
