@@ -21,7 +21,7 @@ from perdure.workspace import Workspace
 SURFACE = {
     "demo": {"--workspace", "-w", "--compare"},
     "init": {"workspace", "--model", "--config", "--set"},
-    "import": {"source", "target", "--file", "--grader", "--test-share", "--turns", "--seed"},
+    "import": {"source", "target", "--file", "--questions", "--grader", "--test-share", "--turns", "--seed"},
     "check": {"--hardware", "skills", "--workspace", "-w", "--set", "--json"},
     "learn": {
         "skills",

@@ -22,7 +22,7 @@ FLOORS = {
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
         "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.turns", "skills.base",
-        "importers.base", "importers.tldr", "importers.*", "importers",
+        "importers.base", "importers.tldr", "importers.passages", "importers.*", "importers",
     ],
     "F4 doing": [
         "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",

@@ -66,21 +66,30 @@ def init(
 def import_skill(
     source: Annotated[
         str,
-        typer.Argument(help="home-assistant, bfcl, bfcl-mixed, mmlu, sst2, tldr, commands, sciq, forms-NAME or jsonl."),
+        typer.Argument(
+            help="home-assistant, bfcl, bfcl-mixed, mmlu, sst2, tldr, commands, sciq, forms-NAME, docs, jsonl."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="Skill folder to make.")],
-    file: Annotated[Path | None, typer.Option("--file", help="jsonl only: the demonstrations.")] = None,
-    grader: Annotated[str, typer.Option(help="jsonl only: how answers are graded.")] = "exact",
+    file: Annotated[
+        Path | None, typer.Option("--file", help="jsonl: the demonstrations; docs: a document, or a folder of them.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option("--questions", help="docs only: a JSONL file of questions and answers.")
+    ] = None,
+    grader: Annotated[
+        str | None, typer.Option(help="jsonl and docs: how answers are graded; default: exact, and contains.")
+    ] = None,
     test_share: Annotated[float, typer.Option(help="jsonl only: share of the rows held out.", min=0.01, max=0.9)] = 0.2,
     turns: Annotated[
         Literal["last", "all"], typer.Option(help="jsonl only: learn a conversation's last answer, or each of them.")
     ] = "last",
     seed: Annotated[int, typer.Option(help="Of the split and of drawn rows.")] = 0,
 ) -> None:
-    """Bring a known source, or a JSONL file of your own, into a skill folder."""
+    """Bring a known source, a JSONL file or documents of your own into a skill folder."""
     from perdure.importers import run_importer
 
-    run_importer(source, target, seed, file, grader, test_share, turns)
+    run_importer(source, target, seed, file, grader, test_share, turns, questions)
     out.print(f"{target}: ready. Next: perdure check {target}", soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from perdure.importers import bfcl, commands, forms, home_assistant, jsonl, mmlu, sciq, sst2, tldr
+from perdure.importers import bfcl, commands, docs, forms, home_assistant, jsonl, mmlu, sciq, sst2, tldr
 from perdure.types import InputError
 
 IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
@@ -23,17 +23,27 @@ IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
 """Source -> builder of (folder to make, seed). Each raises InputError when its data package is missing."""
 
 
-def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str, test_share: float,
-                 turns: jsonl.Turns = "last") -> Path:  # fmt: skip
-    """Make a skill folder from a known source, or from a JSONL ``file``. Raises InputError for an unknown source."""
+def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str | None, test_share: float,
+                 turns: jsonl.Turns = "last", questions: Path | None = None) -> Path:  # fmt: skip
+    """Make a skill folder from a known source, from a JSONL ``file``, or from documents (``file``) and ``questions``.
+
+    Raises InputError for an unknown source, and for an option that the source does not use."""
+    if source not in (*IMPORTERS, "jsonl", "docs"):
+        raise InputError(f"unknown source {source!r}: use {', '.join(IMPORTERS)}, docs or jsonl")
+    if turns != "last" and source != "jsonl":
+        raise InputError(f"perdure import {source}: --turns is for jsonl only")
+    if questions is not None and source != "docs":
+        raise InputError(f"perdure import {source}: --questions is for docs only")
     if source == "jsonl":
         if file is None:
             raise InputError("perdure import jsonl: name the demonstrations with --file rows.jsonl")
-        return jsonl.build(target, seed, file, grader, test_share, turns)
-    if source not in IMPORTERS:
-        raise InputError(f"unknown source {source!r}: use {', '.join(IMPORTERS)} or jsonl")
+        return jsonl.build(target, seed, file, grader or "exact", test_share, turns)
+    if source == "docs":
+        if file is None or questions is None:
+            raise InputError(
+                "perdure import docs: name document or folder with --file, and --questions questions.jsonl"
+            )
+        return docs.build(target, file, questions, grader or "contains")
     if file is not None:
-        raise InputError(f"perdure import {source} reads its data package; --file is for jsonl only")
-    if turns != "last":
-        raise InputError(f"perdure import {source}: --turns is for jsonl only")
+        raise InputError(f"perdure import {source} reads its data package; --file is for jsonl and docs only")
     return IMPORTERS[source](target, seed)

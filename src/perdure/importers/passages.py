@@ -1,0 +1,172 @@
+"""Documents -> passages: text, Markdown, HTML and PDF, cut where paragraphs end, each with the place it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perdure.types import InputError
+
+TEXT, HTML, PDF = (".txt", ".md", ".markdown", ".rst"), (".html", ".htm"), (".pdf",)
+KINDS = (*TEXT, *HTML, *PDF)
+MAX_WORDS = 160
+"""Longest passage: with question and answer a few hundred tokens."""
+OVERLAP_WORDS = 30
+"""A passage begins again with the paragraphs that ended the one before, up to so many words."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of a document that fits in a prompt."""
+
+    text: str
+    source: str
+    """``guide.pdf page 3`` or ``notes.md line 12``: where it begins."""
+    file: str
+    """The document's name."""
+
+
+@dataclass(frozen=True)
+class _Paragraph:
+    text: str
+    source: str
+
+    @property
+    def words(self) -> int:
+        return len(self.text.split())
+
+
+def read_passages(path: Path) -> list[Passage]:
+    """The passages of a document, or of all documents below a folder, in the order of their names.
+
+    Raises one InputError that lists every document that cannot be read; nothing is left out silently."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found: list[Passage] = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            found += [Passage(text, source, name) for text, source in _cut(_paragraphs(file, name))]
+        except InputError as error:
+            problems.append(str(error))
+    if not files:
+        problems.append(f"{path}: holds no document ({', '.join(KINDS)})")
+    if problems:
+        raise InputError("\n".join(problems))
+    return found
+
+
+def _paragraphs(file: Path, name: str) -> list[_Paragraph]:
+    kind = file.suffix.lower()
+    if not file.is_file():
+        raise InputError(f"{file}: no such document")
+    if kind not in KINDS:
+        raise InputError(f"{file}: not a kind of document that is read here; expected one of {', '.join(KINDS)}")
+    parts = _pdf(file, name) if kind in PDF else _html(file, name) if kind in HTML else _text(file, name)
+    paragraphs = [_Paragraph(text, source) for text, source in parts if text]
+    if not paragraphs:
+        raise InputError(f"{file}: holds no text" + (" (scanned pages? run them through OCR)" if kind in PDF else ""))
+    return paragraphs
+
+
+def _decoded(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file}:{line}: not UTF-8 ({error.reason}); save the document as UTF-8") from error
+
+
+def _text(file: Path, name: str) -> Iterator[tuple[str, str]]:
+    block: list[str] = []
+    start = 1
+    for number, line in enumerate([*_decoded(file).splitlines(), ""], 1):
+        if line.strip():
+            start = start if block else number
+            block.append(line.strip())
+        elif block:
+            yield " ".join(block), f"{name} line {start}"
+            block = []
+
+
+def _html(file: Path, name: str) -> Iterator[tuple[str, str]]:
+    try:
+        from bs4 import BeautifulSoup
+    except ImportError as error:
+        raise InputError(f"{file}: reading HTML needs Beautiful Soup: pip install 'perdure[docs]'") from error
+    page = BeautifulSoup(_decoded(file), "html.parser")
+    for unread in page(["script", "style", "noscript", "template", "nav"]):
+        unread.decompose()
+    for number, block in enumerate(page.get_text("\n").split("\n\n"), 1):
+        yield " ".join(block.split()), f"{name} block {number}"
+
+
+def _pdf(file: Path, name: str) -> Iterator[tuple[str, str]]:
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError as error:
+        raise InputError(f"{file}: reading PDF needs pypdf: pip install 'perdure[docs]'") from error
+    try:
+        reader = PdfReader(file)
+        if reader.is_encrypted:
+            raise InputError(f"{file}: is encrypted; save it without a password")
+        pages = [page.extract_text() or "" for page in reader.pages]
+    except (
+        PyPdfError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+    ) as error:  # a broken file fails anywhere in the reader
+        raise InputError(f"{file}: cannot be read as a PDF: {error}") from error
+    for number, text in enumerate(pages, 1):
+        for block in re.split(r"\n\s*\n", text):
+            yield " ".join(block.split()), f"{name} page {number}"
+
+
+def _cut(paragraphs: Sequence[_Paragraph]) -> Iterator[tuple[str, str]]:
+    """(text, source) of each passage. A paragraph that is too long by itself is cut between sentences."""
+    pieces = [piece for paragraph in paragraphs for piece in _sentences(paragraph)]
+    held: list[_Paragraph] = []
+    fresh = False
+    for piece in pieces:
+        if fresh and sum(p.words for p in held) + piece.words > MAX_WORDS:
+            yield "\n".join(p.text for p in held), held[0].source
+            held, fresh = _tail(held, MAX_WORDS - piece.words), False
+        held.append(piece)
+        fresh = True
+    if fresh:
+        yield "\n".join(p.text for p in held), held[0].source
+
+
+def _tail(held: Sequence[_Paragraph], room: int) -> list[_Paragraph]:
+    """The last paragraphs, as far as they fit into the overlap."""
+    kept: list[_Paragraph] = []
+    for piece in reversed(held):
+        if sum(p.words for p in kept) + piece.words > min(OVERLAP_WORDS, room):
+            break
+        kept.insert(0, piece)
+    return kept
+
+
+def _sentences(paragraph: _Paragraph) -> Iterator[_Paragraph]:
+    """The paragraph, or parts of it of at most MAX_WORDS words."""
+    if paragraph.words <= MAX_WORDS:
+        yield paragraph
+        return
+    words: list[str] = []
+    for sentence in re.split(r"(?<=[.!?])\s+", paragraph.text):
+        for part in _runs(sentence.split()):
+            if words and len(words) + len(part) > MAX_WORDS:
+                yield _Paragraph(" ".join(words), paragraph.source)
+                words = []
+            words += part
+    yield _Paragraph(" ".join(words), paragraph.source)
+
+
+def _runs(words: list[str]) -> list[list[str]]:
+    return [words[start : start + MAX_WORDS] for start in range(0, len(words), MAX_WORDS)]
