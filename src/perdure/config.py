@@ -86,6 +86,8 @@ class TrainConfig(_Section):
     """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
     anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
+    anchor_weight: float = Field(default=1.0, gt=0)
+    """Of the divergence on anchor rows, against 1 for a row to learn."""
     anchor_general_tokens: int = Field(default=32, ge=1)
     """Longest answer to a general prompt, in tokens."""
     warm_start_steps: int = Field(default=40, ge=0)
