@@ -19,6 +19,7 @@ from fakes import NUMBERS, save_tiny_model, toy_skill
 from perdure import processes
 from perdure.config import RunConfig
 from perdure.curriculum import learn
+from perdure.likelihood import length, score_pairs
 from perdure.processes import GROUP
 from perdure.reporting import Silent
 from perdure.rollout.base import SamplingParams
@@ -91,7 +92,17 @@ def answers(folder: Path) -> None:
         session.loaded.model.lm_head.weight.mul_(-1)
     session.publish()
     turned = session.engine.generate(prompts, SamplingParams(6, 0), [0] * len(prompts))
-    say({"sampled": [c.token_ids for c in found], "turned": [c.token_ids for c in turned]})
+    pairs = [(prompt.token_ids, (65 + n, 66)) for n, prompt in enumerate(prompts)]
+    told: list[int] = []
+    scored = score_pairs(session.working, pairs, batch_tokens=64, advance=told.append, key=session.key)
+    assert sum(told) == sum(map(length, pairs))
+    say(
+        {
+            "scored": [[round(value, 3), same] for value, same in scored],
+            "sampled": [c.token_ids for c in found],
+            "turned": [c.token_ids for c in turned],
+        }
+    )
 
 
 def say(what: Any) -> None:

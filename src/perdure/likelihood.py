@@ -9,6 +9,7 @@ Dimension letters: B rows, T positions, P predicting positions of a batch, H hid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from perdure.attention import is_enabled, packed_hidden
 from perdure.models import backbone, head_of
 from perdure.packing import pack
+from perdure.processes import GROUP, dealt, gather, together
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a context (at least one) and of the continuation to score (at least one)."""
@@ -29,18 +31,28 @@ DEVICE_BATCH_TOKENS = 16384
 
 
 def score_pairs(
-    model: Any, pairs: Sequence[Pair], *, batch_tokens: int, advance: Callable[[int], None] = lambda tokens: None
-) -> list[tuple[float, bool]]:
+    model: Any, pairs: Sequence[Pair], *, batch_tokens: int, advance: Callable[[int], None] = lambda tokens: None,
+    key: int = 0,
+) -> list[tuple[float, bool]]:  # fmt: skip
     """(sum of log p over the continuation's tokens, whether greedy decoding would write it), in the order of ``pairs``.
 
     ``batch_tokens`` bounds the tokens of a batch, before sharing where the model runs packed and with padding where it
     does not (a longer row goes alone); ``advance`` is called with the tokens that each batch asked for, before sharing.
-    Raises ValueError for an empty context or continuation."""
+    ``key``: of the session that all processes of the run know, which then share the batches; 0 = this one alone. Raises
+    ValueError for an empty context or continuation."""
     packed = is_enabled(model)
-    results: dict[Pair, tuple[float, bool]] = {}
-    for batch in batches(pairs, batch_tokens, packed):
-        results.update(zip(batch, _score(model, batch, packed), strict=True))
-        advance(sum(map(length, batch)))
+    every = batches(pairs, batch_tokens, packed)
+    sizes = [sum(map(length, batch)) for batch in every]
+    with together("score", key, pairs, batch_tokens) if key else nullcontext():
+        mine = dealt(sizes)[GROUP.rank] if key else range(len(every))
+        results: dict[Pair, tuple[float, bool]] = {}
+        for place in mine:
+            results.update(zip(every[place], _score(model, every[place], packed), strict=True))
+            advance(sizes[place])
+        for found in gather(results) if key else ():
+            results |= found
+    if others := sum(sizes) - sum(sizes[place] for place in mine):
+        advance(others)
     return [results[pair] for pair in pairs]
 
 

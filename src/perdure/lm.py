@@ -23,7 +23,9 @@ GENERATION_ROWS = 16
 
 
 class LoadedModel(TemplateLM):
-    """lm-eval's three requests, answered by a model that is already in memory. ``tokens`` counts what it processed."""
+    """lm-eval's three requests, answered by a model that is already in memory. ``tokens`` counts what it processed.
+
+    ``key``: of its session, where several processes share the scoring."""
 
     def __init__(
         self,
@@ -32,12 +34,14 @@ class LoadedModel(TemplateLM):
         *,
         progress: Progress | None = None,
         batch_tokens: int | None = None,
+        key: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         on_cpu = model.device.type == "cpu"
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else DEVICE_BATCH_TOKENS)
+        self.key = key
         self.tokens = 0
         self._progress = progress
         self._total = 0
@@ -89,7 +93,7 @@ class LoadedModel(TemplateLM):
 
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
         self._total += sum(map(length, set(pairs)))
-        return score_pairs(self.model, pairs, batch_tokens=self.batch_tokens, advance=self._advance)
+        return score_pairs(self.model, pairs, batch_tokens=self.batch_tokens, advance=self._advance, key=self.key)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Continue each context until one of its stop strings; rows with the same settings go together."""

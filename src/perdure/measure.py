@@ -49,7 +49,7 @@ def measure_probe(session: Session, config: RunConfig, reporter: Reporter, who: 
 
         return probe(
             session.working, session.loaded.tokenizer, tasks=config.probe.tasks, rows=config.probe.rows,
-            seed=config.seed, progress=progress,
+            seed=config.seed, progress=progress, key=session.key,
         )  # fmt: skip
 
 

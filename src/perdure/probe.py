@@ -69,10 +69,12 @@ def probe(
     rows: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    key: int = 0,
 ) -> ProbeResult:
     """Accuracy of ``model`` (in its compute dtype, in eval mode) on ``rows`` items of each task.
 
-    ``progress`` is called with the tokens done and the tokens in all. Raises InputError for an unknown task, for data
+    ``progress`` is called with the tokens done and the tokens in all. ``key``: of the model's session, where several
+    processes share the scoring. Raises InputError for an unknown task, for data
     that cannot be had, and where lm-eval or the data package is missing; nothing is measured then.
     """
     if not tasks:
@@ -83,7 +85,7 @@ def probe(
 
     from perdure.lm import LoadedModel
 
-    lm = LoadedModel(model, tokenizer, progress=progress)
+    lm = LoadedModel(model, tokenizer, progress=progress, key=key)
     with _quiet():
         plans = {name: _plan(name, rows, seed) for name in dict.fromkeys(tasks)}
         members = {key: task for plan in plans.values() for key, task in plan.members.items()}

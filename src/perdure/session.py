@@ -15,6 +15,7 @@ import torch
 from perdure.attention import is_enabled
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
+from perdure.likelihood import Pair, score_pairs
 from perdure.models import LoadedModel, compute_dtype, device_of, load, sync_weights, working_copy
 from perdure.processes import GROUP, copy_from_lead, followed_by, from_lead, together
 from perdure.rollout.base import RolloutEngine, SamplingParams
@@ -93,6 +94,11 @@ def _follow_drop(key: int) -> None:
 def _follow_generate(key: int, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
                      references: Sequence[Sequence[int]]) -> None:  # fmt: skip
     FOLLOWED[key].engine.generate(prompts, params, seeds, None, references)
+
+
+@followed_by("score")
+def _follow_score(key: int, pairs: Sequence[Pair], batch_tokens: int) -> None:
+    score_pairs(FOLLOWED[key].working, pairs, batch_tokens=batch_tokens, key=key)
 
 
 @followed_by("publish")
