@@ -11,14 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from fakes import copying_model, example, loaded, renderer
+from fakes import copying_model, example, loaded, renderer, save_tiny_model, toy_skill
 from perdure.config import ModelConfig
 from perdure.contexts import collate
+from perdure.curriculum import learn
 from perdure.fused import Head, chunked_loss
 from perdure.models import compute_dtype, device_of, hidden_at_loss_positions, working_copy
+from perdure.reporting import Silent
 from perdure.rollout.base import SamplingParams
 from perdure.rollout.local import LocalEngine
+from perdure.running import open_version
+from perdure.session import weights_sha256
+from perdure.stages import create_workspace
 from perdure.types import InputError
+from several import settings as run_settings
 from test_fused import SPECS, gradients, inputs_of, make_head, naive
 from test_train import make_stage, settings, steps, train
 
@@ -96,3 +102,21 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     assert device_of(ModelConfig()).type == "cpu" and device_of(ModelConfig(device="cpu")).type == "cpu"
     with pytest.raises(InputError, match="sees no GPU"):
         device_of(ModelConfig(device="cuda"))
+
+
+@gpu
+@pytest.mark.parametrize("teacher", ["frozen", "ema", "original"])
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "learning_rate": 1e-2}, {"activation_checkpointing": True}])
+def test_a_whole_stage_on_the_device(tmp_path: Path, options: dict[str, Any], teacher: str) -> None:
+    """Preflight to gate; with adapters the masters stay in the CPU's memory and still end as what was trained."""
+    model = save_tiny_model(tmp_path / "model", copies=True)
+    config = run_settings(model, {"teacher": teacher} | options)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cuda"})})
+    workspace = create_workspace(tmp_path / "bot", config)
+    with workspace.lock():
+        learn(workspace, [toy_skill(tmp_path / "colours")], config, Silent(), force=True)
+    session = open_version(workspace, "v001", config)
+    assert session.working.device.type == "cuda"
+    assert session.loaded.device.type == ("cpu" if "lora_rank" in options else "cuda")
+    base = open_version(workspace, "v000", config)
+    assert weights_sha256(session.loaded.model) != weights_sha256(base.loaded.model)

@@ -104,10 +104,15 @@ class EmaTeacher(FixedTeacher):
 
     moves = True
 
-    def __init__(self, student: Any, dtype: torch.dtype, teacher_update_rate: float):
-        super().__init__(working_copy(student, dtype))
+    def __init__(
+        self, student: Any, dtype: torch.dtype, teacher_update_rate: float, device: torch.device | None = None
+    ):
+        there = device or student.device
+        super().__init__(working_copy(student, dtype).to(there))
         self.rate = teacher_update_rate
-        self.average = {name: p.detach().float().clone() for name, p in effective_parameters(student)}
+        self.average = {
+            name: p.detach().to(there, torch.float32, copy=True) for name, p in effective_parameters(student)
+        }
 
     def follow(self, student: Any) -> None:
         self.average = {name: like(self.average[name], p) for name, p in effective_parameters(student)}
@@ -134,7 +139,9 @@ class EmaTeacher(FixedTeacher):
 
 def start_teacher(student: Any, working: Any, dtype: torch.dtype, adapters: bool) -> FixedTeacher:
     """The weights that the stage starts from: with ``adapters`` those of the working copy below them, else a copy."""
-    return BareTeacher(working) if adapters else FixedTeacher(working_copy(student, dtype), is_start=True)
+    if adapters:
+        return BareTeacher(working)
+    return FixedTeacher(working_copy(student, dtype).to(working.device), is_start=True)
 
 
 def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None, dtype: torch.dtype,
@@ -145,11 +152,11 @@ def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None,
     if kind == "frozen":
         return start_teacher(student, working, dtype, adapters)
     if kind == "ema":
-        return EmaTeacher(student, dtype, teacher_update_rate)
+        return EmaTeacher(student, dtype, teacher_update_rate, working.device)
     if kind == "live":
         return LiveTeacher(working)
     if kind == "original":
         if original is None:
             raise ValueError('teacher "original" needs the base model')
-        return FixedTeacher(working_copy(original, dtype))
+        return FixedTeacher(working_copy(original, dtype).to(working.device))
     raise ValueError(f"unknown teacher {kind!r}: one of {', '.join(KINDS)}")
