@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fake_workspace
 from fake_workspace import PRIOR, FakeWorkspace, add_stage, chain_of_three, page_of
-from perdure.report import charts, samples
+from perdure.report import charts, process, samples
 from perdure.report.html import write_report
 from perdure.types import InputError
 
@@ -175,6 +175,19 @@ def test_a_line_chart_in_known_places():
     assert chart.shade == (40, 96)
     assert chart.last == "100%"
     assert charts.line_chart("Nothing", [charts.Series("SDFT", [], "ours")], share=True) is None
+
+
+def test_earlier_skills_are_listed_by_how_far_they_were_pulled(tmp_path: Path):
+    lines = [{"step": 1, "moved": {"a": 0.1, "b": 0.4}}, {"step": 2, "moved": {"a": 0.7, "b": 0.2, "<c>": 0.05}},
+             {"step": 3, "moved": {"a": None}}, {"step": 4, "moved": 3}, {"step": 5}]  # fmt: skip
+    assert process.pulled(lines) == [("a", 0.7), ("b", 0.4), ("<c>", 0.05)]
+    workspace = chain_of_three(tmp_path / "bot")
+    run = next(path for path in (tmp_path / "bot" / "runs").iterdir() if path.name.startswith("s03"))
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({**json.loads(line), **lines[1]}) + "\n" for line in
+                               metrics.read_text().splitlines()))  # fmt: skip
+    page = write_report(tmp_path / "bot").read_text()
+    assert "their anchor rows had moved: a 0.70, b 0.20, &lt;c&gt; 0.05." in page and workspace
 
 
 def test_stacked_bar():

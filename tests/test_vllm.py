@@ -62,7 +62,7 @@ class Server:
 
 
 def engine_on(server: Any, folder: Path, model: Any = None) -> VllmEngine:
-    config = RolloutConfig(engine="vllm", weights_folder=str(folder), concurrency=1)
+    config = RolloutConfig(engine="vllm", url="http://fake", weights_folder=str(folder), concurrency=1)
     subject = model or tiny_model(seed=1)
     return VllmEngine(loaded(subject), working_copy(subject, torch.float32), config, httpx2.MockTransport(server))
 
@@ -128,6 +128,8 @@ def test_no_server_is_one_clear_error(tmp_path: Path) -> None:
 def test_settings_of_a_server_need_the_engine() -> None:
     with pytest.raises(InputError, match='url: has an effect only with engine = "vllm"'):
         parse(RunConfig, {"rollout": {"url": "http://elsewhere"}}, "test")
+    with pytest.raises(InputError, match="needs the url of a running server"):
+        parse(RunConfig, {"rollout": {"engine": "vllm"}}, "test")
 
 
 @pytest.mark.slow

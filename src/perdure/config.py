@@ -209,7 +209,8 @@ class RolloutConfig(_Section):
 
     engine: Literal["own", "vllm"] = "own"
     """``vllm``: a running server (docs/scaling.md), for GPUs."""
-    url: str = "http://localhost:8000"
+    url: str = ""
+    """Of the server, such as http://localhost:8000."""
     model: str = "perdure"
     """The name under which the server serves it."""
     weights_folder: str = ""
@@ -224,6 +225,8 @@ class RolloutConfig(_Section):
         changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
         if self.engine == "own" and changed:
             raise ValueError(f'{", ".join(changed)}: has an effect only with engine = "vllm"')
+        if self.engine == "vllm" and not self.url:
+            raise ValueError('engine = "vllm" needs the url of a running server')
         return self
 
 

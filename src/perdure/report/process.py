@@ -36,8 +36,20 @@ def curves(record: Record, compared: Mapping[str, Record]) -> list[dict[str, Any
         charts = [_chart(spec, run, lines, rivals, warm) for spec in CURVES]
         if any(charts):
             shown.append({"stage": run.stage, "method": method_label(run.info.method), "skill": run.info.skill,
-                          "charts": [chart for chart in charts if chart], "warm": warm})  # fmt: skip
+                          "charts": [chart for chart in charts if chart], "warm": warm,
+                          "pulled": pulled(lines)})  # fmt: skip
     return shown
+
+
+def pulled(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Earlier skills with the most nats a token by which their anchor rows had moved at any step, most first."""
+    most: dict[str, float] = {}
+    for line in lines:
+        moved = line.get("moved")
+        for skill, value in moved.items() if isinstance(moved, dict) else ():
+            if (found := number(value)) is not None:
+                most[skill] = max(most.get(skill, 0.0), found)
+    return sorted(most.items(), key=lambda pair: -pair[1])
 
 
 def _rival(other: Record, skill: str | None) -> list[dict[str, Any]]:
