@@ -87,7 +87,7 @@ class TrainConfig(_Section):
     anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_weight: float = Field(default=1.0, gt=0)
-    """Of the divergence on anchor rows, against 1 for a row to learn."""
+    """Of the divergence on earlier skills' rows, against 1 for a row to learn and for general anchors."""
     anchor_general_tokens: int = Field(default=32, ge=1)
     """Longest answer to a general prompt, in tokens."""
     warm_start_steps: int = Field(default=40, ge=0)
@@ -159,7 +159,8 @@ class TrainConfig(_Section):
         ]
         if self.anchor_share == 0 or self.anchor_earlier_share == 0:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
-            found += [f"{name} {reason}" for name in ("anchor_per_skill", "anchor_focus") if self._changed(name)]
+            found += [f"{name} {reason}" for name in ("anchor_per_skill", "anchor_focus", "anchor_weight")
+                      if self._changed(name)]  # fmt: skip
         elif METHODS[self.method].earlier != "answers" and self._changed("anchor_focus"):
             found += [f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows']
         if self.fsdp and self.lora_rank:

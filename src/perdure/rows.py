@@ -39,12 +39,11 @@ def step_rollouts(stage: Stage, config: TrainConfig, phase: str, state: LoopStat
 def batch_rows(stage: Stage, config: TrainConfig, state: LoopState) -> list[Example | Rollout]:
     """The rows of one step: examples to learn, and rows that come with their completion."""
     counts = _counts(stage, config)
-    held = _earlier(stage, config, state)
+    # Replayed rows carry no divergence, and stay as they are.
+    held = [replace(row, weight=row.weight * config.anchor_weight) for row in _earlier(stage, config, state)]
     if count := counts["general"]:
         pool, seed = stage.anchors.general, derive_seed(stage.seed, "batch", "general")
         held += [pool[place] for place in stream_window(seed, len(pool), state.step * count, count)]
-    # Replayed rows carry no divergence, and stay as they are.
-    held = [replace(row, weight=row.weight * config.anchor_weight) for row in held]
     return [*taught_rows(stage, config, state.step), *held]
 
 
