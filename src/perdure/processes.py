@@ -80,7 +80,8 @@ def stop() -> None:
 
 
 def follow() -> None:
-    """Take part in the lead's calls until it says stop. Raises ProcessLost when it is gone."""
+    """Take part in the lead's calls until it says stop. Raises ProcessLost when it is gone, and InputError, with this
+    process's rank, for what it meets itself."""
     while True:
         name, arguments = _receive()
         if name == "stop":
@@ -91,8 +92,8 @@ def follow() -> None:
             _CALLS[name](*arguments)
         except ProcessLost:
             raise
-        except InputError:
-            pass  # the lead runs the same code, meets the same and says it
+        except InputError as error:  # most often the lead meets the same; a folder may be missing here alone
+            raise InputError(f"process {GROUP.rank}: {error}") from error
         finally:
             GROUP.inside = False
 
