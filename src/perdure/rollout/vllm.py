@@ -14,6 +14,7 @@ refused: samples of another model would not be on-policy.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 import weakref
@@ -85,7 +86,8 @@ class VllmEngine:
     def _push(self) -> bool:
         """Give the server the weights; False where it has these very ones."""
         # Every change in place counts a tensor's version up, whoever makes it: an optimizer, a copy.
-        version = f"{self.name}-{sum(parameter._version for parameter in self.working.parameters())}"
+        counts = [(name, parameter._version) for name, parameter in self.working.named_parameters()]
+        version = f"{self.name}-{hashlib.sha256(repr(counts).encode()).hexdigest()[:16]}"
         if self._ask("GET", "/weight_info").get("weight_version") == version:
             return False
         folder = self._folder()
