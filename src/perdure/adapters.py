@@ -81,9 +81,8 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 def _layers(model: Any) -> list[tuple[str, Any]]:
     """Names and modules of the layers that have an adapter."""
-    # Not imported for a model without any: peft takes a second.
-    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
-    return found
+    # Known by an attribute, not by peft's class: importing peft for a model without adapters would take a second.
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
 @torch.no_grad()

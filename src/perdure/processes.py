@@ -157,23 +157,23 @@ def barrier() -> None:
 @torch.no_grad()
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes."""
-    if GROUP.shares:
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with _others():
-                dist.all_reduce(flat)
-            _spread(flat, bucket)
+    _in_buckets(tensors, dist.all_reduce)
 
 
 @torch.no_grad()
 def copy_from_lead(tensors: Sequence[Tensor]) -> None:
     """Give each tensor the lead's values."""
-    if GROUP.shares:
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with _others():
-                dist.broadcast(flat, 0)
-            _spread(flat, bucket)
+    _in_buckets(tensors, lambda flat: dist.broadcast(flat, 0))
+
+
+def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Run a collective that works in place over the tensors, many in one go."""
+    for bucket in _buckets(tensors) if GROUP.shares else ():
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        with _others():
+            collective(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def dealt(sizes: Sequence[int]) -> list[list[int]]:
@@ -197,11 +197,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-
-
-def _spread(flat: Tensor, bucket: Sequence[Tensor]) -> None:
-    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(part.view_as(tensor))
 
 
 def _send(name: str, arguments: tuple[object, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,11 @@ def package_file(package: str, module: str, path: str, sha256: str) -> Path:
     if found != sha256:
         raise InputError(f"{file}: sha256 is {found}, expected {sha256}: {remedy} --force-reinstall")
     return file
+
+
+def skill_name(target: Path) -> str:
+    """The name of a skill after its folder, in the letters that a name may have."""
+    return re.sub(r"[^a-z0-9_-]+", "-", target.name.lower()).strip("-")
 
 
 def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], test: Sequence[Row]) -> Path:

@@ -8,12 +8,11 @@ together (``indirect``), and questions on what was not taught (``control``).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perdure.importers.base import Row, write_skill
+from perdure.importers.base import Row, skill_name, write_skill
 from perdure.importers.passages import Passage, read_passages
 from perdure.types import InputError
 
@@ -43,7 +42,7 @@ def build(target: Path, documents: Path, questions: Path, grader: str = "contain
         raise InputError("\n".join(problems))
     longest = max(len(str(row["completion"])) for row in (*train, *test))
     settings = {
-        "name": re.sub(r"[^a-z0-9_-]+", "-", target.name.lower()).strip("-"),
+        "name": skill_name(target),
         "description": f"Facts of {documents.name}.",
         "source": documents.name,
         "grader": grader,

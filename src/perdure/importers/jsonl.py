@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Literal
 
-from perdure.importers.base import Row, write_skill
+from perdure.importers.base import Row, skill_name, write_skill
 from perdure.skills.base import SkillSettings, prompt_key, read_rows
 from perdure.types import Example, InputError
 
@@ -19,7 +18,7 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     """Write the skill folder. Rows with the same (first) prompt stay on one side, conversations are not cut apart.
 
     Raises InputError listing every bad line."""
-    name = re.sub(r"[^a-z0-9_-]+", "-", target.name.lower()).strip("-")
+    name = skill_name(target)
     settings = {"name": name, "source": str(file.name), "grader": grader, "turns": turns}
     problems: list[str] = []
     if not file.is_file():

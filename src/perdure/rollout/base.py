@@ -44,6 +44,17 @@ class SamplingParams:
             raise ValueError(f"top_k must be at least 0 and top_p in (0, 1], not {self.top_k} and {self.top_p}")
 
 
+def references_of(
+    prompts: Sequence[Prompt], seeds: Sequence[int], references: Sequence[Sequence[int]] | None
+) -> Sequence[Sequence[int]]:
+    """The references, an empty one for each prompt where there are none. Raises ValueError when prompts, seeds and
+    references differ in number."""
+    references = [()] * len(prompts) if references is None else references
+    if not len(prompts) == len(seeds) == len(references):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(references)} references")
+    return references
+
+
 class RolloutEngine(Protocol):
     """Generates with weights that its owner keeps current."""
 

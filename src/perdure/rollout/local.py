@@ -16,7 +16,7 @@ from torch import Tensor
 from perdure.attention import packed_hidden
 from perdure.models import LoadedModel, backbone, head_of
 from perdure.packing import KeyValues, Layout, advance, pack
-from perdure.rollout.base import Progress, SamplingParams
+from perdure.rollout.base import Progress, SamplingParams, references_of
 from perdure.rollout.draft import Draft
 from perdure.rollout.sampling import choose, uniforms
 from perdure.types import Completion, Prompt
@@ -40,9 +40,7 @@ class LocalEngine:
                  progress: Progress | None = None,
                  references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
         """See RolloutEngine. Raises ValueError when prompts, seeds and references differ in number."""
-        references = [()] * len(prompts) if references is None else references
-        if not len(prompts) == len(seeds) == len(references):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(references)} references")
+        references = references_of(prompts, seeds, references)
         rows = [
             _Row(prompt.token_ids, params.max_new_tokens, uniforms(seed, params.max_new_tokens), Draft(reference))
             for prompt, seed, reference in zip(prompts, seeds, references, strict=True)

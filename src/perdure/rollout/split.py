@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from perdure.processes import GROUP, dealt, drop_with, gather, together
-from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
+from perdure.rollout.base import Progress, RolloutEngine, SamplingParams, references_of
 from perdure.types import Completion, Prompt
 
 
@@ -25,9 +25,7 @@ class SplitEngine:
                  progress: Progress | None = None,
                  references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
         """See RolloutEngine. Outside of a call that all processes are in, the lead calls the others."""
-        references = [()] * len(prompts) if references is None else references
-        if not len(prompts) == len(seeds) == len(references):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds and {len(references)} references")
+        references = references_of(prompts, seeds, references)
         with together("generate", self.key, prompts, params, seeds, references):
             parts = dealt([len(prompt.token_ids) for prompt in prompts])
             if self.alone:
