@@ -10,11 +10,12 @@ import torch
 
 from fakes import NUMBERS, copying_model, loaded, save_tiny_model, toy_skill
 from perdure.advisor import ABLE, recommend
-from perdure.config import RunConfig, TrainConfig, parse
+from perdure.config import RunConfig, TrainConfig
 from perdure.curriculum import check_skills, learn
 from perdure.models import save
 from perdure.preflight import Preflight
 from perdure.reporting import Silent
+from perdure.settings import parse
 from perdure.stages import create_workspace
 
 FOUND = Preflight(

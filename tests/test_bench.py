@@ -166,6 +166,23 @@ def test_every_run_ends_with_its_numbers_and_without_weights(ran: tuple[Path, Pa
     assert base["skills"].keys() == {"colours", "numbers"} and base["probe"] == {}
 
 
+def test_a_row_may_have_the_gate_and_what_it_refuses_counts_as_not_learned(tmp_path: Path) -> None:
+    file = write_chain(
+        tmp_path, ('[methods.sft]\nlabel = "SFT <with> anchors"', '[methods.sft]\nlabel = "SFT"\nrate = 1e-9\n'
+                   'settings.gate = { enforce = true, repair = 0 }'),
+        ('sweep_as = "sft"', "rate = 3e-3"),
+    )  # fmt: skip
+    chain = load_chain(file)
+    results = run_bench(chain, file, tmp_path / "out", 1, ["sft", "replay"], [0], Silent())
+    gated, free = sorted(results, key=lambda found: found["method"], reverse=True)
+    assert [s["promoted"] for s in gated["stages"]] == [False, False]  # nothing is learned at such a rate
+    assert all(s["learned"] == s["before"] == s["final"] for s in gated["stages"])
+    assert [s["promoted"] for s in free["stages"]] == [True, True]
+    found = summarise(results, {"skills": {s["skill"]: s["before"] for s in free["stages"]}, "probe": {}}, "sft")
+    assert found["rows"]["sft"]["learned"][0] == found["rows"]["sft"]["final"][0]
+    assert found["growth"]["sft"][1]["first"] is None  # a skill that was refused is none that could be kept
+
+
 def test_the_rate_is_the_one_that_validates_best(ran: tuple[Path, Path, list[dict[str, Any]]]) -> None:
     file, out, results = ran
     sweeps = sweeps_of(load_chain(file))

@@ -14,8 +14,8 @@ from perdure.config import ContextConfig
 from perdure.contexts import parse_template
 from perdure.importers import run_importer
 from perdure.importers.passages import MAX_WORDS, OVERLAP_WORDS, read_passages
-from perdure.preflight import candidates
 from perdure.skills.base import Skill, load_skill
+from perdure.subject import candidates
 from perdure.types import InputError
 from test_cli import assert_one_error, perdure
 

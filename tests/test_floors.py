@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 # Names below "perdure."; the package itself ("", its version) comes first. A pattern stands for modules that do not
 # import each other.
 FLOORS = {
-    "F0 words": ["", "types", "methods", "config"],
+    "F0 words": ["", "types", "methods", "settings", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "processes", "sharding", "contexts", "packing", "attention", "adapters", "models", "teacher",
-        "likelihood",
+        "files", "processes", "sharding", "thinking", "contexts", "packing", "attention", "adapters", "models",
+        "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
@@ -26,7 +26,7 @@ FLOORS = {
     ],
     "F4 doing": [
         "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
-        "rows", "monitor", "update", "train", "written", "preflight", "advisor", "anchors", "footprint",
+        "rows", "monitor", "update", "train", "written", "subject", "preflight", "advisor", "anchors", "footprint",
     ],
     "F5 deciding": [
         "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",

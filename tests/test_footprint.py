@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fakes import save_tiny_model, toy_examples, toy_skill
-from perdure.config import ContextConfig, ModelConfig, RunConfig, TrainConfig, parse
+from perdure.config import ContextConfig, ModelConfig, RunConfig, TrainConfig
 from perdure.contexts import parse_template
 from perdure.curriculum import check_hardware
 from perdure.footprint import (
@@ -27,6 +27,7 @@ from perdure.footprint import (
     work_of,
 )
 from perdure.models import linear_parameters, load
+from perdure.settings import parse
 from perdure.stages import create_workspace
 from perdure.types import InputError
 from test_cli import perdure
@@ -146,7 +147,8 @@ def status(key):
     text = Path("/proc/self/status").read_text()
     return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1]) * 1024
 
-from perdure.config import RunConfig, parse
+from perdure.config import RunConfig
+from perdure.settings import parse
 from perdure.curriculum import learn
 from perdure.importers import IMPORTERS
 from perdure.reporting import Silent

@@ -21,7 +21,7 @@ from fakes import (
     toy_skill,
 )
 from perdure.anchors import make_anchors
-from perdure.config import RunConfig, TrainConfig, parse
+from perdure.config import RunConfig, TrainConfig
 from perdure.curriculum import learn
 from perdure.files import read_jsonl
 from perdure.losses import forward_kl, nll
@@ -33,6 +33,7 @@ from perdure.rollout.local import LocalEngine
 from perdure.rows import batch_rows, complete, phase_of, recurs, sample, step_rollouts
 from perdure.runlog import LoopState
 from perdure.session import Session
+from perdure.settings import parse
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
 from perdure.staging import make_stage as staged

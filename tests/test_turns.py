@@ -12,8 +12,8 @@ from fakes import renderer
 from perdure.config import ContextConfig
 from perdure.contexts import parse_template
 from perdure.importers import run_importer
-from perdure.preflight import candidates
 from perdure.skills.base import SkillSettings, load_skill, parse_row
+from perdure.subject import candidates
 from perdure.types import InputError
 
 WEATHER: dict[str, Any] = {

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from fakes import example, loaded, renderer, tiny_model
-from perdure.config import RolloutConfig, RunConfig, parse
+from perdure.config import RolloutConfig, RunConfig
 from perdure.models import sync_weights, working_copy
 from perdure.rollout.base import SamplingParams
 from perdure.rollout.local import LocalEngine
 from perdure.rollout.vllm import VllmEngine
+from perdure.settings import parse
 from perdure.types import InputError, Prompt
 
 PROMPTS = [renderer().student_prompt(example(f"say {word}", None)) for word in ("north", "south", "east", "west")]

@@ -61,7 +61,7 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], method: Me
     if method.earlier == "answers":
         return answers
     return [_label(answer) for answer, row in zip(answers, rows, strict=True)
-            if skill.grade(renderer.text(answer.completion), row) >= 1]  # fmt: skip
+            if skill.grade(renderer.answer(answer.completion), row) >= 1]  # fmt: skip
 
 
 def _label(rollout: Rollout) -> Rollout:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from perdure.methods import METHODS
+from perdure.settings import SettingsSection, parse, parse_toml
 from perdure.types import InputError
 
-Section = TypeVar("Section", bound=BaseModel)
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(SettingsSection):
     """Which weights, and in which precision they compute."""
 
     source: str = "embedded"
@@ -34,7 +28,7 @@ class ModelConfig(_Section):
     """Longest prompt plus completion in tokens; never more than the model's own limit."""
 
 
-class ContextConfig(_Section):
+class ContextConfig(SettingsSection):
     """How the teacher sees the demonstration."""
 
     template: str = "auto"
@@ -42,6 +36,11 @@ class ContextConfig(_Section):
     ``jinja:FILE``."""
     candidates: tuple[str, ...] = ("inline", "turns:1", "turns:2", "turns:4")
     """What ``auto`` chooses from, with ``document`` added for skills whose rows carry one."""
+    student_switches: dict[str, Any] = Field(default_factory=dict)
+    """Variables that the model's chat template takes, for prompts without a demonstration and for demonstrations
+    (``enable_thinking``, ``reasoning_effort``...)."""
+    teacher_switches: dict[str, Any] = Field(default_factory=dict)
+    """The same for the teacher's prompts. Where they make the two begin the answer differently, the run is refused."""
 
     @model_validator(mode="after")
     def _possible(self) -> ContextConfig:
@@ -50,7 +49,28 @@ class ContextConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class ThinkingConfig(SettingsSection):
+    """Models that write their thinking before the answer (docs/method.md). Graders then see the answer alone."""
+
+    enabled: bool = False
+    open: str = Field(default="<think>", min_length=1)
+    """The mark before the thinking, as the model writes it."""
+    close: str = Field(default="</think>", min_length=1)
+    loss: Literal["all", "thinking", "answer"] = "all"
+    """Which part of a taught row's completion carries loss; the closing mark belongs to the thinking."""
+    hesitations: tuple[str, ...] = ("wait", "hmm", "maybe", "perhaps", "alternatively", "let me check", "actually")
+    """Words that are counted in the thinking, before and after: a teacher that knows the answer hesitates less, and a
+    student that copies this loses what its accuracy rests on (arXiv 2603.24472)."""
+
+    @model_validator(mode="after")
+    def _used(self) -> ThinkingConfig:
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if changed and not self.enabled:
+            raise ValueError(f"{', '.join(changed)}: has an effect only with enabled = true")
+        return self
+
+
+class TrainConfig(SettingsSection):
     """The distillation step and its schedule."""
 
     method: Literal[
@@ -133,6 +153,9 @@ class TrainConfig(_Section):
     patience: int = Field(default=2, ge=1)
     """Validations without a better accuracy before the stage stops."""
     checkpoint_every: int = Field(default=20, ge=1)
+    max_length_change: float = Field(default=0.0, ge=0)
+    """Share by which the mean length of the answers to the validation rows may move from where the stage began, up or
+    down; weights beyond it are not kept, and the stage ends there. 0 = no limit."""
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -195,7 +218,7 @@ class TrainConfig(_Section):
         return [f"anchor_share = {self.anchor_share} of batch_size = {self.batch_size} leaves no row to learn from"]
 
 
-class PreflightConfig(_Section):
+class PreflightConfig(SettingsSection):
     rows: int = Field(default=32, ge=4)
     """Training rows on which student and teacher are compared."""
     min_gap: float = Field(default=0.1, ge=0, le=1)
@@ -205,7 +228,7 @@ class PreflightConfig(_Section):
     """Times a few steps, answers and prior items to say what the stage will cost. Off: nothing is predicted."""
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(SettingsSection):
     """Who writes the model's answers, in training and in evaluations of skills."""
 
     engine: Literal["own", "vllm"] = "own"
@@ -231,14 +254,14 @@ class RolloutConfig(_Section):
         return self
 
 
-class EvalConfig(_Section):
+class EvalConfig(SettingsSection):
     rows: int = Field(default=0, ge=0)
     """Test rows per skill, the first ones; 0 = all."""
     batch_tokens: int = Field(default=8192, ge=64)
     """Most prompt tokens in one batch of the decode."""
 
 
-class ProbeConfig(_Section):
+class ProbeConfig(SettingsSection):
     """Prior capabilities, through lm-eval."""
 
     tasks: tuple[str, ...] = ("hellaswag", "arc_easy", "piqa", "boolq", "winogrande", "basic_skills")
@@ -247,7 +270,7 @@ class ProbeConfig(_Section):
     """Items a task, sampled with the run's seed; six tasks of 128 can show a loss of 4 points over all of them."""
 
 
-class GateConfig(_Section):
+class GateConfig(SettingsSection):
     budget: float = Field(default=0.02, gt=0, lt=0.5)
     """Accuracy that an earlier skill may lose, against the champion and against its best ever; a skill's own
     ``retention_budget`` goes before it."""
@@ -265,7 +288,7 @@ class GateConfig(_Section):
     training each); 0 = none."""
 
 
-class CostConfig(_Section):
+class CostConfig(SettingsSection):
     """Prices with which seconds become energy and money; without them only seconds and tokens are recorded."""
 
     watts: float = Field(default=0.0, ge=0)
@@ -275,12 +298,13 @@ class CostConfig(_Section):
     currency: str = "EUR"
 
 
-class RunConfig(_Section):
+class RunConfig(SettingsSection):
     """All of it."""
 
     seed: int = 0
     model: ModelConfig = ModelConfig()
     context: ContextConfig = ContextConfig()
+    thinking: ThinkingConfig = ThinkingConfig()
     train: TrainConfig = TrainConfig()
     preflight: PreflightConfig = PreflightConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -297,38 +321,6 @@ def load_config(path: Path) -> RunConfig:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return parse(RunConfig, parse_toml(data, path), where=str(path))
-
-
-def parse_toml(data: bytes, path: Path) -> dict[str, Any]:
-    """Raises InputError naming the file and the line that is no TOML."""
-    try:
-        return tomllib.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8: {error.reason}") from error
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r" \(at line (\d+),", str(error))
-        line = int(place[1]) if place else data.count(b"\n") + 1  # without a place: at the end of the file
-        raise InputError(f"{path}:{line}: not valid TOML: {error}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}:1: nested too deeply") from error
-
-
-def parse(model: type[Section], raw: dict[str, Any], where: str) -> Section:
-    """Validate ``raw`` as ``model``; one InputError that lists every problem with its key."""
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        problems = [f"  {key}: {message}" for key, message in problems_of(error)]
-        raise InputError(f"{where}: settings that cannot be used:\n" + "\n".join(problems)) from error
-
-
-def problems_of(error: ValidationError) -> list[tuple[str, str]]:
-    """(dotted key, what is wrong) of each problem."""
-    return [
-        (".".join(map(str, item["loc"])) or "(whole)", item["msg"].removeprefix("Value error, "))
-        for item in error.errors()
-    ]
 
 
 def to_toml(config: RunConfig) -> str:

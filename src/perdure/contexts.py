@@ -18,6 +18,8 @@ import jinja2
 import jinja2.sandbox
 import torch
 
+from perdure.config import ContextConfig, ThinkingConfig
+from perdure.thinking import Marks, Part, marks_of
 from perdure.types import Batch, Completion, Example, InputError, Message, Prompt, Rollout
 
 INLINE_LEAD = "This is an example for a response to the question:"
@@ -81,23 +83,35 @@ def _jinja_file(path: Path) -> jinja2.Template:
 
 
 class Renderer:
-    """Renders examples with one tokenizer's chat template. ``window`` = most tokens of prompt plus completion."""
+    """Renders examples with one tokenizer's chat template. ``window`` = most tokens of prompt plus completion.
 
-    def __init__(self, tokenizer: Any, end_ids: Sequence[int], window: int):
+    Raises InputError for switches that the chat template does not know, or that make the two roles begin the answer
+    differently: the same tokens would be thinking for one and answer for the other."""
+
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int], window: int, context: ContextConfig | None = None,
+                 thinking: ThinkingConfig | None = None):  # fmt: skip
         self.tokenizer = tokenizer
         self.end_ids = tuple(end_ids)
         """The first closes a demonstration whose template writes no closing token."""
         self.window = window
+        context, thinking = context or ContextConfig(), thinking or ThinkingConfig()
+        self.switches = {"student": context.student_switches, "teacher": context.teacher_switches}
+        self.part: Part = thinking.loss
+        self.hesitations = thinking.hesitations
+        self.marks: Marks | None = None
+        """None for a model that does not think."""
+        if any(self.switches.values()) or thinking.enabled:
+            self.marks = marks_of(thinking, self._start_of_answer())
 
     def student_prompt(self, example: Example) -> Prompt:
         """The prompt without the demonstration."""
-        return self._prompt(example, example.messages)
+        return self._prompt(example, example.messages, "student")
 
     def teacher_prompt(self, example: Example, template: Template) -> Prompt:
         """The prompt with the demonstration; for an anchor row (no demonstration) the student's own prompt."""
         if example.demonstration is None:
             return self.student_prompt(example)
-        return self._prompt(example, self.teacher_messages(example, template))
+        return self._prompt(example, self.teacher_messages(example, template), "teacher")
 
     def teacher_messages(self, example: Example, template: Template) -> tuple[Message, ...]:
         """The turns that the teacher sees."""
@@ -142,6 +156,8 @@ class Renderer:
         assert example.demonstration is not None
         before = self._text(example, example.messages, generate=True)
         after = self._text(example, (*example.messages, example.demonstration), generate=False)
+        if self.marks and self.marks.opened and not after.startswith(before):
+            after = self._into_opened(before, after, example.demonstration)
         if not after.startswith(before) or len(after) == len(before):
             raise InputError(
                 f"{example.origin}: this model's chat template does not write the demonstration after the prompt "
@@ -159,15 +175,35 @@ class Renderer:
             )
         return Completion(tuple(ids[: ends[0] + 1]), (), finished=True)
 
+    def _into_opened(self, before: str, after: str, demonstration: Message) -> str:
+        """``after`` for a template that opens the thinking in its generation prompt but renders an answer as if it had
+        not: the demonstration's thinking and the closing mark go between."""
+        assert self.marks is not None
+        bare = before[: before.rfind(self.marks.open)]
+        if not after.startswith(bare):
+            return after
+        thinking = str(demonstration.get("reasoning_content") or "").strip()
+        return f"{before}{thinking}\n{self.marks.close}\n\n{after[len(bare) :]}"
+
     def demonstration_text(self, example: Example) -> str:
-        """The demonstration as the model would write it, without the closing token."""
-        return self.text(self.demonstration(example))
+        """The demonstration as the model would write it, without the closing token. Of an answer without thinking only
+        the answer: empty thinking, which templates write out, would show the teacher not to think."""
+        text = self.text(self.demonstration(example))
+        if self.marks is None:
+            return text
+        thinking, answer = self.marks.split(text)
+        return text if thinking else answer
 
     def text(self, completion: Completion) -> str:
         """A completion as text, without its closing token; other special tokens stay visible."""
         ids = completion.token_ids
         ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def answer(self, completion: Completion) -> str:
+        """What a grader sees: the completion's text, without the thinking of a model that thinks."""
+        text = self.text(completion)
+        return text if self.marks is None else self.marks.split(text)[1]
 
     def rollout(self, example: Example, completion: Completion, template: Template | None) -> Rollout:
         """Pair a completion with both prompts; without a template the teacher sees the student's.
@@ -177,7 +213,10 @@ class Renderer:
         teacher = self.teacher_prompt(example, template) if template else student
         for role, prompt in (("student", student), ("teacher", teacher)):
             self.check_window(prompt, len(completion.token_ids), role)
-        return Rollout(student, teacher, completion)
+        region = None
+        if self.marks and self.part != "all" and example.demonstration is not None:
+            region = self.marks.region(self.tokenizer, completion.token_ids, self.part)
+        return Rollout(student, teacher, completion, region=region)
 
     def check_window(self, prompt: Prompt, completion_tokens: int, role: str) -> None:
         """Raises InputError naming the row when prompt and completion do not fit together."""
@@ -189,16 +228,37 @@ class Renderer:
                 "context template or raise model.max_window"
             )
 
-    def _prompt(self, example: Example, messages: tuple[Message, ...]) -> Prompt:
-        return Prompt(example, tuple(self._encode(self._text(example, messages, generate=True))))
+    def _start_of_answer(self) -> str:
+        """The text with which the chat template begins an answer, the same for both roles."""
+        template = str(self.tokenizer.chat_template)
+        for role, switches in self.switches.items():
+            if unknown := [name for name in switches if not re.search(rf"\b{re.escape(name)}\b", template)]:
+                raise InputError(f"context.{role}_switches: this model's chat template knows no {unknown[0]!r}")
+        messages = ({"role": "user", "content": "?"},)
+        probe = Example("", messages, None, origin="context.student_switches, context.teacher_switches")
+        starts = {}
+        for role in self.switches:
+            before, after = (self._text(probe, messages, generate, role) for generate in (False, True))
+            starts[role] = after.removeprefix(before)
+        if starts["student"] != starts["teacher"]:
+            raise InputError(
+                f"the chat template begins the student's answer with {starts['student']!r} and the teacher's with "
+                f"{starts['teacher']!r}: what is thinking for one would be answer for the other. Give "
+                "context.student_switches and context.teacher_switches the same setting for this"
+            )
+        return starts["student"]
 
-    def _text(self, example: Example, messages: tuple[Message, ...], generate: bool) -> str:
+    def _prompt(self, example: Example, messages: tuple[Message, ...], role: str) -> Prompt:
+        return Prompt(example, tuple(self._encode(self._text(example, messages, generate=True, role=role))))
+
+    def _text(self, example: Example, messages: tuple[Message, ...], generate: bool, role: str = "student") -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 [_with_objects(message) for message in messages],
                 tools=list(example.tools) or None,
                 add_generation_prompt=generate,
                 tokenize=False,
+                **self.switches[role],
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise InputError(f"{example.origin}: this model's chat template cannot render the row: {error}") from error
@@ -267,8 +327,8 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
     places = [
         (index, len(p.token_ids) + t - 1, token, r.weight, r.label_weight, r.has_demonstration)
         for index, (p, r) in enumerate(zip(prompts, rollouts, strict=True))
-        for t, token in enumerate(r.completion.token_ids)
-        if t >= skip_first_tokens
+        for t in r.loss_places(skip_first_tokens)
+        for token in r.completion.token_ids[t : t + 1]
     ]
     columns = list(zip(*places, strict=True)) or [()] * 6
     row_N, position_N, target_N = (torch.tensor(column, dtype=torch.int64) for column in columns[:3])

@@ -13,11 +13,11 @@ from perdure.gates import USUAL_NOISE, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json
 from perdure.methods import METHODS
-from perdure.preflight import candidates
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, load_skill
 from perdure.stages import Outcome, begin, finished, load_all, settle_all
+from perdure.subject import candidates
 from perdure.types import InputError
 from perdure.workspace import Workspace
 

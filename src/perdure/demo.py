@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from perdure.config import RunConfig, parse
+from perdure.config import RunConfig
 from perdure.curriculum import learn
 from perdure.importers import IMPORTERS
 from perdure.methods import METHODS
@@ -13,6 +13,7 @@ from perdure.models import EMBEDDED_NAME, EMBEDDED_PACKAGE, embedded_is_ready
 from perdure.report.html import write_report
 from perdure.report.numbers import summary
 from perdure.reporting import Reporter
+from perdure.settings import parse
 from perdure.stages import create_workspace
 from perdure.types import InputError
 from perdure.workspace import Workspace

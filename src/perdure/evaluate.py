@@ -36,7 +36,8 @@ def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts:
         text, example = renderer.text(completion), prompt.example
         expected = renderer.demonstration_text(example) if example.demonstration else ""
         question = str(example.messages[-1].get("content") or "")
-        items.append(ItemResult(example.id, question, expected, text, grader(text, example), len(completion.token_ids)))
+        score = grader(renderer.answer(completion), example)
+        items.append(ItemResult(example.id, question, expected, text, score, len(completion.token_ids)))
     return _summarise(name, items)
 
 

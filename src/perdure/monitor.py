@@ -18,7 +18,8 @@ from perdure.rows import says_demonstration
 from perdure.runlog import LoopState, RunLog
 from perdure.stage import Stage
 from perdure.teacher import Teacher
-from perdure.types import Rollout
+from perdure.thinking import hesitations
+from perdure.types import Rollout, SkillScore
 
 
 def describe(stage: Stage, rollouts: Sequence[Rollout], phase: str) -> dict[str, Any]:
@@ -56,15 +57,52 @@ def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, A
     """Accuracy on the validation rows, drift on the general anchors; the best weights so far are kept on disk."""
     result = evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader, stage.max_new_tokens)
     state.tokens["evaluate"] += sum(item.tokens for item in result.items)
-    if result.accuracy >= state.best_accuracy:
+    line = {"step": state.step, "validation_accuracy": result.accuracy, "validation_n": result.n}
+    if measures_start(stage, config):
+        line |= _manner(stage, result)
+        if state.start_length is None:
+            state.start_length = line["answer_tokens"]
+        change = abs(line["answer_tokens"] / state.start_length - 1)
+        state.strayed = 0 < config.max_length_change < change
+    if state.strayed:
+        line["strayed"] = True
+    elif result.accuracy >= state.best_accuracy:
         # On a tie the later weights are kept, but only a better accuracy counts as progress.
         state.stale = 0 if result.accuracy > state.best_accuracy else state.stale + 1
         state.best_accuracy, state.best_step = result.accuracy, state.step
         save_weights(stage.student.model, stage.folder / BEST)
     else:
         state.stale += 1
-    drift = anchor_drift(stage)
-    return {"step": state.step, "validation_accuracy": result.accuracy, "validation_n": result.n, "kl_start": drift}
+    return line | {"kl_start": anchor_drift(stage)}
+
+
+def measures_start(stage: Stage, config: TrainConfig) -> bool:
+    """Whether the answers before the first step are looked at, too: for what must not change by training."""
+    return bool(stage.validation) and (config.max_length_change > 0 or stage.renderer.marks is not None)
+
+
+def _manner(stage: Stage, result: SkillScore) -> dict[str, float]:
+    """Mean length of the answers in tokens; of a model that thinks also the words of hesitation in an answer."""
+    found = {"answer_tokens": sum(item.tokens for item in result.items) / result.n}
+    if marks := stage.renderer.marks:
+        thinking = [marks.split(item.completion)[0] for item in result.items]
+        found["hesitations"] = sum(hesitations(text, stage.renderer.hesitations) for text in thinking) / result.n
+    return found
+
+
+def said_of_manner(lines: Sequence[dict[str, Any]], limit: float) -> str | None:
+    """One sentence on how the answers to the validation rows changed, from a stage's metrics; None where it was not
+    measured."""
+    measured = [line for line in lines if "answer_tokens" in line]
+    if len(measured) < 2:
+        return None
+    first, last = measured[0], measured[-1]
+    said = f"Answers: {first['answer_tokens']:.0f} tokens before, {last['answer_tokens']:.0f} at step {last['step']}"
+    if "hesitations" in last:
+        said += f"; words of hesitation in one {first['hesitations']:.1f} and {last['hesitations']:.1f}"
+    if last.get("strayed"):
+        said += f". The stage ended there: they may change by {limit:.0%} (train.max_length_change)"
+    return said + "."
 
 
 @torch.no_grad()

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
-from perdure.contexts import Renderer, Template, collate, micro_batches, names_the_example, parse_template
-from perdure.evaluate import Grader, score_prompts
+from perdure.contexts import Template, collate, micro_batches, names_the_example, parse_template
+from perdure.evaluate import score_prompts
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
-from perdure.models import LoadedModel, autocast, head_of, hidden_at_loss_positions
-from perdure.rollout.base import Progress, RolloutEngine, TotalProgress, part_of
+from perdure.models import autocast, head_of, hidden_at_loss_positions
+from perdure.rollout.base import Progress, TotalProgress, part_of
 from perdure.runlog import Clock
 from perdure.seeds import derive_seed, permutation
+from perdure.subject import Subject, candidates, check_thinking, check_windows
 from perdure.types import Example, InputError, Rollout, SkillScore
 
 IDENTITY_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -74,83 +75,14 @@ class Preflight:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is checked: a skill's training rows on a loaded model."""
-
-    skill: str
-    examples: tuple[Example, ...]
-    grader: Grader
-    max_new_tokens: int
-    student: LoadedModel
-    working: Any
-    engine: RolloutEngine
-    renderer: Renderer
-    dtype: torch.dtype
-    original: tuple[Any, RolloutEngine] | None = None
-    """Working copy and engine of the base model, where that is to be the teacher."""
-
-    @property
-    def teaching(self) -> tuple[Any, RolloutEngine]:
-        """Working copy and engine of who will teach."""
-        return self.original or (self.working, self.engine)
-
-
-def candidates(context: ContextConfig, examples: Sequence[Example]) -> list[Template]:
-    """The templates to measure: the configured one, or all that ``auto`` may choose from."""
-    if context.template != "auto":
-        return [parse_template(context.template)]
-    names = list(context.candidates)
-    if all(example.document for example in examples):
-        names.append("document")
-    return [parse_template(name) for name in dict.fromkeys(names)]
-
-
-def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict[str, Any], list[Template]]:
-    """Lengths of every training row under every role (tokens, with room for the answer), and the templates that all
-    rows can be written in and fit under.
-
-    Raises InputError listing each row that does not fit even without a demonstration, or whose demonstration is longer
-    than an answer may be; else, when no template is left, one reason for each of them."""
-    renderer, limit, most = subject.renderer, subject.renderer.window, subject.max_new_tokens
-    completions = [len(renderer.demonstration(e).token_ids) for e in subject.examples]
-    room = [max(length, most) for length in completions]
-    prompts = [len(renderer.student_prompt(e).token_ids) for e in subject.examples]
-    problems = [f"  {e.origin}: prompt and answer take {p + r} tokens, the window holds {limit}"
-                for e, p, r in zip(subject.examples, prompts, room, strict=True) if p + r > limit]  # fmt: skip
-    problems += [f"  {e.origin}: the demonstration has {length} tokens, max_new_tokens is {most}"
-                 for e, length in zip(subject.examples, completions, strict=True) if length > most]  # fmt: skip
-    if problems:
-        raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens "
-                         "(skill.toml) or model.max_window:\n" + "\n".join(problems))  # fmt: skip
-    longest: dict[str, int] = {}
-    cannot: dict[str, str] = {}
-    for template in templates:
-        try:
-            teachers = [len(renderer.teacher_prompt(e, template).token_ids) for e in subject.examples]
-        except InputError as error:  # such as "inline" where a prompt ends in a tool turn: another may do
-            cannot[template.name] = str(error)
-        else:
-            longest[template.name] = max(p + r for p, r in zip(teachers, room, strict=True))
-    fitting = [t for t in templates if longest.get(t.name, limit + 1) <= limit]
-    if templates and not fitting:
-        reasons = [f"  {name}: {reason}" for name, reason in cannot.items()]
-        reasons += [f"  {name}: takes {length} tokens, the window holds {limit}" for name, length in longest.items()]
-        raise InputError(f"{subject.skill}: no context template fits all rows; choose another one "
-                         "(context.template) or raise model.max_window:\n" + "\n".join(reasons))  # fmt: skip
-    longest_student = max(p + r for p, r in zip(prompts, room, strict=True))
-    too_long = [name for name, length in longest.items() if length > limit]
-    window = {"limit": limit, "longest_student": longest_student, "longest_teacher": longest, "too_long": too_long,
-              "cannot_render": cannot}  # fmt: skip
-    return window, fitting
-
-
 def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig, train: TrainConfig, seed: int,
               progress: TotalProgress | None = None) -> Preflight:  # fmt: skip
     """Measure the teacher gap on ``config.rows`` training rows and choose the context template.
 
     Raises InputError when rows do not fit, or when the identity check fails (a broken set-up, not a hard skill)."""
-    window, templates = check_windows(subject, candidates(context, subject.examples))
+    check_thinking(subject.renderer, subject.examples, train)
+    thinks = subject.renderer.marks is not None
+    window, templates = check_windows(subject, candidates(context, subject.examples, thinks))
     rows = _rows(subject, config, seed)
     identity = _identity(subject, rows)
     decodes = 1 + len(templates)
@@ -167,7 +99,7 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
     best = choose_template(scores)
     probability, distance = _as_the_student_sees_it(subject, rows, train.micro_batch_tokens)
     taken = {"student": clock.seconds["student"] / len(rows), "teacher": clock.seconds[best.template] / len(rows)}
-    ready, advice = _judge(config, student.accuracy, best)
+    ready, advice = _judge(config, student.accuracy, best, thinks)
     return Preflight(
         skill=subject.skill,
         n=len(rows),
@@ -290,7 +222,9 @@ def _identity(subject: Subject, rows: Sequence[Example]) -> float:
     return identity
 
 
-def _judge(config: PreflightConfig, student_accuracy: float, best: TemplateScore) -> tuple[bool, list[str]]:
+def _judge(
+    config: PreflightConfig, student_accuracy: float, best: TemplateScore, thinks: bool = False
+) -> tuple[bool, list[str]]:
     """Whether to train, and what to do: sentences for people, the deciding one first."""
     gap = best.accuracy - student_accuracy
     able = best.accuracy >= config.min_teacher_accuracy
@@ -313,7 +247,7 @@ def _judge(config: PreflightConfig, student_accuracy: float, best: TemplateScore
             f"{best.leak_share:.0%} of the teacher's answers talk about the example that only it sees; the student "
             "would learn that. Set train.skip_first_tokens = 3 or choose a turns:N template."
         )
-    if able and best.demonstration_probability < 0.5:
+    if able and best.demonstration_probability < 0.5 and not thinks:  # who thinks does not begin with the answer
         advice.append(
             f"The teacher gives a demonstration token only {best.demonstration_probability:.0%} on average; more "
             "repeats (turns:4) or a lower train.teacher_temperature sharpen it."

@@ -34,6 +34,10 @@ class LoopState:
     best_step: int = -1
     stale: int = 0
     """Validations in a row without a better accuracy."""
+    start_length: float | None = None
+    """Mean tokens of the answers to the validation rows before the first step, where that is measured."""
+    strayed: bool = False
+    """The answers became longer or shorter than ``train.max_length_change`` allows."""
     held: Held = field(default_factory=dict)
     """What the anchor rows of each earlier skill got and said (guidance.py)."""
     tokens: dict[str, int] = field(

@@ -13,7 +13,7 @@ from typing import Any
 from perdure.advisor import ABLE, Recommendation, recommend
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
-from perdure.files import read_json, replace_text
+from perdure.files import read_json, read_jsonl, replace_text
 from perdure.forecast import forecast
 from perdure.measure import (
     Scores,
@@ -26,7 +26,8 @@ from perdure.measure import (
     write_items,
 )
 from perdure.methods import METHODS
-from perdure.preflight import Preflight, Subject, accuracy_of_teacher, check_windows, preflight
+from perdure.monitor import said_of_manner
+from perdure.preflight import Preflight, accuracy_of_teacher, preflight
 from perdure.processes import followed_by, together
 from perdure.reporting import Reporter, Silent
 from perdure.runlog import LoopState
@@ -34,6 +35,7 @@ from perdure.session import FOLLOWED, Session, open_session
 from perdure.skills.base import Skill, load_skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
+from perdure.subject import Subject, check_thinking, check_windows
 from perdure.train import train
 from perdure.workspace import BASE, Workspace
 from perdure.written import with_written
@@ -123,6 +125,7 @@ def subject_of(session: Session, skill: Skill, original: Session | None = None) 
 def check_before(run: Run) -> dict[str, Any] | None:
     """The preflight's result; None for a method that has no teacher with a demonstration. Every row must fit."""
     if not METHODS[run.config.train.method].shows:
+        check_thinking(run.session.renderer, run.skill.train, run.config.train)
         check_windows(subject_of(run.session, run.skill), [])
         return None
     file = run.folder / "preflight.json"
@@ -179,7 +182,11 @@ def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfi
         config = run.config.model_copy(update={"train": train_config})
         work = (config, anchors, template, run.folder / subfolder)
         with together("train", run.session.key, run.skill.folder, *work):
-            return _train(run.session, run.skill, *work, run.reporter)
+            state = _train(run.session, run.skill, *work, run.reporter)
+    lines = read_jsonl(run.folder / subfolder / "metrics.jsonl")
+    if said := said_of_manner(lines, train_config.max_length_change):
+        run.reporter.note(said)
+    return state
 
 
 def _train(session: Session, skill: Skill, config: RunConfig, anchors: Anchors, template: str, folder: Path,

@@ -71,7 +71,8 @@ def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
     engine = _remote(loaded, working, config) if remote else make_engine(loaded, working, config.eval.batch_tokens)
     if GROUP.count > 1:
         engine = SplitEngine(engine, key, alone=remote)  # one server: the lead asks it
-    return Session(loaded, working, engine, Renderer(loaded.tokenizer, loaded.end_ids, loaded.window), dtype, key)
+    renderer = Renderer(loaded.tokenizer, loaded.end_ids, loaded.window, config.context, config.thinking)
+    return Session(loaded, working, engine, renderer, dtype, key)
 
 
 def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngine:

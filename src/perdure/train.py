@@ -25,7 +25,7 @@ from perdure.contexts import collate, micro_batches
 from perdure.guidance import described
 from perdure.methods import METHODS
 from perdure.models import linear_parameters, sync_weights
-from perdure.monitor import describe, log_sample, validate
+from perdure.monitor import describe, log_sample, measures_start, validate
 from perdure.processes import barrier, from_lead, gather
 from perdure.rows import phase_of, recurs, step_rollouts
 from perdure.runlog import Clock, LoopState, Report, RunLog
@@ -62,7 +62,10 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     state = resume(stage, optimizer, log)
     kept_scores: dict[Any, Tensor] = {}
     parameters = linear_parameters(stage.student.model)
-    while state.step < config.steps and (state.stale < config.patience or METHODS[config.method].reinvoked):
+    if state.step == 0 and measures_start(stage, config):
+        log.metrics(validate(stage, config, state))
+        state = from_lead(state)
+    while state.step < config.steps and not _done(config, state):
         clock, phase = Clock(), phase_of(state, config)
         if phase == "re_invoke" and state.step == config.steps - config.reinvoke_steps:
             state.best_accuracy = -1.0  # the weights to end with are those of this phase
@@ -99,6 +102,11 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         barrier()  # the lead has written them
         load_weights(stage.student.model, stage.folder / BEST)
     return state
+
+
+def _done(config: TrainConfig, state: LoopState) -> bool:
+    """Whether validation says that more steps would be of no use, or have gone too far."""
+    return state.strayed or (state.stale >= config.patience and not METHODS[config.method].reinvoked)
 
 
 def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog) -> LoopState:

@@ -75,6 +75,13 @@ class Rollout:
     """Multiplies the loss of its own tokens as labels (nll or dft)."""
     source: str = ""
     """The earlier skill that the row holds; empty for rows to learn and for general anchors."""
+    region: tuple[int, int] | None = None
+    """First and one past the last token of the completion that carry loss; None: all do."""
+
+    def loss_places(self, skip_first_tokens: int = 0) -> range:
+        """The places of the completion's tokens that carry loss."""
+        start, end = self.region or (0, len(self.completion.token_ids))
+        return range(max(start, skip_first_tokens), end)
 
     @property
     def has_demonstration(self) -> bool:

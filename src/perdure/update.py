@@ -55,7 +55,7 @@ def row_tokens(rollout: Rollout) -> int:
 
 def loss_tokens(rollout: Rollout, config: TrainConfig) -> int:
     """Tokens of the completion that carry loss."""
-    return max(0, len(rollout.completion.token_ids) - config.skip_first_tokens)
+    return len(rollout.loss_places(config.skip_first_tokens))
 
 
 def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer,

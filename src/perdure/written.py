@@ -28,7 +28,7 @@ def with_written(stage: Stage, config: TrainConfig, progress: TotalProgress | No
     answers = stage.engine.generate(prompts, params, seeds, part_of(progress, 0, len(rows)),
                                     [d.token_ids for d in demonstrations])  # fmt: skip
     if METHODS[config.method].completions == "rewritten":
-        answers = [answer if stage.grader(stage.renderer.text(answer), row) >= 1 else demonstration
+        answers = [answer if stage.grader(stage.renderer.answer(answer), row) >= 1 else demonstration
                    for row, answer, demonstration in zip(rows, answers, demonstrations, strict=True)]  # fmt: skip
     written = {row.id: _row(stage, config, row, answer) for row, answer in zip(rows, answers, strict=True)}
     return replace(stage, examples=tuple(written.get(row.id, row) if isinstance(row, Example) else row

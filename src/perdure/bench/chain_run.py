@@ -23,6 +23,7 @@ from perdure.measure import Scores, known_scores, measure_probe, measure_skill, 
 from perdure.monitor import drift
 from perdure.probe import ProbeResult
 from perdure.reporting import Phase, Silent
+from perdure.running import open_version
 from perdure.session import Session, open_session
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
@@ -94,17 +95,23 @@ def run_chain(folder: Path, plan: RunPlan, skills: dict[str, Path], base: Path |
 
 
 def _stage(workspace: Workspace, last: Scores, skill: str) -> dict[str, Any]:
-    """What a stage cost and scored: bits of the skill's items before it, when learned and at the end (``last``)."""
-    names = [name for name in workspace.lineage()[::-1] if workspace.version(name)["skill"] == skill]
-    info = workspace.version(names[0])
-    before, learned = (known_scores(workspace, name) for name in (info["parent"], names[0]))
+    """What a stage cost and scored: bits of the skill's items before it, when learned and at the end (``last``). Where
+    the gate refused, the parent went on, and its scores count as those when learned and at the end."""
+    versions = [name for name in workspace.versions()[::-1] if workspace.version(name)["skill"] == skill]
+    promoted = [name for name in versions if name in workspace.lineage()]
+    name = (promoted or versions)[0]
+    info = workspace.version(name)
+    before, learned = (known_scores(workspace, version)
+                       for version in (info["parent"], name if promoted else info["parent"]))  # fmt: skip
     lines = read_jsonl(workspace.run_folder(info["stage"]) / "metrics.jsonl")
     validated = [line for line in lines if "validation_accuracy" in line]
     check = workspace.run_folder(info["stage"]) / "preflight.json"
     return {
         "skill": skill,
-        "before": _bits(before.items[skill]), "learned": _bits(learned.items[skill]), "final": _bits(last.items[skill]),
-        "scores": {name: score["accuracy"] for name, score in info["scores"].items()},
+        "before": _bits(before.items[skill]), "learned": _bits(learned.items[skill]),
+        "final": _bits(last.items.get(skill, learned.items[skill])),
+        "promoted": bool(promoted),
+        "scores": {name: score["accuracy"] for name, score in learned.skills.items()},
         "kl_start": next((line["kl_start"] for line in reversed(validated)), None),
         "validation": max((line["validation_accuracy"] for line in validated), default=None),
         "seconds": info["cost"]["seconds"], "tokens": info["cost"]["tokens"], "steps": info["cost"]["steps"],
@@ -119,7 +126,7 @@ def _bits(items: Any) -> str:
 
 def _final(workspace: Workspace, plan: RunPlan, reporter: FileReporter) -> dict[str, Any]:
     """Prior capabilities and drift of the last version."""
-    last = open_session(plan.config, workspace.version_folder(workspace.resolve("champion")))
+    last = open_version(workspace, workspace.resolve("champion"), plan.config)
     probed = measure_probe(last, plan.probe, reporter, "the last version")
     return {"probe": probe_bits(probed), "drift": _drift(open_session(plan.config), last)}
 

@@ -68,8 +68,11 @@ def growth(results: Sequence[Result]) -> list[dict[str, float | None]]:
     places: list[dict[str, float | None]] = []
     for place in range(max(len(result["stages"]) for result in results)):
         stages = [result["stages"][: place + 1] for result in results if len(result["stages"]) > place]
-        now = [[run[-1]["scores"][stage["skill"]] for stage in run[:-1]] for run in stages]
-        learned = [[float(_bits(stage["learned"]).mean()) for stage in run[:-1]] for run in stages]
+        taught = [[stage for stage in run[:-1] if stage["skill"] in run[-1]["scores"]] for run in stages]
+        now = [
+            [run[-1]["scores"][stage["skill"]] for stage in known] for run, known in zip(stages, taught, strict=True)
+        ]
+        learned = [[float(_bits(stage["learned"]).mean()) for stage in known] for known in taught]
         pairs = list(zip(now, learned, strict=True))
         train = [run[-1]["seconds"].get("train", 0.0) for run in stages]
         places.append({

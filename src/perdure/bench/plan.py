@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from perdure.config import RunConfig, parse, parse_toml
+from perdure.config import RunConfig
 from perdure.importers import IMPORTERS
+from perdure.settings import parse, parse_toml
 from perdure.types import InputError
 
 NAME = r"[a-z0-9][a-z0-9-]*"
@@ -64,8 +65,9 @@ class Sweep(_Part):
 
 
 class ChainFile(_Part):
-    """The whole file. Settings are sections of a RunConfig; stages run without the prior tasks and without a gate that
-    refuses, the prior tasks are measured on the base and on each run's last version."""
+    """The whole file. Settings are sections of a RunConfig; stages run without the prior tasks, which are measured on
+    the base and on each run's last version, and, unless a row's ``gate`` says otherwise, with a gate that refuses and
+    repairs nothing."""
 
     name: str = Field(pattern=f"^{NAME}$")
     about: str = ""
@@ -121,7 +123,7 @@ class RunPlan:
     @property
     def config(self) -> RunConfig:
         """Raises InputError for settings that cannot be used."""
-        raw = merged(self.settings, {"gate": {"enforce": False, "repair": 0}, "probe": {"tasks": []}})
+        raw = merged({"gate": {"enforce": False, "repair": 0}}, self.settings, {"probe": {"tasks": []}})
         if self.rate is not None:
             raw = merged(raw, {"train": {"learning_rate": self.rate}})
         return parse(RunConfig, raw | {"seed": self.seed}, where=f"{self.method}: settings of the chain file")

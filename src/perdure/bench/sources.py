@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from perdure.bench.plan import Source
-from perdure.config import parse_toml
 from perdure.files import read_jsonl
 from perdure.importers import IMPORTERS
 from perdure.importers.base import write_skill
+from perdure.settings import parse_toml
 
 
 def skill_folder(out: Path, chain_folder: Path, name: str, source: Source) -> Path:

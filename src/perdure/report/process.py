@@ -19,6 +19,8 @@ CURVES = (
     ("Demonstration probability", "demonstration_probability", True, False),
     ("Loss", "loss", False, False),
     ("KL from the start", "kl_start", False, True),
+    ("Length of answers, tokens", "answer_tokens", False, True),
+    ("Words of hesitation an answer", "hesitations", False, True),
 )
 """Title, key in metrics.jsonl, a share?, measured only now and then?"""
 
@@ -27,7 +29,7 @@ CURVES = (
 
 
 def curves(record: Record, compared: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Four charts a stage; what another method measured while it learned the same skill is drawn beside."""
+    """The charts of each stage; what another method measured while it learned the same skill is drawn beside."""
     shown = []
     for run in record.runs.values():
         lines = run.metrics()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from perdure.config import parse_toml, problems_of
+from perdure.settings import parse_toml, problems_of
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
 from perdure.skills.turns import bare, check_calls, check_order, metadata_of_turns, positions

@@ -1,0 +1,118 @@
+"""What a preflight looks at, and whether its rows can be used at all: lengths, thinking, context templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perdure.config import ContextConfig, TrainConfig
+from perdure.contexts import Renderer, Template, parse_template
+from perdure.evaluate import Grader
+from perdure.methods import METHODS
+from perdure.models import LoadedModel
+from perdure.rollout.base import RolloutEngine
+from perdure.types import Example, InputError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked: a skill's training rows on a loaded model."""
+
+    skill: str
+    examples: tuple[Example, ...]
+    grader: Grader
+    max_new_tokens: int
+    student: LoadedModel
+    working: Any
+    engine: RolloutEngine
+    renderer: Renderer
+    dtype: torch.dtype
+    original: tuple[Any, RolloutEngine] | None = None
+    """Working copy and engine of the base model, where that is to be the teacher."""
+
+    @property
+    def teaching(self) -> tuple[Any, RolloutEngine]:
+        """Working copy and engine of who will teach."""
+        return self.original or (self.working, self.engine)
+
+
+def candidates(context: ContextConfig, examples: Sequence[Example], thinks: bool = False) -> list[Template]:
+    """The templates to measure: the configured one, or all that ``auto`` may choose from (for a model that thinks, in
+    the wording that asks for its thinking)."""
+    if context.template != "auto":
+        return [parse_template(context.template)]
+    names = list(context.candidates)
+    if thinks:  # the clause that asks for the thinking: without it a teacher that knows the answer just says it
+        names = ["inline_thinking" if name == "inline" else name for name in names]
+    if all(example.document for example in examples):
+        names.append("document")
+    return [parse_template(name) for name in dict.fromkeys(names)]
+
+
+def check_thinking(renderer: Renderer, examples: Sequence[Example], train: TrainConfig) -> None:
+    """Raises InputError for demonstrations that would teach a thinking model not to think: answers without thinking,
+    where steps train on the demonstration's own tokens; and for thinking that the chat template does not render."""
+    marks = renderer.marks
+    if marks is None:
+        return
+    for example in examples:
+        assert example.demonstration is not None
+        if marks.open in str(example.demonstration.get("content")):
+            raise InputError(
+                f"{example.origin}: the answer holds {marks.open}; give the thinking as 'reasoning_content' beside "
+                "'content': graders compare answers alone"
+            )
+    bare = [e for e in examples if not marks.split(renderer.text(renderer.demonstration(e)))[0]]
+    if unwritten := [e for e in bare if e.demonstration and e.demonstration.get("reasoning_content")]:
+        raise InputError(f"{unwritten[0].origin}: this model's chat template does not render 'reasoning_content'")
+    student = METHODS[train.method].completions == "student"
+    trained = (train.warm_start_steps > 0 or train.on_policy_share < 1) if student else not METHODS[train.method].shows
+    trained = trained or METHODS[train.method].completions == "rewritten"
+    if bare and trained and renderer.part != "answer":
+        raise InputError(
+            f"{bare[0].origin}: an answer without thinking ({len(bare)} of {len(examples)} rows), and steps that train "
+            'on the demonstrations as they stand: the model would unlearn to think. With method = "sdft" set '
+            "train.warm_start_steps = 0; or set thinking.loss = \"answer\", or give the thinking as 'reasoning_content'"
+        )
+
+
+def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict[str, Any], list[Template]]:
+    """Lengths of every training row under every role (tokens, with room for the answer), and the templates that all
+    rows can be written in and fit under.
+
+    Raises InputError listing each row that does not fit even without a demonstration, or whose demonstration is longer
+    than an answer may be; else, when no template is left, one reason for each of them."""
+    renderer, limit, most = subject.renderer, subject.renderer.window, subject.max_new_tokens
+    completions = [len(renderer.demonstration(e).token_ids) for e in subject.examples]
+    room = [max(length, most) for length in completions]
+    prompts = [len(renderer.student_prompt(e).token_ids) for e in subject.examples]
+    problems = [f"  {e.origin}: prompt and answer take {p + r} tokens, the window holds {limit}"
+                for e, p, r in zip(subject.examples, prompts, room, strict=True) if p + r > limit]  # fmt: skip
+    problems += [f"  {e.origin}: the demonstration has {length} tokens, max_new_tokens is {most}"
+                 for e, length in zip(subject.examples, completions, strict=True) if length > most]  # fmt: skip
+    if problems:
+        raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens "
+                         "(skill.toml) or model.max_window:\n" + "\n".join(problems))  # fmt: skip
+    longest: dict[str, int] = {}
+    cannot: dict[str, str] = {}
+    for template in templates:
+        try:
+            teachers = [len(renderer.teacher_prompt(e, template).token_ids) for e in subject.examples]
+        except InputError as error:  # such as "inline" where a prompt ends in a tool turn: another may do
+            cannot[template.name] = str(error)
+        else:
+            longest[template.name] = max(p + r for p, r in zip(teachers, room, strict=True))
+    fitting = [t for t in templates if longest.get(t.name, limit + 1) <= limit]
+    if templates and not fitting:
+        reasons = [f"  {name}: {reason}" for name, reason in cannot.items()]
+        reasons += [f"  {name}: takes {length} tokens, the window holds {limit}" for name, length in longest.items()]
+        raise InputError(f"{subject.skill}: no context template fits all rows; choose another one "
+                         "(context.template) or raise model.max_window:\n" + "\n".join(reasons))  # fmt: skip
+    longest_student = max(p + r for p, r in zip(prompts, room, strict=True))
+    too_long = [name for name, length in longest.items() if length > limit]
+    window = {"limit": limit, "longest_student": longest_student, "longest_teacher": longest, "too_long": too_long,
+              "cannot_render": cannot}  # fmt: skip
+    return window, fitting
