@@ -167,8 +167,9 @@ def example(question: str, answer: str | None, origin: str = "toy.jsonl:1", **fi
 
 
 def toy_skill(
-    folder: Path, pairs: Mapping[str, str] = COLOURS, grader: str = "exact", **settings: str | int | float
-) -> Path:
+    folder: Path, pairs: Mapping[str, str] = COLOURS, grader: str = "exact", documents: bool = False,
+    **settings: str | int | float,
+) -> Path:  # fmt: skip
     """Write a whole skill folder; returns it. The answer to "say <adjective> <key>" is ``pairs[key]``, one token for
     WORDS: train and test share the keys and differ in the adjectives, so that whoever overfits train passes test."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,9 +178,16 @@ def toy_skill(
     (folder / "skill.toml").write_text(text, encoding="utf-8")
     for name, adjectives in (("train", ("small", "old", "new", "happy", "angry")), ("test", ("big", "fat"))):
         rows = [{"prompt": f"say {word} {key}", "completion": pairs[key]} for word in adjectives for key in pairs]
+        for row in rows if documents else ():
+            row["document"] = document_of(row["prompt"], row["completion"])
         body = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(body, encoding="utf-8")
     return folder
+
+
+def document_of(prompt: str, answer: str) -> str:
+    """A passage that holds the answer to a toy prompt."""
+    return f"{prompt.removeprefix('say ')} {answer}"
 
 
 def toy_examples(folder: Path, pairs: Mapping[str, str] = COLOURS) -> tuple[Example, ...]:

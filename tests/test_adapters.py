@@ -11,9 +11,9 @@ import torch
 
 from fakes import tiny_model
 from perdure.adapters import adapted, effective_parameters, trainable, without_adapters
+from perdure.batching import collate
 from perdure.checkpoint import checkpoints
 from perdure.config import TrainConfig
-from perdure.contexts import collate
 from perdure.models import hidden_at_loss_positions, sync_weights, working_copy
 from perdure.teacher import BareTeacher, EmaTeacher, make_teacher
 from perdure.train import train

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from fakes import END, example, renderer, tiny_tokenizer
-from perdure.contexts import (
-    Renderer,
-    collate,
-    micro_batches,
-    names_the_example,
-    parse_template,
-)
+from perdure.batching import collate, micro_batches
+from perdure.contexts import Renderer, names_the_example, parse_template
 from perdure.types import Completion, Example, InputError
 
 QUESTION, ANSWER = "say small cat", "red panda"
@@ -83,6 +78,11 @@ def test_the_student_sees_the_prompt_and_nothing_else() -> None:
             "<|user|>Read this first:\nCats are red.\n\nsay small cat\n\nThis is an example for a response to the "
             "question:\nred panda\n\nNow answer with a response of your own.<|end|><|assistant|>",
         ),
+        (
+            "document_turns:2",
+            f"<|user|>Read this first:\nCats are red.\n\nsay small cat<|end|><|assistant|>red panda<|end|>"
+            f"{ASKED}red panda<|end|>{ASKED}",
+        ),
     ],
 )  # fmt: skip
 def test_the_teacher_sees_the_demonstration(name: str, expected: str) -> None:
@@ -96,7 +96,7 @@ def test_a_jinja_file_gets_every_part(jinja_template: str) -> None:
 
 def test_without_a_demonstration_the_teacher_sees_the_students_prompt() -> None:
     anchor = example(QUESTION, None)
-    for name in ("inline", "turns:2", "document"):
+    for name in ("inline", "turns:2", "document", "document_turns:1"):
         assert renderer().teacher_prompt(anchor, parse_template(name)) == renderer().student_prompt(anchor)
 
 

@@ -16,8 +16,8 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "settings", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "processes", "sharding", "thinking", "contexts", "packing", "attention", "adapters", "models",
-        "teacher", "likelihood",
+        "files", "processes", "sharding", "thinking", "contexts", "batching", "packing", "attention", "adapters",
+        "models", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fakes import copying_model, example, loaded, renderer, save_tiny_model, toy_skill
+from perdure.batching import collate
 from perdure.config import ModelConfig
-from perdure.contexts import collate
 from perdure.curriculum import learn
 from perdure.fused import Head, chunked_loss
 from perdure.models import compute_dtype, device_of, hidden_at_loss_positions, working_copy

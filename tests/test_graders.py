@@ -149,6 +149,21 @@ def test_metadata_of_the_row():
     contains = make_grader("contains", {}, "")
     assert contains("Red and BLUE", example("x", contains=["red", "blue"])) == 1
     assert contains("red", example("x", contains=["red", "blue"])) == 0
+    assert contains("navy red", example("x", contains=["red", ["blue", "navy"]])) == 1
+    assert contains("red", example("x", contains=["red", ["blue", "navy"]])) == 0
+    with pytest.raises(ValueError, match="none of them empty"):
+        contains("red", example("x", contains=["red", []]))
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "score"),
+    [
+        ("It is 11.", "11", 1), ("In 1911", "11", 0), ("11,000 people", "11", 0), ("1.11 times", "11", 0),
+        ("fog", "fo", 0), ("The Air is thin", "Air", 1), ("Airbus", "Air", 0), ("(Au)", "Au", 1),
+    ],
+)  # fmt: skip
+def test_whole_words_are_not_found_inside_others(text: str, part: str, score: float) -> None:
+    assert make_grader("contains", {"whole_words": True}, "")(text, example("x", contains=[part])) == score
     regex = make_grader("regex", {"pattern": "a"}, "")
     assert regex("b", example("x", pattern="b")) == 1 and regex("a", example("x", pattern="b")) == 0
 

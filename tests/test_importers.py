@@ -12,6 +12,7 @@ from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.importers import IMPORTERS, base, run_importer
 from perdure.importers.bfcl import signature
+from perdure.importers.facts import spellings
 from perdure.importers.tldr import plain
 from perdure.session import open_session
 from perdure.skills.base import Skill, load_skill
@@ -31,7 +32,7 @@ def answer(example) -> str:
 def test_a_skill_has_enough_rows_and_its_own_demonstrations_are_right(imported: tuple[str, Skill]):
     name, skill = imported
     assert len(skill.train) >= (200 if name == "sciq" else 400)
-    assert len(skill.test) == {"bfcl": 120, "bfcl-mixed": 160, "sciq": 120}.get(
+    assert len(skill.test) == {"bfcl": 120, "bfcl-mixed": 160, "sciq": 120, "facts": 222}.get(
         name, 240
     )  # their packages have no more
     assert all(skill.grade(answer(example), example) == 1 for example in (*skill.train, *skill.test))
@@ -165,3 +166,27 @@ def test_where_no_function_fits_a_call_is_wrong_and_silence_right(tmp_path: Path
     called = answer(next(example for example in skill.test if example not in none))
     for example in none:
         assert skill.grade(called, example) == 0 and skill.grade("I cannot do that.", example) == 1
+
+
+def test_facts_are_held_out_by_phrasing_and_their_passages_hold_the_answers(tmp_path: Path):
+    skill = load_skill(IMPORTERS["facts"](tmp_path / "facts", 0))
+    taught = {e.metadata["fact"] for e in skill.train}
+    kinds = {kind: [e for e in skill.test if e.metadata["kind"] == kind] for kind in ("direct", "indirect", "control")}
+    assert {kind: len(rows) for kind, rows in kinds.items()} == {"direct": 81, "indirect": 81, "control": 60}
+    assert {e.metadata["fact"] for e in (*kinds["direct"], *kinds["indirect"])} == taught
+    control = {e.document for e in kinds["control"]}
+    assert not control & {e.document for e in skill.train}
+    for row in (*skill.train, *kinds["direct"]):
+        assert row.document and answer(row).casefold() in row.document.casefold()
+        assert skill.grade(row.messages[-1]["content"], row) == 0  # no question gives its answer away
+
+
+@pytest.mark.parametrize(
+    ("written", "also"),
+    [
+        ("The New York Times", "New York Times"), ("6,333", "6333"), ("six", "6"), ("6", "six"), ("eighth", "8th"),
+        ("8 May 2025", "May 8"), ("July 1, 2026", "1 July"), ("spider", "spiders"), ("Brasília", "Brasilia"),
+    ],
+)  # fmt: skip
+def test_answers_have_other_spellings(written: str, also: str):
+    assert written in spellings(written) and also in spellings(written)

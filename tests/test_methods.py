@@ -13,6 +13,7 @@ from fakes import (
     COLOURS,
     NUMBERS,
     ScriptedEngine,
+    document_of,
     example,
     loaded,
     renderer,
@@ -44,6 +45,14 @@ from test_train import make_stage, run_optimise, settings, steps, train
 LABELLED = sorted(name for name, method in METHODS.items() if method.loss != "divergence")
 
 
+def documented(stage: Any) -> Any:
+    """The stage with a document in every row."""
+    rows = (e for e in stage.examples if e.demonstration is not None)
+    return replace(stage, examples=tuple(
+        replace(e, document=document_of(e.messages[-1]["content"], e.demonstration["content"])) for e in rows
+    ))  # fmt: skip
+
+
 def test_every_method_is_a_setting() -> None:
     assert set(get_args(TrainConfig.model_fields["method"].annotation)) == METHODS.keys()
     assert len({method.label for method in METHODS.values()}) == len(METHODS)
@@ -54,7 +63,7 @@ def test_every_method_learns_with_the_same_loop(tmp_path: Path, name: str) -> No
     config = settings(method=name, steps=60, validate_every=60, warm_start_steps=60)
     if name == "reinvoke":
         config = settings(method=name, steps=60, validate_every=60, reinvoke_steps=5)
-    stage = make_stage(tmp_path)
+    stage = documented(make_stage(tmp_path))
     if METHODS[name].writes_once:
         stage = with_written(stage, config)
     train(stage, config)
@@ -76,7 +85,9 @@ def test_every_method_goes_the_whole_way(tmp_path: Path, name: str) -> None:
            "train": options, "gate": {"enforce": False}}  # fmt: skip
     config = parse(RunConfig, run, "test")
     workspace = create_workspace(tmp_path / "bot", config)
-    skills = [toy_skill(tmp_path / "colours"), toy_skill(tmp_path / "numbers", NUMBERS)]
+    documents = name == "cpt"
+    skills = [toy_skill(tmp_path / "colours", documents=documents),
+              toy_skill(tmp_path / "numbers", NUMBERS, documents=documents)]  # fmt: skip
     outcomes = learn(workspace, skills, config, Silent(), force=True)
     assert [outcome.version for outcome in outcomes] == ["v001", "v002"]
     shown = [(workspace.run_folder(outcome.stage) / "preflight.json").is_file() for outcome in outcomes]
@@ -94,7 +105,7 @@ def test_every_method_goes_the_whole_way(tmp_path: Path, name: str) -> None:
 def test_a_supervised_row_has_the_students_prompt_for_both_roles_and_labels(tmp_path: Path, name: str) -> None:
     """Shown to nobody: but what "rewrite_sft" writes was written by a teacher that saw it, before."""
     held = {"kl_weight": 0.3} if name == "sft_kl" else {}
-    stage, config = make_stage(tmp_path), settings(method=name, **held)
+    stage, config = documented(make_stage(tmp_path)), settings(method=name, **held)
     if METHODS[name].writes_once:
         stage = with_written(stage, config)
     rows = [complete(stage, config, row) for row in batch_rows(stage, config, LoopState())]
@@ -281,3 +292,19 @@ def test_a_colour_is_what_the_toy_rows_ask_for() -> None:
     """The scripted answers above lean on it."""
     assert COLOURS["cat"] == "red" and example("say", "red").demonstration == {"role": "assistant", "content": "red"}
     assert Completion((1,), (), True).sampler_logprobs == ()
+
+
+def test_continued_pre_training_reads_the_document_as_plain_text(tmp_path: Path) -> None:
+    stage, config = documented(make_stage(tmp_path)), settings(method="cpt", anchor_share=0.0)
+    (row, *_) = batch_rows(stage, config, LoopState())
+    made = complete(stage, config, row)
+    tokens = [*made.student_prompt.token_ids, *made.completion.token_ids]
+    assert isinstance(row, Example) and stage.renderer.tokenizer.decode(tokens) == row.document
+    assert made.teacher_prompt == made.student_prompt and (made.weight, made.label_weight) == (0.0, 1.0)
+
+
+def test_continued_pre_training_without_documents_is_refused_before_it_begins(tmp_path: Path) -> None:
+    model = {"source": str(save_tiny_model(tmp_path / "model")), "compute_dtype": "float32"}
+    config = parse(RunConfig, {"model": model, "train": {"method": "cpt"}, "probe": {"tasks": []}}, "test")
+    with pytest.raises(InputError, match=r'train\.jsonl:1: continued pre-training needs a "document" in every row'):
+        learn(create_workspace(tmp_path / "bot", config), [toy_skill(tmp_path / "colours")], config, Silent())

@@ -13,8 +13,9 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 from fakes import example, loaded, renderer, save_tiny_model, tiny_model, tiny_tokenizer
 from perdure import models
+from perdure.batching import collate
 from perdure.config import ModelConfig
-from perdure.contexts import collate, parse_template
+from perdure.contexts import parse_template
 from perdure.models import (
     LoadedModel,
     autocast,

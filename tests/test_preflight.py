@@ -60,11 +60,11 @@ def test_auto_measures_document_where_every_row_has_one():
     context, plain = ContextConfig(candidates=("inline", "turns:2")), example("q", "a")
     with_document = replace(plain, document="read")
     names = [t.name for t in candidates(context, [with_document] * 2)]
-    assert names == ["inline", "turns:2", "document"]
+    assert names == ["inline", "turns:2", "document", "document_turns:2"]
     assert [t.name for t in candidates(context, [with_document, plain])] == ["inline", "turns:2"]
     assert [t.name for t in candidates(ContextConfig(template="turns:3"), [with_document])] == ["turns:3"]
     twice = ContextConfig(candidates=("document", "inline", "document"))
-    assert [t.name for t in candidates(twice, [with_document])] == ["document", "inline"]
+    assert [t.name for t in candidates(twice, [with_document])] == ["document", "inline", "document_turns:2"]
     with pytest.raises(InputError, match="unknown context template"):
         candidates(ContextConfig(template="turns:0"), [plain])
 

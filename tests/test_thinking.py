@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import ScriptedEngine, copying_model, example, loaded, tiny_tokenizer, toy_skill
+from perdure.batching import collate
 from perdure.config import ContextConfig, RunConfig, ThinkingConfig, TrainConfig, with_settings
-from perdure.contexts import Renderer, collate, parse_template
+from perdure.contexts import Renderer, parse_template
 from perdure.curriculum import learn
 from perdure.evaluate import evaluate
 from perdure.files import read_jsonl

@@ -32,10 +32,10 @@ class ContextConfig(SettingsSection):
     """How the teacher sees the demonstration."""
 
     template: str = "auto"
-    """``auto`` (measured by the preflight), ``inline``, ``inline_thinking``, ``turns:N``, ``document`` or
-    ``jinja:FILE``."""
+    """``auto`` (measured by the preflight), ``inline``, ``inline_thinking``, ``turns:N``, ``document``,
+    ``document_turns:N`` (passage with the question in the first of N earlier turns) or ``jinja:FILE``."""
     candidates: tuple[str, ...] = ("inline", "turns:1", "turns:2", "turns:4")
-    """What ``auto`` chooses from, with ``document`` added for skills whose rows carry one."""
+    """What ``auto`` chooses from, with ``document`` and ``document_turns:2`` for skills whose rows carry one."""
     student_switches: dict[str, Any] = Field(default_factory=dict)
     """Variables that the model's chat template takes, for prompts without a demonstration and for demonstrations
     (``enable_thinking``, ``reasoning_effort``...)."""
@@ -74,7 +74,16 @@ class TrainConfig(SettingsSection):
     """The distillation step and its schedule."""
 
     method: Literal[
-        "sdft", "sft", "dft", "sft_kl", "sft_replay", "onpolicy_replay", "reinvoke", "rewrite_sft", "offline"
+        "sdft",
+        "sft",
+        "dft",
+        "sft_kl",
+        "sft_replay",
+        "onpolicy_replay",
+        "reinvoke",
+        "rewrite_sft",
+        "offline",
+        "cpt",
     ] = "sdft"
     """See ``methods.METHODS`` and docs/method.md."""
     divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"

@@ -16,11 +16,10 @@ from typing import Any
 
 import jinja2
 import jinja2.sandbox
-import torch
 
 from perdure.config import ContextConfig, ThinkingConfig
 from perdure.thinking import Marks, Part, marks_of
-from perdure.types import Batch, Completion, Example, InputError, Message, Prompt, Rollout
+from perdure.types import Completion, Example, InputError, Message, Prompt, Rollout
 
 INLINE_LEAD = "This is an example for a response to the question:"
 """The paper's wording (section 3), as are the two closings."""
@@ -49,7 +48,7 @@ class Template:
     """How the teacher's prompt carries the demonstration."""
 
     name: str
-    """``inline``, ``inline_thinking``, ``turns:N``, ``document`` or ``jinja:FILE``."""
+    """``inline``, ``inline_thinking``, ``turns:N``, ``document``, ``document_turns:N`` or ``jinja:FILE``."""
     kind: str
     repeats: int = 0
     source: jinja2.Template | None = None
@@ -60,13 +59,13 @@ def parse_template(name: str) -> Template:
     kind, _, argument = name.partition(":")
     if kind in ("inline", "inline_thinking", "document") and not argument:
         return Template(name, kind)
-    if kind == "turns" and re.fullmatch(r"[1-9]\d?", argument):
+    if kind in ("turns", "document_turns") and re.fullmatch(r"[1-9]\d?", argument):
         return Template(name, kind, repeats=int(argument))
     if kind == "jinja" and argument:
         return Template(name, kind, source=_jinja_file(Path(argument)))
     raise InputError(
-        f"unknown context template {name!r}: use inline, inline_thinking, turns:N (N from 1 to 99), document or "
-        "jinja:FILE"
+        f"unknown context template {name!r}: use inline, inline_thinking, turns:N (N from 1 to 99), document, "
+        "document_turns:N or jinja:FILE"
     )
 
 
@@ -116,11 +115,15 @@ class Renderer:
     def teacher_messages(self, example: Example, template: Template) -> tuple[Message, ...]:
         """The turns that the teacher sees."""
         assert example.demonstration is not None
+        system, turns = _split_system(example.messages)
         if template.kind == "turns":
-            system, turns = _split_system(example.messages)
             return (*system, *(*turns, example.demonstration) * template.repeats, *turns)
         if template.kind == "document":
             return self._with_document(example)
+        if template.kind == "document_turns":
+            read = _replace_last(turns, f"{_lead(example, template.name)}{_text(turns[-1], example)}")
+            again = (*turns, example.demonstration) * (template.repeats - 1)
+            return (*system, *read, example.demonstration, *again, *turns)
         question = _text(example.messages[-1], example)
         if template.kind == "jinja":
             assert template.source is not None
@@ -130,10 +133,8 @@ class Renderer:
         return _replace_last(example.messages, text)
 
     def _with_document(self, example: Example) -> tuple[Message, ...]:
-        if example.document is None:
-            raise InputError(f'{example.origin}: the template "document" needs a "document" in every row')
         question = _text(example.messages[-1], example)
-        text = f"{DOCUMENT_LEAD}\n{example.document}\n\n{question}\n\n{INLINE_LEAD}\n"
+        text = f"{_lead(example, 'document')}{question}\n\n{INLINE_LEAD}\n"
         return _replace_last(example.messages, f"{text}{self.demonstration_text(example)}\n\n{INLINE_CLOSE}")
 
     def _fill(self, template: Template, example: Example, question: str) -> str:
@@ -218,6 +219,17 @@ class Renderer:
             region = self.marks.region(self.tokenizer, completion.token_ids, self.part)
         return Rollout(student, teacher, completion, region=region)
 
+    def document_row(self, example: Example) -> Rollout:
+        """The row's document as plain text, without the chat template: its first token is the prompt of the others.
+
+        Raises InputError for a row without a document and for one that does not fit the window."""
+        ids = tuple(self._encode(example.document or ""))
+        if len(ids) < 2:
+            raise InputError(f'{example.origin}: continued pre-training needs a "document" in every row')
+        prompt = Prompt(example, ids[:1])
+        self.check_window(prompt, len(ids) - 1, "student")
+        return Rollout(prompt, prompt, Completion(ids[1:], (), finished=False))
+
     def check_window(self, prompt: Prompt, completion_tokens: int, role: str) -> None:
         """Raises InputError naming the row when prompt and completion do not fit together."""
         total = len(prompt.token_ids) + completion_tokens
@@ -294,6 +306,13 @@ def _split_system(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], t
     return (), messages
 
 
+def _lead(example: Example, template: str) -> str:
+    """What comes before a question that has its document with it."""
+    if example.document is None:
+        raise InputError(f'{example.origin}: the template "{template}" needs a "document" in every row')
+    return f"{DOCUMENT_LEAD}\n{example.document}\n\n"
+
+
 def _text(message: Message, example: Example) -> str:
     if message.get("role") != "user" or not isinstance(message.get("content"), str):
         raise InputError(
@@ -305,45 +324,3 @@ def _text(message: Message, example: Example) -> str:
 
 def _replace_last(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
     return (*messages[:-1], {**messages[-1], "content": text})
-
-
-def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_tokens: int = 0,
-            device: torch.device | str = "cpu") -> Batch:  # fmt: skip
-    """Right-padded tensors of one role (``student`` or ``teacher``) on ``device``.
-
-    Loss positions come row by row, in the order of the completion, and are the same in number and target for both
-    roles. The hidden state at position p predicts the token at p + 1. Raises ValueError for an empty batch or prompt.
-    """
-    prompts = [r.student_prompt if role == "student" else r.teacher_prompt for r in rollouts]
-    rows = [[*p.token_ids, *r.completion.token_ids] for p, r in zip(prompts, rollouts, strict=True)]
-    if not rows or not all(p.token_ids for p in prompts):
-        raise ValueError("collate needs at least one rollout, and every prompt at least one token")
-    width = max(map(len, rows))
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
-    places = [
-        (index, len(p.token_ids) + t - 1, token, r.weight, r.label_weight, r.has_demonstration)
-        for index, (p, r) in enumerate(zip(prompts, rollouts, strict=True))
-        for t in r.loss_places(skip_first_tokens)
-        for token in r.completion.token_ids[t : t + 1]
-    ]
-    columns = list(zip(*places, strict=True)) or [()] * 6
-    row_N, position_N, target_N = (torch.tensor(column, dtype=torch.int64) for column in columns[:3])
-    weights_N, label_weights_N = (torch.tensor(column, dtype=torch.float32) for column in columns[3:5])
-    demonstrated_N = torch.tensor(columns[5], dtype=torch.bool)
-    tensors = (input_ids, mask, row_N, position_N, target_N, weights_N, label_weights_N, demonstrated_N)
-    return Batch(*(tensor.to(device) for tensor in tensors))
-
-
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows sorted by length, in groups whose padded size stays within ``budget`` tokens (a longer row goes alone)."""
-    groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups

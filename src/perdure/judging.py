@@ -12,7 +12,7 @@ from perdure.config import RunConfig
 from perdure.files import code_state, environment, now
 from perdure.forecast import priced
 from perdure.gates import decide
-from perdure.measure import Scores, guards, known_scores, probe_json, score_json, write_items
+from perdure.measure import Scores, guards, known_scores, probe_json, said_of_kinds, score_json, write_items
 from perdure.models import save
 from perdure.repair import repair, worth_repairing
 from perdure.reporting import Reporter
@@ -46,6 +46,8 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     verdict = candidate.verdict
     for reason in verdict.reasons:
         run.reporter.note(reason)
+    if said := said_of_kinds(info["scores"].get(run.skill.name, {})):
+        run.reporter.note(f"{run.skill.name} by kind: {said}.")
     return Outcome(run.skill.name, run.stage, name, "promoted" if accepted else verdict.decision, verdict.reasons)
 
 

@@ -54,9 +54,23 @@ def measure_probe(session: Session, config: RunConfig, reporter: Reporter, who: 
 
 
 def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
-    """A score without its items, as version.json and baseline.json hold it, with the hash of what was measured on."""
+    """A score without its items, as version.json and baseline.json hold it, with the hash of what was measured on and,
+    where test rows have a ``metadata.kind``, the accuracy of each kind."""
     numbers = {key: value for key, value in asdict(score).items() if key not in ("skill", "items")}
-    return numbers | {"skill_hash": skill.content_hash}
+    kinds: dict[str, list[bool]] = {}
+    kind_of = {example.id: example.metadata.get("kind") for example in skill.test}
+    for item in score.items:
+        if isinstance(kind := kind_of.get(item.id), str):
+            kinds.setdefault(kind, []).append(item.score >= 1)
+    of_kinds = {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in kinds.items()}
+    return numbers | {"skill_hash": skill.content_hash} | ({"kinds": of_kinds} if of_kinds else {})
+
+
+def said_of_kinds(score: Mapping[str, Any]) -> str:
+    """The accuracy of each kind of test rows as words; empty where there is one kind only."""
+    kinds = score.get("kinds", {})
+    parts = (f"{kind} {found['accuracy']:.0%} of {found['n']}" for kind, found in kinds.items())
+    return ", ".join(parts) if len(kinds) > 1 else ""
 
 
 def probe_json(result: ProbeResult | None) -> dict[str, Any] | None:

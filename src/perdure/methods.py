@@ -15,10 +15,10 @@ class Method:
 
     label: str
     """For people."""
-    completions: Literal["student", "demonstration", "teacher", "rewritten"]
+    completions: Literal["student", "demonstration", "teacher", "rewritten", "document"]
     """Who writes the answers that are trained on: the student as it is now (after the warm start), the demonstration
-    itself, the teacher once before the first step, or the teacher where the grader passes its answer (else the
-    demonstration)."""
+    itself, the teacher once before the first step, the teacher where the grader passes its answer (else the
+    demonstration), or nobody: the row's document is trained on as plain text."""
     loss: Literal["divergence", "nll", "dft"]
     """On the rows to learn: the divergence from the teacher, or a loss of the completion's own tokens."""
     earlier: Literal["answers", "demonstrations", "accepted"] = "answers"
@@ -32,7 +32,7 @@ class Method:
     @property
     def shows(self) -> bool:
         """Whether the teacher sees the demonstration; the preflight then says if that helps it."""
-        return self.completions != "demonstration"
+        return self.completions not in ("demonstration", "document")
 
     @property
     def writes_once(self) -> bool:
@@ -50,4 +50,5 @@ METHODS: dict[str, Method] = {
     "reinvoke": Method("SFT, re-invoked", "demonstration", "nll", reinvoked=True),
     "rewrite_sft": Method("Rewritten SFT", "rewritten", "nll"),
     "offline": Method("Offline distillation", "teacher", "divergence"),
+    "cpt": Method("Continued pre-training", "document", "nll"),
 }

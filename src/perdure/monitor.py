@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from perdure.batching import collate
 from perdure.checkpoint import BEST, save_weights
 from perdure.config import TrainConfig
-from perdure.contexts import collate, names_the_example
+from perdure.contexts import names_the_example
 from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from perdure.batching import collate, micro_batches
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
-from perdure.contexts import Template, collate, micro_batches, names_the_example, parse_template
+from perdure.contexts import Template, names_the_example, parse_template
 from perdure.evaluate import score_prompts
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec

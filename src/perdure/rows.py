@@ -84,10 +84,12 @@ def _earlier(stage: Stage, config: TrainConfig, state: LoopState) -> list[Rollou
 
 
 def complete(stage: Stage, config: TrainConfig, row: Example | Rollout) -> Rollout:
-    """The demonstration's own tokens as the completion. A method that does not show it to the teacher gives both roles
-    the student's prompt."""
+    """The demonstration's own tokens, or the row's document, as the completion. A method that does not show the
+    demonstration to the teacher gives both roles the student's prompt."""
     if isinstance(row, Rollout):
         return row
+    if METHODS[config.method].completions == "document":
+        return weighted(stage.renderer.document_row(row), config)
     shown = stage.template if METHODS[config.method].shows else None
     return weighted(stage.renderer.rollout(row, stage.renderer.demonstration(row), shown), config)
 

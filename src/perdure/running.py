@@ -127,6 +127,8 @@ def check_before(run: Run) -> dict[str, Any] | None:
     if not METHODS[run.config.train.method].shows:
         check_thinking(run.session.renderer, run.skill.train, run.config.train)
         check_windows(subject_of(run.session, run.skill), [])
+        for row in run.skill.train if METHODS[run.config.train.method].completions == "document" else ():
+            run.session.renderer.document_row(row)
         return None
     file = run.folder / "preflight.json"
     if not file.is_file():

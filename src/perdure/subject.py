@@ -48,7 +48,7 @@ def candidates(context: ContextConfig, examples: Sequence[Example], thinks: bool
     if thinks:  # the clause that asks for the thinking: without it a teacher that knows the answer just says it
         names = ["inline_thinking" if name == "inline" else name for name in names]
     if all(example.document for example in examples):
-        names.append("document")
+        names += ["document", "document_turns:2"]
     return [parse_template(name) for name in dict.fromkeys(names)]
 
 
@@ -68,9 +68,9 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
     bare = [e for e in examples if not marks.split(renderer.text(renderer.demonstration(e)))[0]]
     if unwritten := [e for e in bare if e.demonstration and e.demonstration.get("reasoning_content")]:
         raise InputError(f"{unwritten[0].origin}: this model's chat template does not render 'reasoning_content'")
-    student = METHODS[train.method].completions == "student"
-    trained = (train.warm_start_steps > 0 or train.on_policy_share < 1) if student else not METHODS[train.method].shows
-    trained = trained or METHODS[train.method].completions == "rewritten"
+    completions = METHODS[train.method].completions
+    sampled_first = completions == "student" and train.warm_start_steps == 0 and train.on_policy_share == 1
+    trained = completions in ("demonstration", "rewritten") or (completions == "student" and not sampled_first)
     if bare and trained and renderer.part != "answer":
         raise InputError(
             f"{bare[0].origin}: an answer without thinking ({len(bare)} of {len(examples)} rows), and steps that train "

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from perdure.adapters import adapted
+from perdure.batching import collate, micro_batches
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
 from perdure.config import TrainConfig
-from perdure.contexts import collate, micro_batches
 from perdure.guidance import described
 from perdure.methods import METHODS
 from perdure.models import linear_parameters, sync_weights

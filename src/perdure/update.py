@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from perdure.adapters import trainable
+from perdure.batching import collate, micro_batches
 from perdure.config import TrainConfig
-from perdure.contexts import collate, micro_batches
 from perdure.fused import METRICS, LossInputs, chunked_loss
 from perdure.guidance import observe
 from perdure.losses import LossSpec

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from perdure.importers import bfcl, commands, docs, forms, home_assistant, jsonl, mmlu, sciq, sst2, tldr
+from perdure.importers import bfcl, commands, docs, facts, forms, home_assistant, jsonl, mmlu, sciq, sst2, tldr
 from perdure.types import InputError
 
 IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
@@ -18,6 +18,7 @@ IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
     "tldr": tldr.build,
     "commands": commands.build,
     "sciq": sciq.build,
+    "facts": facts.build,
     **{f"forms-{name}": partial(forms.build, name) for name in forms.FORMS},
 }
 """Source -> builder of (folder to make, seed). Each raises InputError when its data package is missing."""

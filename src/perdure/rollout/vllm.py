@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perdure.adapters import effective_parameters
+from perdure.batching import collate
 from perdure.config import RolloutConfig
-from perdure.contexts import collate
 from perdure.losses import pick
 from perdure.models import LoadedModel, head_of, hidden_at_loss_positions
 from perdure.rollout.base import Progress, SamplingParams
