@@ -46,9 +46,10 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     verdict = candidate.verdict
     for reason in verdict.reasons:
         run.reporter.note(reason)
-    if said := said_of_kinds(info["scores"].get(run.skill.name, {})):
-        run.reporter.note(f"{run.skill.name} by kind: {said}.")
-    return Outcome(run.skill.name, run.stage, name, "promoted" if accepted else verdict.decision, verdict.reasons)
+    name_of = run.skill.name
+    for said in said_of_kinds(before.skills.get(name_of, {}), info["scores"].get(name_of, {})):
+        run.reporter.note(f"{name_of}: {said}.")
+    return Outcome(name_of, run.stage, name, "promoted" if accepted else verdict.decision, verdict.reasons)
 
 
 def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter: Reporter) -> Outcome | None:

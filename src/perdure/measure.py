@@ -19,7 +19,8 @@ from perdure.probe import ProbeResult, probe
 from perdure.reporting import Reporter
 from perdure.session import Session
 from perdure.skills.base import Skill
-from perdure.types import SkillScore
+from perdure.skills.graders import contains
+from perdure.types import Example, SkillScore
 from perdure.workspace import BASE, Workspace
 
 PROBE = "probe"
@@ -54,23 +55,49 @@ def measure_probe(session: Session, config: RunConfig, reporter: Reporter, who: 
 
 
 def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
-    """A score without its items, as version.json and baseline.json hold it, with the hash of what was measured on and,
-    where test rows have a ``metadata.kind``, the accuracy of each kind."""
+    """A score without its items, as version.json and baseline.json hold it, with the hash of what was measured on;
+    where test rows have a ``metadata.kind``, the accuracy of each kind; where they have a ``metadata.old``, how many
+    answers give one of these outdated texts."""
     numbers = {key: value for key, value in asdict(score).items() if key not in ("skill", "items")}
     kinds: dict[str, list[bool]] = {}
-    kind_of = {example.id: example.metadata.get("kind") for example in skill.test}
+    changed: list[tuple[bool, bool]] = []
+    of_row = {example.id: example.metadata for example in skill.test}
     for item in score.items:
-        if isinstance(kind := kind_of.get(item.id), str):
-            kinds.setdefault(kind, []).append(item.score >= 1)
-    of_kinds = {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in kinds.items()}
-    return numbers | {"skill_hash": skill.content_hash} | ({"kinds": of_kinds} if of_kinds else {})
+        metadata, right = of_row.get(item.id, {}), item.score >= 1
+        if isinstance(kind := metadata.get("kind"), str):
+            kinds.setdefault(kind, []).append(right)
+        if metadata.get("old"):
+            changed.append((right, not right and _says(item.completion, metadata["old"])))
+    found = numbers | {"skill_hash": skill.content_hash}
+    if kinds:
+        found["kinds"] = {kind: {"accuracy": sum(bits) / len(bits), "n": len(bits)} for kind, bits in kinds.items()}
+    if changed:
+        found["changed"] = {
+            "n": len(changed),
+            "new": sum(new for new, _ in changed),
+            "old": sum(old for _, old in changed),
+        }
+    return found
 
 
-def said_of_kinds(score: Mapping[str, Any]) -> str:
-    """The accuracy of each kind of test rows as words; empty where there is one kind only."""
-    kinds = score.get("kinds", {})
-    parts = (f"{kind} {found['accuracy']:.0%} of {found['n']}" for kind, found in kinds.items())
-    return ", ".join(parts) if len(kinds) > 1 else ""
+def _says(answer: str, texts: Sequence[str]) -> bool:
+    row = Example("", (), None, metadata={"contains": [list(texts)]})
+    return contains.grade(answer, row, whole_words=True) == 1
+
+
+def said_of_kinds(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Accuracy by kind of test rows, and answers to what has changed, before and after a stage, the same rows both
+    times: phrases for people; none where rows are of one kind and say nothing of the past."""
+    said = []
+    if len(kinds := after.get("kinds", {})) > 1:
+        old = before.get("kinds", kinds)
+        said += [", ".join(f"{kind} {old[kind]['accuracy']:.0%} to {new['accuracy']:.0%} ({new['n']})"
+                           for kind, new in kinds.items())]  # fmt: skip
+    if changed := after.get("changed"):
+        was = before.get("changed", changed)
+        said += [f"of {changed['n']} facts that changed, old answers {was['old']} to {changed['old']}, new ones "
+                 f"{was['new']} to {changed['new']}"]  # fmt: skip
+    return said
 
 
 def probe_json(result: ProbeResult | None) -> dict[str, Any] | None:

@@ -59,11 +59,12 @@ def _tested(fact: dict[str, Any], passage: str) -> Iterator[Row]:
 
 
 def _row(fact: dict[str, Any], kind: str, number: int, question: str, passage: str) -> Row:
-    return {
-        "id": f"{kind}-{fact['fact']}-{number}", "prompt": question, "completion": fact["answer"], "document": passage,
-        "metadata": {"kind": kind, "fact": fact["fact"],
-                     "contains": [spellings(part) for part in fact.get("contains", [fact["answer"]])]},
-    }  # fmt: skip
+    metadata = {"kind": kind, "fact": fact["fact"],
+                "contains": [spellings(part) for part in fact.get("contains", [fact["answer"]])]}  # fmt: skip
+    if "old" in fact and kind != "indirect":
+        metadata["old"] = [text for old in fact["old"] for text in spellings(old)]
+    return {"id": f"{kind}-{fact['fact']}-{number}", "prompt": question, "completion": fact["answer"],
+            "document": passage, "metadata": metadata}  # fmt: skip
 
 
 def spellings(answer: str) -> list[str]:

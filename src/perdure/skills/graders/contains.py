@@ -13,7 +13,7 @@ def grade(completion: str, example: Example, ignore_case: bool = True, whole_wor
     a text, or a list of texts one of which must occur. ``whole_words``: not inside a longer word or number.
 
     Raises ValueError when ``metadata.contains`` is of another form."""
-    wanted = example.metadata.get("contains", [expected_text(example)])
+    wanted = example.metadata["contains"] if "contains" in example.metadata else [expected_text(example)]
     if not (isinstance(wanted, list) and wanted and all(map(_is_part, wanted))):
         raise ValueError("'metadata.contains' must be a list of texts (or of lists of texts), none of them empty")
     fold = str.casefold if ignore_case else str
