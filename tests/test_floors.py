@@ -21,17 +21,18 @@ FLOORS = {
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
-        "skills", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.turns", "skills.base",
+        "skills", "skills.settings", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.turns",
+        "skills.reading", "skills.environments", "skills.base",
         "importers.base", "importers.tldr", "importers.passages", "importers.*", "importers",
     ],
     "F4 doing": [
-        "reporting", "session", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
+        "reporting", "session", "episodes", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
         "rows", "monitor", "update", "train", "written", "subject", "preflight", "advisor", "anchors", "footprint",
     ],
     "F5 deciding": [
         "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",
         "candidate", "repair",
-        "card", "judging", "curriculum", "forgetting",
+        "card", "judging", "curriculum", "forgetting", "question_writers", "questions",
     ],
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",

@@ -12,7 +12,9 @@ from fakes import renderer
 from perdure.config import ContextConfig
 from perdure.contexts import parse_template
 from perdure.importers import run_importer
-from perdure.skills.base import SkillSettings, load_skill, parse_row
+from perdure.skills.base import load_skill
+from perdure.skills.reading import parse_row
+from perdure.skills.settings import SkillSettings
 from perdure.subject import candidates
 from perdure.types import InputError
 

@@ -30,7 +30,8 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     wants_general = method.reinvoked or (config.anchor_share > 0 and config.anchor_earlier_share < 1)
     general = general_prompts() if wants_general else []
     wants_earlier = config.anchor_share > 0 and config.anchor_earlier_share > 0
-    chosen = {skill.name: _chosen(skill, config, seed) for skill in earlier} if wants_earlier else {}
+    chosen = {skill.name: session.renderer.each_turn(_chosen(skill, config, seed))
+              for skill in (earlier if wants_earlier else ())}  # fmt: skip
     total, done = len(general) + sum(map(len, chosen.values())), len(general)
     answers = answered(session, general, config.anchor_general_tokens, derive_seed(seed, "anchors of", "general"),
                        part_of(progress, 0, total))  # fmt: skip

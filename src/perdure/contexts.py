@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,10 @@ class Renderer:
         assert example.demonstration is not None
         system, turns = _split_system(example.messages)
         if template.kind == "turns":
-            return (*system, *(*turns, example.demonstration) * template.repeats, *turns)
+            shown = example.shown or (*turns, example.demonstration)
+            return (*system, *shown * template.repeats, *turns)
+        if example.shown:
+            raise InputError(f"{example.origin}: a recorded conversation can be shown by the template turns:N only")
         if template.kind == "document":
             return self._with_document(example)
         if template.kind == "document_turns":
@@ -149,6 +152,20 @@ class Renderer:
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{template.name}: cannot be filled for {example.origin}: {error}") from error
+
+    def recorded_turns(self, example: Example) -> list[Example]:
+        """An example for each assistant turn of a recorded conversation; any other example is its only one."""
+        system, _ = _split_system(example.messages)
+        places = [place for place, message in enumerate(example.shown) if message["role"] == "assistant"]
+        return [
+            replace(example, id=f"{example.id}/{number}", messages=(*system, *example.shown[:place]),
+                    demonstration=example.shown[place])
+            for number, place in enumerate(places, 1)
+        ] or [example]  # fmt: skip
+
+    def each_turn(self, examples: Sequence[Example]) -> list[Example]:
+        """The recorded turns of all examples."""
+        return [turn for example in examples for turn in self.recorded_turns(example)]
 
     def demonstration(self, example: Example) -> Completion:
         """The demonstration as completion tokens, its closing token included.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from perdure.contexts import Renderer
+from perdure.contexts import Renderer, Template
+from perdure.episodes import play, transcript
 from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
+from perdure.skills.environments import Acting
 from perdure.stats import wilson_interval
 from perdure.types import Example, ItemResult, Prompt, SkillScore
 
@@ -13,10 +15,35 @@ Grader = Callable[[str, Example], float]
 
 
 def evaluate(engine: RolloutEngine, renderer: Renderer, name: str, examples: Sequence[Example], grader: Grader,
-             max_new_tokens: int, progress: Progress | None = None) -> SkillScore:  # fmt: skip
-    """Answer every example without a demonstration and grade it."""
-    prompts = [renderer.student_prompt(example) for example in examples]
+             max_new_tokens: int, progress: Progress | None = None, acting: Acting | None = None,
+             template: Template | None = None) -> SkillScore:  # fmt: skip
+    """Answer every example without a demonstration, or as the teacher with ``template``, and grade it. ``acting``: the
+    answer is a whole conversation that is played.
+
+    Raises ValueError for no examples and InputError for one that does not fit the window."""
+    if not examples:
+        raise ValueError(f"{name}: nothing to evaluate")
+    if acting:
+        return _played(engine, renderer, name, examples, grader, max_new_tokens, progress, acting, template)
+    prompts = [renderer.teacher_prompt(e, template) if template else renderer.student_prompt(e) for e in examples]
     return score_prompts(engine, renderer, name, prompts, grader, max_new_tokens, progress)
+
+
+def _played(engine: RolloutEngine, renderer: Renderer, name: str, examples: Sequence[Example], grader: Grader,
+            max_new_tokens: int, progress: Progress | None, acting: Acting,
+            template: Template | None) -> SkillScore:  # fmt: skip
+    """Conversations judged by their environment, or by the grader at their last turn."""
+    params = SamplingParams(max_new_tokens, temperature=0)
+    items = []
+    for episode in play(engine, renderer, examples, acting, params, lambda *_: 0, template, progress):
+        example, (_, last) = episode.example, episode.turns[-1]
+        score = acting.score(episode.world, example)
+        score = grader(renderer.answer(last), example) if score is None else score
+        expected = renderer.demonstration_text(renderer.recorded_turns(example)[-1])
+        question = str(example.messages[-1].get("content") or "")
+        tokens = sum(len(completion.token_ids) for _, completion in episode.turns)
+        items.append(ItemResult(example.id, question, expected, transcript(episode), score, tokens))
+    return _summarise(name, items)
 
 
 def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts: Sequence[Prompt], grader: Grader,

@@ -113,15 +113,15 @@ def lengths_renderer(config: ModelConfig) -> Renderer:
 def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence[Template],
             train: TrainConfig) -> Work:  # fmt: skip
     """Mean lengths of the rows, rendered as training renders them; of several templates the longest counts."""
-    prompts = [len(renderer.student_prompt(e).token_ids) for e in examples]
-    answers = [len(renderer.demonstration(e).token_ids) for e in examples]
+    turns = renderer.each_turn(examples)
+    rows = train.batch_size * len(turns) // len(examples)
+    prompts = [len(renderer.student_prompt(e).token_ids) for e in turns]
+    answers = [len(renderer.demonstration(e).token_ids) for e in turns]
     teachers = [0.0]
     if METHODS[train.method].shows:
-        teachers = [
-            sum(len(renderer.teacher_prompt(e, t).token_ids) for e in examples) / len(examples) for t in templates
-        ]
+        teachers = [sum(len(renderer.teacher_prompt(e, t).token_ids) for e in turns) / len(turns) for t in templates]
     prompt, answer = (sum(lengths) / len(lengths) for lengths in (prompts, answers))
-    return Work(train.batch_size, prompt, answer, max(teachers))
+    return Work(rows, prompt, answer, max(teachers))
 
 
 def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1,

@@ -20,7 +20,7 @@ from perdure.measure import known_scores, unmeasured
 from perdure.methods import METHODS
 from perdure.preflight import Preflight
 from perdure.probe import probe
-from perdure.rows import batch_rows, complete, row_counts
+from perdure.rows import batch_rows, completed, row_counts
 from perdure.runlog import Clock, LoopState
 from perdure.session import Session
 from perdure.skills.base import Skill
@@ -98,7 +98,7 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
         if step == 1:
             start = time.perf_counter()
         state = LoopState(step)
-        rollouts = [complete(stage, train, row) for row in batch_rows(stage, train, state)]
+        rollouts = completed(stage, train, batch_rows(stage, train, state))
         rollouts = own_rows(rollouts)
         hidden = score(stage, train, rollouts, kept, state)
         optimise(stage, train, optimizer, rollouts, hidden, "warm_start", Clock(), state)
@@ -112,7 +112,8 @@ def _evaluate(workspace: Workspace, parent: str, session: Session, skill: Skill,
     rows = {name: len(other.test[: config.eval.rows or None]) for name, other in scope.items()}
     few = skill.train[:EVALUATED]
     start = time.perf_counter()
-    evaluate(session.engine, session.renderer, skill.name, few, skill.grade, skill.settings.max_new_tokens)
+    evaluate(session.engine, session.renderer, skill.name, few, skill.grade, skill.settings.max_new_tokens,
+             acting=skill.acting)  # fmt: skip
     return (time.perf_counter() - start) / len(few) * (sum(rows.values()) + sum(rows[other.name] for other in missing))
 
 
@@ -133,9 +134,11 @@ def expected_tokens(session: Session, skill: Skill, train: TrainConfig, found: P
                     earlier: int) -> dict[str, int]:  # fmt: skip
     """Tokens of training at most, by what reads or writes them; ``earlier``: skills that will be held."""
     rows, renderer = skill.train[: found.n], session.renderer
-    completion = sum(len(renderer.demonstration(e).token_ids) for e in rows) / len(rows)
-    prompt = sum(len(renderer.student_prompt(e).token_ids) for e in rows) / len(rows)
-    teacher_prompt = next(score.tokens for score in found.templates if score.template == found.template)
+    turns = renderer.each_turn(rows)
+    completion = sum(len(renderer.demonstration(e).token_ids) for e in turns) / len(rows)
+    prompt = sum(len(renderer.student_prompt(e).token_ids) for e in turns) / len(rows)
+    of_turn = next(score.tokens for score in found.templates if score.template == found.template)
+    teacher_prompt = of_turn * len(turns) / len(rows)
     anchored = train.anchor_share > 0
     counts = row_counts(train, earlier if anchored and train.anchor_earlier_share else 0, anchored)
     demonstrations = counts["taught"]

@@ -32,7 +32,7 @@ def measure_skill(session: Session, skill: Skill, config: RunConfig, reporter: R
     with reporter.phase(f"evaluate {who} on {skill.name}", len(rows), "rows") as phase:
         return evaluate(
             session.engine, session.renderer, skill.name, rows, skill.grade, skill.settings.max_new_tokens,
-            lambda tokens, done: phase.update(done, tokens=tokens),
+            lambda tokens, done: phase.update(done, tokens=tokens), skill.acting,
         )  # fmt: skip
 
 

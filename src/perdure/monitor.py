@@ -56,7 +56,8 @@ def log_sample(stage: Stage, log: RunLog, rollouts: Sequence[Rollout], state: Lo
 
 def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, Any]:
     """Accuracy on the validation rows, drift on the general anchors; the best weights so far are kept on disk."""
-    result = evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader, stage.max_new_tokens)
+    result = evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader, stage.max_new_tokens,
+                      acting=stage.acting)  # fmt: skip
     state.tokens["evaluate"] += sum(item.tokens for item in result.items)
     line = {"step": state.step, "validation_accuracy": result.accuracy, "validation_n": result.n}
     if measures_start(stage, config):

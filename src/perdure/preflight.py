@@ -15,7 +15,7 @@ import torch
 from perdure.batching import collate, micro_batches
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
 from perdure.contexts import Template, names_the_example, parse_template
-from perdure.evaluate import score_prompts
+from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
 from perdure.models import autocast, head_of, hidden_at_loss_positions
@@ -144,15 +144,20 @@ def _answers(
     subject: Subject, rows: Sequence[Example], template: Template | None, progress: Progress | None
 ) -> SkillScore:
     """Graded greedy answers of the student (no template) or of the teacher."""
-    renderer = subject.renderer
-    prompts = [renderer.teacher_prompt(e, template) if template else renderer.student_prompt(e) for e in rows]
     engine = subject.teaching[1] if template else subject.engine
-    return score_prompts(engine, renderer, subject.skill, prompts, subject.grader, subject.max_new_tokens, progress)
+    return evaluate(engine, subject.renderer, subject.skill, rows, subject.grader, subject.max_new_tokens, progress,
+                    subject.acting, template)  # fmt: skip
+
+
+def _demonstrated(subject: Subject, rows: Sequence[Example], template: Template | None) -> list[Rollout]:
+    """Every recorded turn of the rows with the demonstration's own tokens."""
+    renderer = subject.renderer
+    return [renderer.rollout(e, renderer.demonstration(e), template) for e in renderer.each_turn(rows)]
 
 
 def _measure(subject: Subject, rows: Sequence[Example], template: Template, budget: int,
              answers: SkillScore) -> TemplateScore:  # fmt: skip
-    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), template) for e in rows]
+    rollouts = _demonstrated(subject, rows, template)
     kl, probability = _teacher_forced(subject, rollouts, budget)
     tokens = sum(len(r.teacher_prompt.token_ids) for r in rollouts) / len(rollouts)
     leaks = sum(names_the_example(item.completion) for item in answers.items) / len(rows)
@@ -186,7 +191,7 @@ def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) 
 @torch.no_grad()
 def _as_the_student_sees_it(subject: Subject, rows: Sequence[Example], budget: int) -> tuple[float, float]:
     """The student's mean probability of a demonstration token, and the demonstrations' style distance."""
-    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows]
+    rollouts = _demonstrated(subject, rows, None)
     lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     sums, nll, count = {"target_probability": 0.0, "entropy": 0.0}, 0.0, 0
     for group in micro_batches(range(len(rollouts)), lengths, budget):
@@ -205,7 +210,7 @@ def _identity(subject: Subject, rows: Sequence[Example]) -> float:
     """Mean KL per token between the working copy and the student in training precision, under the same prompt.
 
     Raises InputError when it is not about zero."""
-    rollouts = [subject.renderer.rollout(e, subject.renderer.demonstration(e), None) for e in rows[:8]]
+    rollouts = _demonstrated(subject, rows[:8], None)
     there, here = subject.student.device, subject.working.device  # masters of adapters lie in the CPU's memory
     batch = collate(rollouts, "student", subject.student.pad_id, device=there)
     with autocast(subject.dtype, there):

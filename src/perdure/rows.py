@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from perdure.config import TrainConfig
+from perdure.episodes import play
 from perdure.guidance import allot
 from perdure.methods import METHODS
 from perdure.rollout.base import SamplingParams
@@ -33,7 +34,7 @@ def step_rollouts(stage: Stage, config: TrainConfig, phase: str, state: LoopStat
     rows = batch_rows(stage, config, state)
     if phase == "on_policy":
         return sample(stage, config, rows, state)
-    return [complete(stage, config, row) for row in rows]
+    return completed(stage, config, rows)
 
 
 def batch_rows(stage: Stage, config: TrainConfig, state: LoopState) -> list[Example | Rollout]:
@@ -83,6 +84,12 @@ def _earlier(stage: Stage, config: TrainConfig, state: LoopState) -> list[Rollou
     return picked
 
 
+def completed(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout]) -> list[Rollout]:
+    """``complete`` of each row; of a recorded conversation each assistant turn is one."""
+    turns = ([row] if isinstance(row, Rollout) else stage.renderer.recorded_turns(row) for row in rows)
+    return [complete(stage, config, turn) for row in turns for turn in row]
+
+
 def complete(stage: Stage, config: TrainConfig, row: Example | Rollout) -> Rollout:
     """The demonstration's own tokens, or the row's document, as the completion. A method that does not show the
     demonstration to the teacher gives both roles the student's prompt."""
@@ -108,6 +115,10 @@ def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout],
     ``on_policy_share`` the demonstration's tokens are the completion."""
     examples = [row for row in rows if isinstance(row, Example)]
     own = examples[: max(1, round(len(examples) * config.on_policy_share))] if examples else []
+    given = completed(stage, config, examples[len(own) :])
+    held = [row for row in rows if isinstance(row, Rollout)]
+    if stage.acting:
+        return acted(stage, config, own, state) + given + held
     references = [stage.renderer.demonstration(e).token_ids for e in own]
     prompts = [stage.renderer.student_prompt(e) for e in own]
     seeds = _seeds(stage, state, len(own))
@@ -115,8 +126,19 @@ def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout],
     completions = stage.engine.generate(prompts, params, seeds, references=references)
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
     sampled = [stage.renderer.rollout(e, c, stage.template) for e, c in zip(own, completions, strict=True)]
-    given = [complete(stage, config, e) for e in examples[len(own) :]]
-    return sampled + given + [row for row in rows if isinstance(row, Rollout)]
+    return sampled + given + held
+
+
+def acted(stage: Stage, config: TrainConfig, examples: Sequence[Example], state: LoopState) -> list[Rollout]:
+    """On-policy in an environment: every turn of the conversations that the student plays, after what its own calls
+    brought about. The teacher sees the recorded conversation, and then the student's."""
+    assert stage.acting
+    params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
+    episodes = play(stage.engine, stage.renderer, examples, stage.acting, params,
+                    lambda place, turn: derive_seed(stage.seed, "rollout", state.step, place, turn))  # fmt: skip
+    turns = [turn for episode in episodes for turn in episode.turns]
+    state.tokens["rollout"] += sum(len(completion.token_ids) for _, completion in turns)
+    return [stage.renderer.rollout(example, completion, stage.template) for example, completion in turns]
 
 
 def invoke(stage: Stage, config: TrainConfig, state: LoopState) -> list[Rollout]:

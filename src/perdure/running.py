@@ -37,6 +37,7 @@ from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
 from perdure.subject import Subject, check_thinking, check_windows
 from perdure.train import train
+from perdure.types import InputError
 from perdure.workspace import BASE, Workspace
 from perdure.written import with_written
 
@@ -119,11 +120,16 @@ def subject_of(session: Session, skill: Skill, original: Session | None = None) 
     """What the preflight looks at; ``original``: the base model, where it is to be the teacher."""
     return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
                    session.working, session.engine, session.renderer, session.dtype,
-                   original and (original.working, original.engine))  # fmt: skip
+                   original and (original.working, original.engine), skill.acting)  # fmt: skip
 
 
 def check_before(run: Run) -> dict[str, Any] | None:
     """The preflight's result; None for a method that has no teacher with a demonstration. Every row must fit."""
+    if run.skill.acting and METHODS[run.config.train.method].writes_once:
+        raise InputError(
+            f'{run.skill.name}: method = "{run.config.train.method}" writes single answers beforehand; a conversation '
+            "in an environment is learned by sdft, sft and the methods that train on demonstrations"
+        )
     if not METHODS[run.config.train.method].shows:
         check_thinking(run.session.renderer, run.skill.train, run.config.train)
         check_windows(subject_of(run.session, run.skill), [])

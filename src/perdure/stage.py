@@ -13,6 +13,7 @@ from perdure.contexts import Renderer, Template
 from perdure.evaluate import Grader
 from perdure.models import LoadedModel
 from perdure.rollout.base import RolloutEngine
+from perdure.skills.environments import Acting
 from perdure.teacher import Teacher
 from perdure.types import Example, Rollout
 
@@ -55,6 +56,8 @@ class Stage:
     holder: Teacher | None = None
     """Scores the rows without a demonstration, with the weights that the stage started from; None where the teacher
     has those itself."""
+    acting: Acting | None = None
+    """Where the student plays whole conversations in an environment."""
 
     def teacher_of(self, demonstrated: bool) -> Teacher | None:
         """Who scores a row: a teacher that moves, or that is the original model, must not hold the rest in place."""

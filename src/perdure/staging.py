@@ -45,6 +45,7 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
         engine=session.engine,
         teacher=teacher,
         holder=start,
+        acting=skill.acting,
         renderer=session.renderer,
         template=parse_template(template),
         examples=rows,

@@ -14,6 +14,7 @@ from perdure.evaluate import Grader
 from perdure.methods import METHODS
 from perdure.models import LoadedModel
 from perdure.rollout.base import RolloutEngine
+from perdure.skills.environments import Acting
 from perdure.types import Example, InputError
 
 
@@ -32,6 +33,9 @@ class Subject:
     dtype: torch.dtype
     original: tuple[Any, RolloutEngine] | None = None
     """Working copy and engine of the base model, where that is to be the teacher."""
+
+    acting: Acting | None = None
+    """Where the rows are conversations that are played."""
 
     @property
     def teaching(self) -> tuple[Any, RolloutEngine]:
@@ -58,6 +62,7 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
     marks = renderer.marks
     if marks is None:
         return
+    examples = renderer.each_turn(examples)
     for example in examples:
         assert example.demonstration is not None
         if marks.open in str(example.demonstration.get("content")):
@@ -86,13 +91,14 @@ def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict
     Raises InputError listing each row that does not fit even without a demonstration, or whose demonstration is longer
     than an answer may be; else, when no template is left, one reason for each of them."""
     renderer, limit, most = subject.renderer, subject.renderer.window, subject.max_new_tokens
-    completions = [len(renderer.demonstration(e).token_ids) for e in subject.examples]
+    rows = renderer.each_turn(subject.examples)
+    completions = [len(renderer.demonstration(e).token_ids) for e in rows]
     room = [max(length, most) for length in completions]
-    prompts = [len(renderer.student_prompt(e).token_ids) for e in subject.examples]
+    prompts = [len(renderer.student_prompt(e).token_ids) for e in rows]
     problems = [f"  {e.origin}: prompt and answer take {p + r} tokens, the window holds {limit}"
-                for e, p, r in zip(subject.examples, prompts, room, strict=True) if p + r > limit]  # fmt: skip
+                for e, p, r in zip(rows, prompts, room, strict=True) if p + r > limit]  # fmt: skip
     problems += [f"  {e.origin}: the demonstration has {length} tokens, max_new_tokens is {most}"
-                 for e, length in zip(subject.examples, completions, strict=True) if length > most]  # fmt: skip
+                 for e, length in zip(rows, completions, strict=True) if length > most]  # fmt: skip
     if problems:
         raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens "
                          "(skill.toml) or model.max_window:\n" + "\n".join(problems))  # fmt: skip
@@ -100,7 +106,7 @@ def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict
     cannot: dict[str, str] = {}
     for template in templates:
         try:
-            teachers = [len(renderer.teacher_prompt(e, template).token_ids) for e in subject.examples]
+            teachers = [len(renderer.teacher_prompt(e, template).token_ids) for e in rows]
         except InputError as error:  # such as "inline" where a prompt ends in a tool turn: another may do
             cannot[template.name] = str(error)
         else:

@@ -39,6 +39,9 @@ class Example:
     """Anything a grader needs, such as allowed alternatives."""
     origin: str = ""
     """``file:line``, for error messages."""
+    shown: tuple[Message, ...] = ()
+    """Of a row that is played in an environment: the whole recorded conversation but its system turn. The prompt is
+    what comes before its first assistant turn, the demonstration its last turn."""
 
 
 @dataclass(frozen=True)

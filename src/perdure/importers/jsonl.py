@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from perdure.importers.base import Row, skill_name, write_skill
-from perdure.skills.base import SkillSettings, prompt_key, read_rows
+from perdure.skills.base import prompt_key
+from perdure.skills.reading import read_rows
+from perdure.skills.settings import SkillSettings
 from perdure.types import Example, InputError
 
 Turns = Literal["last", "all"]

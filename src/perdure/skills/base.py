@@ -7,56 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from perdure.settings import parse_toml, problems_of
+from perdure.skills.environments import Acting, find_environment
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
-from perdure.skills.turns import bare, check_calls, check_order, metadata_of_turns, positions
-from perdure.types import Example, InputError, Message
+from perdure.skills.reading import read_rows
+from perdure.skills.settings import SkillSettings
+from perdure.types import Example, InputError
 
 FILES = ("skill.toml", "train.jsonl", "test.jsonl")
-_ROLES = ("system", "user", "assistant", "tool")
-_KEYS = {"messages", "tools", "prompt", "completion", "document", "id", "metadata"}
-_DEPTH = 64
-"""Levels of a row's JSON. Far beyond any data, far below what a recursive walk can take."""
-
-
-class SkillSettings(BaseModel):
-    """``skill.toml``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
-    description: str = ""
-    licence: str = ""
-    source: str = ""
-    grader: str = "exact"
-    grader_options: dict[str, Any] = {}
-    max_new_tokens: int = Field(default=64, ge=1)
-    system: str | None = None
-    """Goes in front of rows without a system turn."""
-    tools: tuple[dict[str, Any], ...] = ()
-    """For rows without their own."""
-    turns: Literal["last", "all"] = "last"
-    """Which assistant turns of a conversation are demonstrations: the last one, or each of them after what came before
-    it (those with ``"weight": 0`` left out)."""
-    retention_budget: float | None = Field(default=None, gt=0, lt=0.5)
-    """Accuracy that this skill may lose when later ones are learned; the workspace's budget where absent."""
-
-    @field_validator("name")
-    @classmethod
-    def _free(cls, name: str) -> str:
-        if name == "probe":
-            raise ValueError('"probe" is what the prior capabilities are called; choose another name')
-        return name
 
 
 @dataclass(frozen=True)
@@ -70,6 +36,8 @@ class Skill:
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     grade: Callable[[str, Example], float]
+    acting: Acting | None = None
+    """Where conversations are played in an environment."""
 
     @property
     def name(self) -> str:
@@ -93,7 +61,11 @@ def load_skill(folder: Path) -> Skill:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
         raise InputError(f"{folder}: {count}:\n" + "\n".join(problems))
     assert settings is not None and grade is not None
-    return Skill(settings, folder, content_hash(files), train, test, grade)
+    acting = None
+    if settings.environment:
+        factory = find_environment(settings.environment)
+        acting = Acting(settings.environment, factory, settings.environment_options, settings.max_turns)
+    return Skill(settings, folder, content_hash(files), train, test, grade, acting)
 
 
 def skill_files(folder: Path) -> dict[str, bytes]:
@@ -137,6 +109,11 @@ def _settings(path: Path, data: bytes, problems: list[str]) -> SkillSettings | N
         problems.append(str(error))
         return None
     found = grader_problems(settings.grader, settings.grader_options)
+    if settings.environment:
+        try:
+            find_environment(settings.environment)
+        except ValueError as error:
+            found.append(("environment", str(error)))
     problems += [f"{path}:{_line_of(data, key)}: {text}" for key, text in found]
     return None if found else settings
 
@@ -150,162 +127,6 @@ def _line_of(data: bytes, key: str) -> int:
             if pattern.search(line):
                 return number
     return 1
-
-
-def read_rows(
-    path: Path, settings: SkillSettings, problems: list[str], data: bytes | None = None
-) -> tuple[Example, ...]:
-    """The good rows of a file; what is wrong with the others is added to the problems. ``data`` is what the file holds
-    where it has been read already."""
-    data = path.read_bytes() if data is None else data
-    examples: list[Example] = []
-    seen: dict[str, int] = {}
-    rows = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-    if not rows:
-        problems.append(f"{path}:1: empty; expected one JSON object a line")
-    for number, line in rows:
-        origin = f"{path}:{number}"
-        try:
-            found = parse_row(_json(line), settings, origin, default_id=f"{path.stem}-{number}")
-        except ValueError as error:
-            problems.append(f"{origin}: {error}")
-            continue
-        for example in found:
-            if example.id in seen:
-                problems.append(f"{origin}: the id {example.id!r} was used in line {seen[example.id]} already")
-            seen.setdefault(example.id, number)
-        examples += found
-    return tuple(examples)
-
-
-def _json(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-    _check_values(row)
-    # Tables exported to JSON write null where a row has nothing.
-    return {key: value for key, value in row.items() if value is not None}
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"not valid JSON: {name} is no number")
-
-
-def _check_values(row: dict[str, Any]) -> None:
-    """Raises ValueError for what JSON can say and nothing can write again: infinities, half characters, depth."""
-    level: list[Any] = [row]
-    for _ in range(_DEPTH):
-        for value in level:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError("a number is too large")
-            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-                raise ValueError("a text holds half of a surrogate pair, which is no character")
-        inner = [list(v.keys()) + list(v.values()) if isinstance(v, dict) else v for v in level
-                 if isinstance(v, (dict, list))]  # fmt: skip
-        level = [value for values in inner for value in values]
-        if not level:
-            return
-    raise ValueError(f"nested too deeply; at most {_DEPTH} levels")
-
-
-def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default_id: str) -> list[Example]:
-    """The demonstrations of one row in either form: one, or with ``turns = "all"`` one for each assistant turn.
-
-    Raises ValueError saying what is wrong and what was expected."""
-    if unknown := row.keys() - _KEYS:
-        raise ValueError(f"unknown keys {sorted(unknown)}; allowed: {sorted(_KEYS)}")
-    messages = _turns(row)
-    for message in messages:
-        _check_message(message)
-    check_order(messages)
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"the demonstration must be an assistant turn, not {messages[-1]['role']!r}")
-    if settings.system is not None and messages[0]["role"] != "system":
-        messages = ({"role": "system", "content": settings.system}, *messages)
-    places = positions(messages)
-    if settings.turns == "last":
-        if places[-1] != len(messages) - 1:
-            raise ValueError("the last turn has weight 0, and skill.toml teaches the last turn only")
-        places = places[-1:]
-    document, metadata = row.get("document"), row.get("metadata", {})
-    if document is not None and not (isinstance(document, str) and document):
-        raise ValueError("'document' must be a text that is not empty")
-    if not isinstance(metadata, dict):
-        raise ValueError("'metadata' must be an object")
-    tools = row.get("tools", list(settings.tools))
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("'tools' must be a list of objects")
-    name = row.get("id", default_id)
-    if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
-        raise ValueError("'id' must be a text or a whole number")
-    of_turns = metadata_of_turns(metadata, len(places)) if settings.turns == "all" else [metadata]
-    examples = []
-    for number, (place, its_metadata) in enumerate(zip(places, of_turns, strict=True), 1):
-        before = messages[place - 1]["role"] if place else "nothing"
-        if before not in ("user", "tool"):
-            raise ValueError(f"the turn before the demonstration must be a user or tool turn, not {before!r}")
-        check_calls(messages[place], tools)
-        several = settings.turns == "all" and len(places) > 1
-        examples.append(Example(
-            f"{name}/{number}" if several else str(name), tuple(map(bare, messages[:place])), bare(messages[place]),
-            tuple(tools), document, its_metadata, f"{origin} (turn {number})" if several else origin,
-        ))  # fmt: skip
-    return examples
-
-
-def _turns(row: dict[str, Any]) -> tuple[Message, ...]:
-    """The whole conversation."""
-    if "messages" in row:
-        if "prompt" in row or "completion" in row:
-            raise ValueError("give either 'messages' or 'prompt' and 'completion', not both")
-        turns = row["messages"]
-        if not (isinstance(turns, list) and len(turns) >= 2):
-            raise ValueError("'messages' must be a list of at least a user and an assistant turn")
-        if not isinstance(turns[-1], dict) or turns[-1].get("role") not in ("assistant", "tool"):
-            raise ValueError("the last message must be the assistant turn to learn (no assistant turn found there)")
-        return tuple(turns)
-    if "prompt" not in row or "completion" not in row:
-        raise ValueError("expected 'messages', or 'prompt' and 'completion'")
-    return (*_as_turns(row["prompt"], "prompt", "user"), *_as_turns(row["completion"], "completion", "assistant"))
-
-
-def _as_turns(value: Any, key: str, role: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        return ({"role": role, "content": value},)
-    if isinstance(value, list) and value and (key == "prompt" or len(value) == 1):
-        return tuple(value)
-    raise ValueError(f"'{key}' must be a text or a list of messages" + ("" if key == "prompt" else " with one turn"))
-
-
-def _check_message(message: Any) -> None:
-    if not isinstance(message, dict):
-        raise ValueError(f"every message must be an object, found {type(message).__name__}")
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in _ROLES:
-        raise ValueError(f"unknown role {role!r}; expected one of {', '.join(_ROLES)}")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"'content' must be a text, found {type(content).__name__}")
-    if calls is not None and role != "assistant":
-        raise ValueError(f"only an assistant turn may hold 'tool_calls', not a {role} turn")
-    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
-        raise ValueError('\'tool_calls\' must be a list of {"function": {"name": text, "arguments": object or text}}')
-    # A tool may have nothing to say.
-    if not content and not calls and not (role == "tool" and content == ""):
-        raise ValueError(f"the {role} turn is empty; expected text in 'content'")
-
-
-def _is_call(call: Any) -> bool:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        return False
-    return isinstance(function.get("arguments", {}), (dict, str))
 
 
 def _overlap(train: tuple[Example, ...], test: tuple[Example, ...]) -> list[str]:

@@ -31,6 +31,16 @@ def positions(messages: Sequence[Message]) -> list[int]:
     return places
 
 
+def played(messages: Sequence[Message]) -> None:
+    """Raises ValueError for a conversation that cannot be played from its beginning to its end."""
+    if any(message.get("weight", 1) == 0 for message in messages):
+        raise ValueError("a conversation that is played in an environment has no turns of weight 0")
+    roles = [message["role"] for message in messages]
+    first = roles.index("assistant")
+    if first == 0 or roles[first - 1] != "user" or "user" in roles[first:]:
+        raise ValueError("a conversation that is played is one request: user, then assistant and tool turns only")
+
+
 def bare(message: Message) -> Message:
     """A message as chat templates take it: without its weight."""
     return {key: value for key, value in message.items() if key != "weight"}

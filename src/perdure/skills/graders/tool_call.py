@@ -26,9 +26,9 @@ def grade(completion: str, example: Example) -> float:
     if "ground_truth" in example.metadata:
         wanted = _ground_truth(example.metadata["ground_truth"])
     else:
-        right = _calls(expected_text(example))
+        right = calls_in(expected_text(example))
         wanted = [(name, {key: [value] for key, value in arguments.items()}) for name, arguments in right]
-    return float(_match(_calls(completion), wanted))
+    return float(_match(calls_in(completion), wanted))
 
 
 def _ground_truth(value: Any) -> list[Wanted]:
@@ -41,7 +41,7 @@ def _ground_truth(value: Any) -> list[Wanted]:
     return wanted
 
 
-def _calls(text: str) -> list[Call]:
+def calls_in(text: str) -> list[Call]:
     """Every call in the text, written as {"name", "arguments"}, in a list or one after the other, with or without
     the "function" shell around them. JSON that is no call ("[1]") is just text."""
     values = (value if isinstance(value, list) else [value] for value in json_values(text))

@@ -1,0 +1,80 @@
+"""Environments: the user's own Python that carries out tool calls, so that a student sees the results of its own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from perdure.types import Example, InputError
+
+
+class Environment(Protocol):
+    """The world of one conversation. It may also have ``score() -> 0..1``, which then judges the conversation in the
+    place of the skill's grader, by what became of the world. Same calls, same results: runs are repeated."""
+
+    def step(self, calls: Sequence[dict[str, Any]]) -> Sequence[str]:
+        """Carry out the calls of one assistant turn, ``{"name", "arguments"}`` each, in order; the result of each as
+        the tool's turn will say it. A call that is wrong gets a result that says so, not an exception."""
+        ...
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How a skill's conversations are played."""
+
+    name: str
+    """``python:module:factory``."""
+    factory: Callable[..., Any]
+    options: dict[str, Any]
+    max_turns: int
+    """Most assistant turns of one conversation."""
+
+    def begin(self, example: Example) -> Environment:
+        """A fresh world for a row. Raises InputError when the user's factory does."""
+        try:
+            return self.factory(example, **self.options)
+        except Exception as error:  # anything may happen in the user's own code; it is named
+            raise InputError(f"{example.origin}: the environment {self.name!r} cannot begin: {error!r}") from error
+
+    def results(self, world: Environment, calls: Sequence[dict[str, Any]], example: Example) -> list[str]:
+        """The results of the calls. Raises InputError when the environment raises, or returns something else."""
+        try:
+            found = list(world.step(calls))
+        except Exception as error:
+            raise InputError(f"{example.origin}: the environment {self.name!r} failed: {error!r}") from error
+        if len(found) != len(calls) or not all(isinstance(text, str) for text in found):
+            raise InputError(
+                f"{example.origin}: the environment {self.name!r} must return one text a call ({len(calls)} here), not "
+                f"{found!r}"
+            )
+        return found
+
+    def score(self, world: Environment, example: Example) -> float | None:
+        """What the world says of the conversation; None where it has no say."""
+        judge = getattr(world, "score", None)
+        if judge is None:
+            return None
+        try:
+            score = float(judge())
+        except Exception as error:
+            raise InputError(f"{example.origin}: the environment {self.name!r} failed: {error!r}") from error
+        if not 0 <= score <= 1:
+            raise InputError(f"{example.origin}: the environment {self.name!r} gave {score}, expected 0 to 1")
+        return score
+
+
+def find_environment(name: str) -> Callable[..., Any]:
+    """The user's factory, called with a row's Example and ``environment_options``. Importing it runs the user's code:
+    only ``skill.toml`` can ask for that, by name. Raises ValueError when there is none."""
+    parts = name.split(":")
+    if len(parts) != 3 or parts[0] != "python" or not all(parts):
+        raise ValueError(f"write the environment as python:module:factory, not {name!r}")
+    try:
+        factory = getattr(importlib.import_module(parts[1]), parts[2])
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the environment {name!r} cannot be used: {error}") from error
+    if not callable(factory):
+        raise ValueError(f"the environment {name!r} must be something to call with a row")
+    return factory
