@@ -60,7 +60,9 @@ def test_what_methods_and_teachers_change() -> None:
     def of(**options: object) -> float:
         return memory(SHAPE, WORK, TrainConfig(**options)).get("teacher", 0)  # type: ignore[arg-type]
 
-    assert [of(teacher=kind) for kind in ("frozen", "original", "ema", "live")] == [2000, 2000, 6000, 0]
+    kinds = ("frozen", "original", "ema", "live")
+    assert [of(teacher=kind, anchor_share=0) for kind in kinds] == [2000, 2000, 6000, 0]
+    assert [of(teacher=kind) for kind in kinds] == [2000, 4000, 8000, 2000]  # anchors are held by the start
     assert of(method="sft") == 2000 and of(method="sft", anchor_share=0) == 0  # the anchors ask a teacher
     assert of(method="sft_kl", anchor_share=0) == 2000
     adapters = memory(SHAPE, WORK, TrainConfig(lora_rank=2))

@@ -141,6 +141,8 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
         teachers["frozen"] = 0
     has_teacher = method.shows or method.held or method.reinvoked or train.anchor_share > 0
     a_teacher = teachers[train.teacher if method.shows else "frozen"] if has_teacher else 0
+    if method.shows and train.teacher != "frozen" and train.anchor_share > 0 and not train.lora_rank:
+        a_teacher += width  # anchor rows are scored by the weights that the stage starts from, another copy
     whole = 0 if train.lora_rank else 4 * shape.vocabulary * shape.hidden  # the head's gradient before it is added
     parts = {
         "masters": 4 * shape.weights / parts_of_student if not train.lora_rank or not apart else 0,

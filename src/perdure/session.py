@@ -40,6 +40,8 @@ class Session:
     dtype: torch.dtype
     key: int = 0
     """By which the other processes of the run know it."""
+    is_base: bool = False
+    """The base model itself, not a version of it."""
 
     def publish(self) -> None:
         """Bring the working copy, and the other processes, in step with the masters."""
@@ -72,7 +74,7 @@ def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
     if GROUP.count > 1:
         engine = SplitEngine(engine, key, alone=remote)  # one server: the lead asks it
     renderer = Renderer(loaded.tokenizer, loaded.end_ids, loaded.window, config.context, config.thinking)
-    return Session(loaded, working, engine, renderer, dtype, key)
+    return Session(loaded, working, engine, renderer, dtype, key, is_base=folder is None)
 
 
 def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngine:

@@ -58,6 +58,8 @@ class Stage:
     has those itself."""
     acting: Acting | None = None
     """Where the student plays whole conversations in an environment."""
+    writer: RolloutEngine | None = None
+    """Decodes with the teacher's weights before the first step; None: ``engine`` does."""
 
     def teacher_of(self, demonstrated: bool) -> Teacher | None:
         """Who scores a row: a teacher that moves, or that is the original model, must not hold the rest in place."""

@@ -7,11 +7,12 @@ from pathlib import Path
 from perdure.config import RunConfig
 from perdure.contexts import parse_template
 from perdure.methods import METHODS
+from perdure.rollout.base import RolloutEngine
 from perdure.seeds import derive_seed, permutation
-from perdure.session import Session, open_session
+from perdure.session import Session, make_engine, open_session
 from perdure.skills.base import Skill
 from perdure.stage import Anchors, Stage
-from perdure.teacher import Teacher, make_teacher, start_teacher
+from perdure.teacher import FixedTeacher, Teacher, make_teacher, start_teacher
 from perdure.types import Example
 
 
@@ -46,6 +47,7 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
         teacher=teacher,
         holder=start,
         acting=skill.acting,
+        writer=_writer(session, config, teacher),
         renderer=session.renderer,
         template=parse_template(template),
         examples=rows,
@@ -59,11 +61,20 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
     )
 
 
+def _writer(session: Session, config: RunConfig, teacher: Teacher | None) -> RolloutEngine:
+    """The engine of who teaches, where answers are written before the first step."""
+    if METHODS[config.train.method].writes_once and isinstance(teacher, FixedTeacher) and not (teacher.is_start or teacher.moves):
+        return make_engine(session.loaded, teacher.model, config.eval.batch_tokens)
+    return session.engine
+
+
 def _teacher(session: Session, config: RunConfig, anchored: bool) -> Teacher | None:
     method = METHODS[config.train.method]
     if not (method.shows or method.held or method.reinvoked or anchored):
         return None
     kind = config.train.teacher if method.shows else "frozen"
+    if kind == "original" and session.is_base:
+        kind = "frozen"  # the same weights, and one copy fewer
     original = open_session(config).loaded.model if kind == "original" else None
     return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
                         dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate,

@@ -16,7 +16,7 @@ from perdure.types import Completion, Example, Rollout
 def with_written(stage: Stage, config: TrainConfig, progress: TotalProgress | None = None) -> Stage:
     """The stage with the teacher's answers in the place of the demonstrations that its steps will draw.
 
-    The engine must still hold the stage's first weights: they, seeing the demonstration, are the teacher. Where
+    To be called before the first step: the engines still hold the weights that teach. Where
     demonstrations are rewritten, the teacher's answer is taken if the grader passes it, else the demonstration."""
     drawn = {row.id for step in range(config.steps) for row in taught_rows(stage, config, step)
              if isinstance(row, Example)}  # fmt: skip
@@ -25,7 +25,7 @@ def with_written(stage: Stage, config: TrainConfig, progress: TotalProgress | No
     demonstrations = [stage.renderer.demonstration(row) for row in rows]
     params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
     seeds = [derive_seed(stage.seed, "written", row.id) for row in rows]
-    answers = stage.engine.generate(prompts, params, seeds, part_of(progress, 0, len(rows)),
+    answers = (stage.writer or stage.engine).generate(prompts, params, seeds, part_of(progress, 0, len(rows)),
                                     [d.token_ids for d in demonstrations])  # fmt: skip
     if METHODS[config.method].completions == "rewritten":
         answers = [answer if stage.grader(stage.renderer.answer(answer), row) >= 1 else demonstration
