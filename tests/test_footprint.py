@@ -131,7 +131,7 @@ def test_what_is_divided_and_what_is_not() -> None:
     assert four["weights as mixed precision casts them"] == 2 * (2 * 20 * 8 + 800)
     apart = memory(SHAPE, WORK, TrainConfig(), devices=4)
     assert apart["masters"] == alone["masters"] and apart["activations"] == alone["activations"] / 4
-    ema = memory(SHAPE, WORK, TrainConfig(fsdp=True, teacher="ema"), devices=4)
+    ema = memory(SHAPE, WORK, TrainConfig(fsdp=True, teacher="ema", anchor_share=0), devices=4)
     assert ema["teacher"] == (2 + 4 / 4) * 1000
 
 
