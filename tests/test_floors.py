@@ -26,7 +26,7 @@ FLOORS = {
         "importers.base", "importers.tldr", "importers.passages", "importers.*", "importers",
     ],
     "F4 doing": [
-        "reporting", "session", "episodes", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
+        "reporting", "session", "ahead", "episodes", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
         "rows", "monitor", "update", "train", "written", "subject", "preflight", "advisor", "anchors", "footprint",
     ],
     "F5 deciding": [

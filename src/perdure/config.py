@@ -128,6 +128,11 @@ class TrainConfig(SettingsSection):
     on_policy_share: float = Field(default=1.0, gt=0, le=1)
     """sdft only: share of the rows to learn that the student answers itself after the warm start; the others go on with
     the demonstration's own tokens."""
+    overlap: bool = False
+    """sdft only: the student answers the next step's rows while this step trains, one step behind, which pays where
+    another machine writes the answers (rollout.engine = "vllm")."""
+    max_importance: float = Field(default=2.0, gt=1)
+    """overlap only: p(token) now over p(token) when it was sampled weighs its loss, up to this."""
     kl_weight: float = Field(default=0.5, ge=0)
     """sft_kl only: weight of the divergence from the last version on the rows to learn."""
     reinvoke_steps: int = Field(default=20, ge=1)
@@ -181,6 +186,8 @@ class TrainConfig(SettingsSection):
             ("teacher_update_rate", "teacher", "ema"),
             ("demonstration_weight", "method", "sdft"),
             ("on_policy_share", "method", "sdft"),
+            ("overlap", "method", "sdft"),
+            ("max_importance", "overlap", True),
             ("kl_weight", "method", "sft_kl"),
             ("reinvoke_steps", "method", "reinvoke"),
         )
@@ -197,6 +204,8 @@ class TrainConfig(SettingsSection):
             found += [f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows']
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
+        if self.overlap and self.lora_rank:
+            found.append("overlap needs a working copy beside what trains; adapters train on it: leave one of them out")
         of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora")
         return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
                         if self._changed(name) and not self.lora_rank]  # fmt: skip

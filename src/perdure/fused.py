@@ -117,6 +117,17 @@ def chunked_loss(
     return total, job.metrics
 
 
+@torch.no_grad()
+def target_logprobs(head: Head, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """float32 [N]: log p of each target at the temperature, chunk by chunk."""
+    size = max(1, CHUNK_ELEMENTS // head.weight_VH.shape[0])
+    found = [torch.empty(0, device=hidden_NH.device)]
+    for rows_CH, targets_C in zip(hidden_NH.split(size), targets_N.split(size), strict=True):
+        logits_CV = head.finish(head.product(rows_CH)) / temperature
+        found.append(logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(-1))
+    return torch.cat(found)
+
+
 class _Job(NamedTuple):
     """What one call of the Function works on."""
 

@@ -14,7 +14,7 @@ from perdure.rollout.base import SamplingParams
 from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, stream_window
 from perdure.stage import Stage
-from perdure.types import Example, Prompt, Rollout
+from perdure.types import Completion, Example, Prompt, Rollout
 
 
 def phase_of(state: LoopState, config: TrainConfig) -> str:
@@ -27,13 +27,15 @@ def phase_of(state: LoopState, config: TrainConfig) -> str:
     return config.method
 
 
-def step_rollouts(stage: Stage, config: TrainConfig, phase: str, state: LoopState) -> list[Rollout]:
-    """The rows of one step with their completions and the weights of their losses."""
+def step_rollouts(stage: Stage, config: TrainConfig, phase: str, state: LoopState,
+                  written: list[Completion] | None = None) -> list[Rollout]:  # fmt: skip
+    """The rows of one step with their completions and the weights of their losses. ``written``: the student's answers
+    where they were written ahead."""
     if phase == "re_invoke":
         return invoke(stage, config, state)
     rows = batch_rows(stage, config, state)
     if phase == "on_policy":
-        return sample(stage, config, rows, state)
+        return sample(stage, config, rows, state, written)
     return completed(stage, config, rows)
 
 
@@ -110,23 +112,40 @@ def weighted(rollout: Rollout, config: TrainConfig) -> Rollout:
     return replace(rollout, weight=config.kl_weight if method.held else 0.0, label_weight=1.0)
 
 
-def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout], state: LoopState) -> list[Rollout]:
+def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout], state: LoopState,
+           written: list[Completion] | None = None) -> list[Rollout]:  # fmt: skip
     """On-policy: the student answers each example itself, seeing only the prompt; of the examples beyond
     ``on_policy_share`` the demonstration's tokens are the completion."""
     examples = [row for row in rows if isinstance(row, Example)]
-    own = examples[: max(1, round(len(examples) * config.on_policy_share))] if examples else []
+    own = _own(examples, config)
     given = completed(stage, config, examples[len(own) :])
     held = [row for row in rows if isinstance(row, Rollout)]
     if stage.acting:
         return acted(stage, config, own, state) + given + held
-    references = [stage.renderer.demonstration(e).token_ids for e in own]
-    prompts = [stage.renderer.student_prompt(e) for e in own]
-    seeds = _seeds(stage, state, len(own))
-    params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
-    completions = stage.engine.generate(prompts, params, seeds, references=references)
+    completions = written or answer(stage, config, own, state.step)
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
-    sampled = [stage.renderer.rollout(e, c, stage.template) for e, c in zip(own, completions, strict=True)]
+    sampled = [replace(stage.renderer.rollout(e, c, stage.template), lagging=written is not None)
+               for e, c in zip(own, completions, strict=True)]  # fmt: skip
     return sampled + given + held
+
+
+def _own(examples: Sequence[Example], config: TrainConfig) -> Sequence[Example]:
+    """Those that the student answers itself."""
+    return examples[: max(1, round(len(examples) * config.on_policy_share))] if examples else []
+
+
+def answer(stage: Stage, config: TrainConfig, examples: Sequence[Example], step: int) -> list[Completion]:
+    """The student's own answers in step ``step``, with the weights that its engine holds now."""
+    references = [stage.renderer.demonstration(e).token_ids for e in examples]
+    prompts = [stage.renderer.student_prompt(e) for e in examples]
+    params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
+    return stage.engine.generate(prompts, params, _seeds(stage, step, len(examples)), references=references)
+
+
+def answers_of(stage: Stage, config: TrainConfig, step: int) -> list[Completion]:
+    """All answers that ``sample`` will ask for in step ``step``."""
+    examples = [row for row in taught_rows(stage, config, step) if isinstance(row, Example)]
+    return answer(stage, config, _own(examples, config), step)
 
 
 def acted(stage: Stage, config: TrainConfig, examples: Sequence[Example], state: LoopState) -> list[Rollout]:
@@ -148,13 +167,13 @@ def invoke(stage: Stage, config: TrainConfig, state: LoopState) -> list[Rollout]
                            config.batch_size)  # fmt: skip
     prompts = [pool[place] for place in places]
     params = SamplingParams(config.anchor_general_tokens, config.sampling_temperature)
-    completions = stage.engine.generate(prompts, params, _seeds(stage, state, len(prompts)))
+    completions = stage.engine.generate(prompts, params, _seeds(stage, state.step, len(prompts)))
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
     return [stage.renderer.rollout(p.example, c, None) for p, c in zip(prompts, completions, strict=True)]
 
 
-def _seeds(stage: Stage, state: LoopState, count: int) -> list[int]:
-    return [derive_seed(stage.seed, "rollout", state.step, index) for index in range(count)]
+def _seeds(stage: Stage, step: int, count: int) -> list[int]:
+    return [derive_seed(stage.seed, "rollout", step, index) for index in range(count)]
 
 
 def says_demonstration(stage: Stage, rollout: Rollout) -> bool:

@@ -6,19 +6,21 @@ Where it departs from the paper's Algorithm 1, and why (docs/log.md has the numb
 3. The teacher is frozen for a stage by default (the paper: EMA) and its distribution sharpened on demonstrated rows.
    Whatever it is, anchor rows are scored by the weights that the stage started from.
 4. Forward KL, as in the authors' code and all their numbers; the paper's text prints the reverse.
-5. No importance weights: the sampler is the student itself, in step with it.
+5. No importance weights, but with train.overlap: else the sampler is the student itself, in step with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perdure.adapters import adapted
+from perdure.ahead import Ahead
 from perdure.batching import collate, micro_batches
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
 from perdure.config import TrainConfig
@@ -27,13 +29,13 @@ from perdure.methods import METHODS
 from perdure.models import linear_parameters, sync_weights
 from perdure.monitor import describe, log_sample, measures_start, validate
 from perdure.processes import barrier, from_lead, gather
-from perdure.rows import phase_of, recurs, step_rollouts
+from perdure.rows import answers_of, phase_of, recurs, step_rollouts
 from perdure.runlog import Clock, LoopState, Report, RunLog
 from perdure.seeds import derive_seed
 from perdure.sharding import recomputed, sharded
 from perdure.stage import Stage
 from perdure.teacher import Teacher
-from perdure.types import Rollout
+from perdure.types import InputError, Rollout
 from perdure.update import loss_tokens, make_optimizer, optimise, own_rows, set_learning_rate
 
 
@@ -59,8 +61,11 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     """The loop itself, on the student as it is: plain, or with adapters."""
     log = RunLog(stage.folder, report)
     optimizer = make_optimizer(stage, config)
-    state = resume(stage, optimizer, log)
+    ahead = Ahead(config.overlap)
+    state = resume(stage, optimizer, log, ahead)
     kept_scores: dict[Any, Tensor] = {}
+    if config.overlap and stage.acting:
+        raise InputError("train.overlap cannot write conversations in an environment ahead: leave it out")
     parameters = linear_parameters(stage.student.model)
     if state.step == 0 and measures_start(stage, config):
         log.metrics(validate(stage, config, state))
@@ -69,7 +74,9 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         clock, phase = Clock(), phase_of(state, config)
         if phase == "re_invoke" and state.step == config.steps - config.reinvoke_steps:
             state.best_accuracy = -1.0  # the weights to end with are those of this phase
-        rollouts = step_rollouts(stage, config, phase, state)
+        rollouts = step_rollouts(stage, config, phase, state, ahead.take(state.step))
+        if phase == "on_policy" and state.step + 1 < config.steps:
+            ahead.begin(state.step + 1, partial(answers_of, stage, config, state.step + 1))
         clock.lap("rollout")
         own = own_rows(rollouts)
         before = dict(state.tokens)
@@ -79,6 +86,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         metrics = optimise(stage, config, optimizer, own, teacher_hidden, phase, clock, state, rollouts)
         state.tokens = {part: before[part] + sum(tokens[part] - before[part] for tokens in gather(state.tokens))
                         for part in before}  # fmt: skip
+        ahead.wait()
         if stage.student.model is not stage.working:  # adapters train on the working copy itself
             sync_weights(stage.working, stage.student.model)
         if stage.teacher:
@@ -96,8 +104,9 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
             log.metrics(validate(stage, config, state))
             state = from_lead(state)
         if state.step % config.checkpoint_every == 0:
-            loop = {"state": asdict(state), "positions": log.positions()}
+            loop = {"state": asdict(state), "positions": log.positions(), "ahead": ahead.state()}
             save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher_state(stage), loop)
+    ahead.close()
     if state.best_step >= 0:
         barrier()  # the lead has written them
         load_weights(stage.student.model, stage.folder / BEST)
@@ -109,7 +118,7 @@ def _done(config: TrainConfig, state: LoopState) -> bool:
     return state.strayed or (state.stale >= config.patience and not METHODS[config.method].reinvoked)
 
 
-def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog) -> LoopState:
+def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog, ahead: Ahead) -> LoopState:
     """The state of the run folder's checkpoint, or a fresh one."""
     found = from_lead(checkpoints(stage.folder))
     if not found:
@@ -121,6 +130,7 @@ def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog) -> LoopS
     if stage.student.model is not stage.working:
         sync_weights(stage.working, stage.student.model)
     log.rewind(loop["positions"])
+    ahead.load_state(loop.get("ahead"))
     return LoopState(**loop["state"])
 
 

@@ -78,6 +78,8 @@ class Rollout:
     """Multiplies the loss of its own tokens as labels (nll or dft)."""
     source: str = ""
     """The earlier skill that the row holds; empty for rows to learn and for general anchors."""
+    lagging: bool = False
+    """The completion was sampled by the weights of an earlier step: its loss is weighted by importance."""
     region: tuple[int, int] | None = None
     """First and one past the last token of the completion that carry loss; None: all do."""
 
@@ -111,6 +113,8 @@ class Batch:
     """float32 [N]; the row's weight of the label loss at each loss position."""
     demonstrated_N: torch.Tensor
     """bool [N]; True where the row has a demonstration (teacher temperature applies there only)."""
+    sampler_logprobs_N: torch.Tensor
+    """float32 [N]; of rows sampled by earlier weights the log p of each token then, NaN elsewhere."""
 
 
 @dataclass(frozen=True)

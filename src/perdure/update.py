@@ -12,7 +12,7 @@ from torch import Tensor
 from perdure.adapters import trainable
 from perdure.batching import collate, micro_batches
 from perdure.config import TrainConfig
-from perdure.fused import METRICS, LossInputs, chunked_loss
+from perdure.fused import METRICS, LossInputs, chunked_loss, target_logprobs
 from perdure.guidance import observe
 from perdure.losses import LossSpec
 from perdure.methods import METHODS
@@ -123,7 +123,8 @@ def _pass(stage: Stage, config: TrainConfig, batch: Batch, teacher_NH: Tensor | 
         with autocast(stage.dtype, stage.student.device):
             student_NH = hidden_at_loss_positions(stage.student.model, batch).to(stage.dtype)
         clock.lap("forward")
-        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N * scale, batch.demonstrated_N,
+        weights_N = batch.weights_N * importance(stage, config, batch, student_NH) * scale
+        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, weights_N, batch.demonstrated_N,
                             sharpness, batch.label_weights_N * scale)  # fmt: skip
         return loss_of(stage, spec, inputs, divergence_N)
 
@@ -132,6 +133,18 @@ def _pass(stage: Stage, config: TrainConfig, batch: Batch, teacher_NH: Tensor | 
     loss.backward()
     clock.lap("backward")
     return float(loss.detach()), metrics
+
+
+@torch.no_grad()
+def importance(stage: Stage, config: TrainConfig, batch: Batch, student_NH: Tensor) -> Tensor:
+    """float32 [N]: of tokens that earlier weights sampled min(p now / p then, ``max_importance``), both at the sampling
+    temperature; 1 elsewhere. Truncated importance sampling, Ionides 2008, by token."""
+    lagging_N = ~batch.sampler_logprobs_N.isnan()
+    if not lagging_N.any():
+        return torch.ones_like(batch.weights_N)
+    now_N = target_logprobs(head_of(stage.student.model), student_NH, batch.targets_N, config.sampling_temperature)
+    ratio_N = (now_N - batch.sampler_logprobs_N).exp().clamp(max=config.max_importance)
+    return torch.where(lagging_N, ratio_N, 1.0)
 
 
 def _sum_gradients(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], every: Sequence[Rollout]) -> None:
