@@ -180,7 +180,8 @@ def test_the_answers_are_written_while_the_step_trains(tmp_path: Path) -> None:
     ("options", "problem"),
     [
         ({"overlap": True, "method": "sft"}, 'overlap has an effect only with method = "sdft"'),
-        ({"max_importance": 3.0}, 'max_importance has an effect only with overlap = "True"'),
+        ({"max_importance": 3.0}, "max_importance has an effect only with overlap or update_sampler_every"),
+        ({"update_sampler_every": 2, "method": "sft"}, 'update_sampler_every has an effect only with method = "sdft"'),
         ({"overlap": True, "lora_rank": 4}, "adapters train on it"),
     ],
 )

@@ -13,6 +13,7 @@ from fakes import renderer
 from perdure.config import ContextConfig
 from perdure.contexts import parse_template
 from perdure.importers import run_importer
+from perdure.importers.docs import build, read_questions
 from perdure.importers.passages import MAX_WORDS, OVERLAP_WORDS, read_passages
 from perdure.skills.base import Skill, load_skill
 from perdure.subject import candidates
@@ -159,6 +160,10 @@ def test_the_teacher_sees_passage_and_answer_the_student_neither(documents: Path
         ({"question": "Who?", "answer": " "}, "'answer' must be a text that is not empty"),
         ({"question": "Who?", "answer": "x", "kind": "odd"}, "one of direct, indirect, control"),
         ({"question": "Who?", "answer": "x", "page": 3}, "unknown keys"),
+        ({"question": "Who?", "answer": "x", "old": "y"}, "'old' must be a list of texts"),
+        ({"question": "Who?", "answer": "..."}, "no passage contains the answer '...'"),
+        ({"question": "Who?", "answer": "x", "contains": "x"}, "questions.jsonl:6: .*must be a list of texts"),
+        ({"question": "Who? \ud800", "answer": "x"}, "questions.jsonl:6: a text holds half of a surrogate pair"),
     ],
 )  # fmt: skip
 def test_bad_questions_are_named_with_their_line(documents: Path, row: dict[str, Any], message: str) -> None:
@@ -172,6 +177,13 @@ def test_something_must_be_taught_and_tested(documents: Path) -> None:
         imported(documents, QUESTIONS[2:3])
     with pytest.raises(InputError, match="no question is left to teach"):
         imported(documents, QUESTIONS[3:])
+
+
+def test_questions_read_before_make_the_same_skill(documents: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "q.jsonl", QUESTIONS)
+    given = [build(tmp_path / name / "facts", documents, asked) for name, asked in
+             (("file", file), ("rows", read_questions(file)))]  # fmt: skip
+    assert load_skill(given[0]).content_hash == load_skill(given[1]).content_hash
 
 
 def test_the_command(documents: Path, tmp_path: Path) -> None:

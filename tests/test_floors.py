@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "perdure"
 # Names below "perdure."; the package itself ("", its version) comes first. A pattern stands for modules that do not
 # import each other.
 FLOORS = {
-    "F0 words": ["", "types", "methods", "settings", "config"],
+    "F0 words": ["", "types", "methods", "settings", "train_config", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
         "files", "processes", "sharding", "thinking", "contexts", "batching", "packing", "attention", "adapters",
@@ -26,8 +26,9 @@ FLOORS = {
         "importers.base", "importers.tldr", "importers.passages", "importers.*", "importers",
     ],
     "F4 doing": [
-        "reporting", "session", "ahead", "episodes", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog", "stage",
-        "rows", "monitor", "update", "train", "written", "subject", "preflight", "advisor", "anchors", "footprint",
+        "reporting", "session", "ahead", "episodes", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog",
+        "stage", "rows", "monitor", "update", "train", "written", "subject", "preflight", "advisor", "anchors",
+        "footprint",
     ],
     "F5 deciding": [
         "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",

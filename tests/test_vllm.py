@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from perdure.models import sync_weights, working_copy
 from perdure.rollout.base import SamplingParams
 from perdure.rollout.local import LocalEngine
 from perdure.rollout.vllm import VllmEngine
+from perdure.rows import batch_rows, sample
+from perdure.runlog import LoopState
 from perdure.settings import parse
 from perdure.types import InputError, Prompt
+from test_train import make_stage, settings
 
 PROMPTS = [renderer().student_prompt(example(f"say {word}", None)) for word in ("north", "south", "east", "west")]
 
@@ -117,6 +121,33 @@ def test_weights_travel_when_they_have_changed_whoever_changed_them(tmp_path: Pa
 def test_a_server_that_cannot_be_used_is_refused(server: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         engine_on(server, tmp_path).generate(PROMPTS, SamplingParams(4), [0] * 4)
+
+
+def test_the_server_may_stay_some_steps_behind_and_its_answers_are_marked(tmp_path: Path) -> None:
+    server = Server()
+    stage = make_stage(tmp_path, tiny_model(seed=1), anchors=False)
+    stage = replace(stage, engine=engine_on(server, tmp_path / "weights", stage.student.model))
+    config = settings(update_sampler_every=3, anchor_share=0.0, batch_size=2)
+    marked, reloads = [], []
+    for step in range(7):
+        with torch.no_grad():
+            next(iter(stage.engine.working.parameters())).mul_(1.001)  # as an optimizer step does
+        rows = sample(stage, config, batch_rows(stage, config, LoopState(step)), LoopState(step))
+        marked.append({row.lagging for row in rows})
+        reloads.append(server.reloads)
+    assert reloads == [1, 1, 1, 2, 2, 2, 3]
+    assert marked == [{False}, {True}, {True}, {False}, {True}, {True}, {False}]
+    stage.engine.generate(PROMPTS[:1], SamplingParams(2), [0])  # an evaluation, whatever the step
+    assert server.reloads == 3
+    with torch.no_grad():
+        next(iter(stage.engine.working.parameters())).mul_(1.001)
+    stage.engine.generate(PROMPTS[:1], SamplingParams(2), [0])
+    assert server.reloads == 4
+
+
+def test_only_a_server_can_stay_behind() -> None:
+    with pytest.raises(InputError, match="the own engine is always in step"):
+        parse(RunConfig, {"train": {"update_sampler_every": 2}}, where="x")
 
 
 def test_no_server_is_one_clear_error(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.text import Text
@@ -21,8 +21,11 @@ from perdure.cli_common import (
     reporter,
 )
 from perdure.config import RunConfig, load_config, with_settings
+from perdure.types import InputError
 
 if TYPE_CHECKING:
+    from perdure.importers.docs import Questions
+    from perdure.session import Session
     from perdure.workspace import Workspace
 
 
@@ -77,6 +80,22 @@ def import_skill(
     questions: Annotated[
         Path | None, typer.Option("--questions", help="docs only: a JSONL file of questions and answers.")
     ] = None,
+    ask: Annotated[
+        str | None, typer.Option("--ask", help="docs only: 'model', or an OpenAI-compatible URL, writes the questions.")
+    ] = None,
+    ask_model: Annotated[str | None, typer.Option("--ask-model", help="The model to ask at the URL of --ask.")] = None,
+    pretest: Annotated[
+        bool, typer.Option("--pretest", help="docs only: leave out facts that the model knows already.")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option("--save-questions", help="Also write the questions, as --questions takes them.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For --ask and --pretest, who will be taught: embedded (the default) ...")
+    ] = None,
+    workspace: Annotated[
+        Path | None, typer.Option("--workspace", "-w", help="... or the champion of this workspace.")
+    ] = None,
     grader: Annotated[
         str | None, typer.Option(help="jsonl and docs: how answers are graded; default: exact, and contains.")
     ] = None,
@@ -89,8 +108,88 @@ def import_skill(
     """Bring a known source, a JSONL file or documents of your own into a skill folder."""
     from perdure.importers import run_importer
 
-    run_importer(source, target, seed, file, grader, test_share, turns, questions)
+    given: Path | Questions | None = questions
+    options = {"--ask": ask, "--ask-model": ask_model, "--pretest": pretest or None, "--save-questions": save,
+               "--model": model, "--workspace": workspace}  # fmt: skip
+    if used := [name for name, value in options.items() if value is not None]:
+        if source != "docs":
+            raise InputError(f"perdure import {source}: {used[0]} is for docs only")
+        _check_options(options, questions, turns)
+        given = _prepared(options, target, file, questions, grader, seed)
+    run_importer(source, target, seed, file, grader, test_share, turns, given)
     out.print(f"{target}: ready. Next: perdure check {target}", soft_wrap=True)
+
+
+def _check_options(options: dict[str, Any], questions: Path | None, turns: str) -> None:
+    """Raises InputError for options of ``import docs`` that do not go together."""
+    ask, name, tests = options["--ask"], options["--ask-model"], options["--pretest"]
+    at_url = ask not in (None, "model")
+    problems = {
+        "give --questions or --ask, not both": questions and ask,
+        "--pretest needs --questions FILE": tests and not (questions or ask),
+        "--ask takes 'model', or a URL with --ask-model NAME, the model's name there": at_url and not name,
+        "--ask-model goes with --ask URL": name and not at_url,
+        "--save-questions, --model and --workspace go with --ask or --pretest": not (ask or tests),
+        "give --model or --workspace, not both": options["--model"] and options["--workspace"],
+        "--turns is for jsonl only": turns != "last",
+    }
+    for problem, found in problems.items():
+        if found:
+            raise InputError(f"perdure import docs: {problem}")
+
+
+def _prepared(options: dict[str, Any], target: Path, file: Path | None, questions: Path | None, grader: str | None,
+              seed: int) -> Questions:  # fmt: skip
+    """The questions that a model writes, or those of the file without what it knows. Raises InputError for whatever
+    can be found out before any model is asked."""
+    from perdure.files import check_free, write_jsonl
+    from perdure.importers.docs import divided, read_questions
+    from perdure.importers.passages import read_passages
+    from perdure.question_writers import Endpoint
+    from perdure.questions import Student, pretest, write_questions
+    from perdure.report.words import safe_line
+    from perdure.skills.graders import make_grader
+
+    if file is None:
+        raise InputError("perdure import docs: name document or folder with --file")
+    check_free(target)
+    save: Path | None = options["--save-questions"]
+    if save and save.exists():
+        raise InputError(f"{save}: already there; choose another file for --save-questions")
+    if save and save.resolve().is_relative_to(target.resolve()):
+        raise InputError(f"{save}: a skill folder holds its own files only; save the questions outside of {target}")
+    make_grader(grader or "contains", {}, where="--grader")
+    passages, ask, name = read_passages(file), options["--ask"], options["--ask-model"]
+    writer = Endpoint(ask, name) if name else None
+    own = read_questions(questions) if questions else None
+    if own is not None:
+        divided(own, passages)
+    session, label = _asked_model(options["--model"], options["--workspace"])
+    student = Student(session.engine, session.renderer, seed)
+    if own is not None:
+        found, said = pretest(own, student, reporter())
+    else:
+        found, said = write_questions(passages, writer or student, student, reporter(), name or label)
+    out.print(safe_line(said), soft_wrap=True)
+    if save:
+        write_jsonl(save, [row for _, row in found.rows])
+    where = f"{save}: read and mend the questions there" if save else "Read them: --save-questions FILE writes them"
+    out.print(f"{where}; --questions FILE takes them again.", soft_wrap=True)
+    return found
+
+
+def _asked_model(model: str | None, workspace: Path | None) -> tuple[Session, str]:
+    """The model that will be taught, loaded, and what to call it."""
+    from perdure.report.words import model_label
+    from perdure.running import open_version
+    from perdure.session import open_session
+
+    if workspace is None:
+        config = with_settings(RunConfig(), [] if model is None else [f"model.source={json.dumps(model)}"])
+        return open_session(config), model_label(config.model.source)
+    place, config = open_workspace(workspace, None)
+    champion = place.resolve("champion")
+    return open_version(place, champion, config), f"{champion} of {workspace}"
 
 
 @app.command()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 from perdure.config import TrainConfig
 from perdure.episodes import play
 from perdure.guidance import allot
 from perdure.methods import METHODS
-from perdure.rollout.base import SamplingParams
+from perdure.rollout.base import Holding, RolloutEngine, SamplingParams
 from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, stream_window
 from perdure.stage import Stage
@@ -124,7 +126,8 @@ def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout],
         return acted(stage, config, own, state) + given + held
     completions = written or answer(stage, config, own, state.step)
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
-    sampled = [replace(stage.renderer.rollout(e, c, stage.template), lagging=written is not None)
+    lagging = written is not None or lags(config, state.step)
+    sampled = [replace(stage.renderer.rollout(e, c, stage.template), lagging=lagging)
                for e, c in zip(own, completions, strict=True)]  # fmt: skip
     return sampled + given + held
 
@@ -139,7 +142,26 @@ def answer(stage: Stage, config: TrainConfig, examples: Sequence[Example], step:
     references = [stage.renderer.demonstration(e).token_ids for e in examples]
     prompts = [stage.renderer.student_prompt(e) for e in examples]
     params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
-    return stage.engine.generate(prompts, params, _seeds(stage, step, len(examples)), references=references)
+    with held(stage.engine, lags(config, step)):
+        return stage.engine.generate(prompts, params, _seeds(stage, step, len(examples)), references=references)
+
+
+def lags(config: TrainConfig, step: int) -> bool:
+    """Whether the sampler keeps its weights in this step."""
+    return step % config.update_sampler_every != 0
+
+
+@contextmanager
+def held(engine: RolloutEngine, wanted: bool) -> Iterator[None]:
+    """Inside, an engine that can answers with the weights that it was sent last."""
+    inner = cast("Holding", getattr(engine, "engine", engine))  # below one that divides prompts over processes
+    if wanted:
+        inner.held = True
+    try:
+        yield
+    finally:
+        if wanted:
+            inner.held = False
 
 
 def answers_of(stage: Stage, config: TrainConfig, step: int) -> list[Completion]:

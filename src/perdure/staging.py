@@ -63,7 +63,11 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
 
 def _writer(session: Session, config: RunConfig, teacher: Teacher | None) -> RolloutEngine:
     """The engine of who teaches, where answers are written before the first step."""
-    if METHODS[config.train.method].writes_once and isinstance(teacher, FixedTeacher) and not (teacher.is_start or teacher.moves):
+    if (
+        METHODS[config.train.method].writes_once
+        and isinstance(teacher, FixedTeacher)
+        and not (teacher.is_start or teacher.moves)
+    ):
         return make_engine(session.loaded, teacher.model, config.eval.batch_tokens)
     return session.engine
 

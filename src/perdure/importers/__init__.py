@@ -25,7 +25,7 @@ IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
 
 
 def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str | None, test_share: float,
-                 turns: jsonl.Turns = "last", questions: Path | None = None) -> Path:  # fmt: skip
+                 turns: jsonl.Turns = "last", questions: Path | docs.Questions | None = None) -> Path:  # fmt: skip
     """Make a skill folder from a known source, from a JSONL ``file``, or from documents (``file``) and ``questions``.
 
     Raises InputError for an unknown source, and for an option that the source does not use."""
@@ -42,7 +42,7 @@ def run_importer(source: str, target: Path, seed: int, file: Path | None, grader
     if source == "docs":
         if file is None or questions is None:
             raise InputError(
-                "perdure import docs: name document or folder with --file, and --questions questions.jsonl"
+                "perdure import docs: name document or folder with --file, and --questions FILE (or --ask model)"
             )
         return docs.build(target, file, questions, grader or "contains")
     if file is not None:

@@ -8,52 +8,61 @@ together (``indirect``), and questions on what was not taught (``control``).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from perdure.importers.base import Row, skill_name, write_skill
 from perdure.importers.passages import Passage, read_passages
-from perdure.types import InputError
+from perdure.skills.graders import contains
+from perdure.types import Example, InputError
 
 KINDS = ("direct", "indirect", "control")
-_KEYS = {"question", "answer", "fact", "kind", "source", "contains"}
+_KEYS = {"question", "answer", "fact", "kind", "source", "contains", "old"}
 MAX_NEW_TOKENS = 48
 
 
-def build(target: Path, documents: Path, questions: Path, grader: str = "contains") -> Path:
-    """Write the skill folder from documents and a JSONL file of questions.
+@dataclass(frozen=True)
+class Questions:
+    """Questions with their answers, each as a line of a questions file says it."""
+
+    place: str
+    """The file, or who wrote them: what an error message begins with."""
+    rows: tuple[tuple[int, dict[str, Any]], ...]
+    """(line or number, question): error messages and the rows' ids name the number."""
+
+
+def build(target: Path, documents: Path, questions: Path | Questions, grader: str = "contains") -> Path:
+    """Write the skill folder from documents and a JSONL file of questions, or questions read or made before.
 
     A line is ``{"question", "answer"}`` with, where wanted, ``fact`` (lines of the same fact are phrasings of one
     question; the last is held out as a test), ``kind`` (direct, indirect or control; the last two are tests only),
-    ``source`` (the document that holds the answer) and ``contains`` (texts that a right answer must contain; default:
-    the answer). Raises one InputError that lists every bad document or line."""
-    passages = read_passages(documents)
-    asked = _read(questions)
-    problems: list[str] = []
-    train, test = _divided(asked, passages, questions, problems)
-    if not train:
-        problems.append(
-            f"{questions}: no question is left to teach; a fact needs two phrasings to be taught and tested"
-        )
-    if not test:
-        problems.append(f"{questions}: nothing to test with; give facts a second phrasing, or indirect questions")
-    if problems:
-        raise InputError("\n".join(problems))
-    longest = max(len(str(row["completion"])) for row in (*train, *test))
+    ``source`` (the document that holds the answer), ``contains`` (texts that a right answer must contain; default:
+    the answer) and ``old`` (texts that were right once: how often they are still said is counted apart). Raises one
+    InputError that lists every bad document or line."""
+    asked = questions if isinstance(questions, Questions) else read_questions(questions)
+    train, test = divided(asked, read_passages(documents))
     settings = {
         "name": skill_name(target),
         "description": f"Facts of {documents.name}.",
         "source": documents.name,
         "grader": grader,
-        # A token is at least one byte of the answer; a model may say more than the bare answer.
-        "max_new_tokens": max(MAX_NEW_TOKENS, longest // 2),
+        "max_new_tokens": room([str(row["completion"]) for row in (*train, *test)]),
     }
     return write_skill(target, settings, train, test)
 
 
-def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line, question) of each line. Raises InputError listing the bad ones."""
+def room(answers: Sequence[str]) -> int:
+    """Tokens that each of the answers fits into."""
+    # A token is at least one byte of the answer; a model may say more than the bare answer.
+    return max(MAX_NEW_TOKENS, max(map(len, answers)) // 2)
+
+
+def read_questions(path: Path) -> Questions:
+    """The questions of a file. Raises InputError listing the bad lines."""
     if not path.is_file():
         raise InputError(f'{path}: no such file; it should hold one {{"question", "answer"}} a line')
     found, problems = [], []
@@ -64,11 +73,11 @@ def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
             _check(row)
             found.append((number, row))
-        except ValueError as error:  # of JSON, of the encoding, or ours
+        except (ValueError, RecursionError) as error:  # of JSON, of the encoding, or ours
             problems.append(f"{path}:{number}: {error}")
     if problems:
         raise InputError("\n".join(problems))
-    return found
+    return Questions(str(path), tuple(found))
 
 
 def _check(row: Any) -> None:
@@ -78,48 +87,77 @@ def _check(row: Any) -> None:
         raise ValueError(f"unknown keys {sorted(unknown)}; allowed: {sorted(_KEYS)}")
     if empty := [key for key in ("question", "answer") if not (isinstance(row[key], str) and row[key].strip())]:
         raise ValueError(f"{empty[0]!r} must be a text that is not empty")
+    old = row.get("old", ["-"])
+    if not (isinstance(old, list) and old and all(isinstance(text, str) and text.strip() for text in old)):
+        raise ValueError("'old' must be a list of texts that were right once")
     if row.get("kind", "direct") not in KINDS:
         raise ValueError(f"'kind' must be one of {', '.join(KINDS)}, not {row['kind']!r}")
+    # Whatever asks before the skill folder is checked can rely on a row that can be written and graded.
+    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise ValueError("a text holds half of a surrogate pair, which is no character")
+    contains.grade("", Example("", (), {"role": "assistant", "content": row["answer"]}, metadata=wanted(row)))
 
 
-def _divided(asked: Sequence[tuple[int, dict[str, Any]]], passages: Sequence[Passage], questions: Path,
-             problems: list[str]) -> tuple[list[Row], list[Row]]:  # fmt: skip
-    """Rows to teach and rows to test."""
+def divided(questions: Questions, passages: Sequence[Passage]) -> tuple[list[Row], list[Row]]:
+    """Rows to teach and rows to test. Raises InputError listing the questions without a passage, and for a side that
+    is empty."""
+    problems: list[str] = []
     last: dict[str, int] = {}  # fact -> line of its last phrasing, where it has several
     count: dict[str, int] = {}
-    for number, row in asked:
+    for number, row in questions.rows:
         if row.get("kind", "direct") == "direct" and "fact" in row:
             fact = str(row["fact"])
             last[fact], count[fact] = number, count.get(fact, 0) + 1
     train: list[Row] = []
     test: list[Row] = []
-    for number, row in asked:
-        kind, fact = row.get("kind", "direct"), str(row.get("fact", f"line {number}"))
+    for number, row in questions.rows:
+        kind, fact = row.get("kind", "direct"), fact_of(number, row)
         held_out = kind != "direct" or (count.get(fact, 0) > 1 and last[fact] == number)
         passage = None
         if kind == "direct" and (passage := holding(row, passages)) is None:
             where = f" of {row['source']}" if "source" in row else ""
-            problems.append(f"{questions}:{number}: no passage{where} contains the answer {row['answer']!r}")
+            problems.append(f"{questions.place}:{number}: no passage{where} contains the answer {row['answer']!r}")
             continue
         made: Row = {
             "id": f"{kind}-{number}", "prompt": row["question"].strip(), "completion": row["answer"].strip(),
-            "metadata": {"kind": kind, "fact": fact, "contains": row.get("contains", [row["answer"].strip()])},
+            "metadata": {"kind": kind, "fact": fact} | wanted(row) | ({"old": row["old"]} if "old" in row else {}),
         }  # fmt: skip
         if passage:
             made |= {"document": passage.text}
             made["metadata"]["source"] = passage.source
         (test if held_out else train).append(made)
+    if not train:
+        problems.append(
+            f"{questions.place}: no question is left to teach; a fact needs two phrasings to be taught and tested"
+        )
+    if not test:
+        problems.append(f"{questions.place}: nothing to test with; give facts a second phrasing, or indirect questions")
+    if problems:
+        raise InputError("\n".join(problems))
     return train, test
+
+
+def wanted(row: dict[str, Any]) -> dict[str, Any]:
+    """What the grader ``contains`` looks for, as a row's metadata say it."""
+    return {"contains": row.get("contains", [row["answer"].strip()])}
+
+
+def fact_of(number: int, row: dict[str, Any]) -> str:
+    """The fact that a question asks for; a question without one is a fact by itself."""
+    return str(row.get("fact", f"line {number}"))
 
 
 def holding(row: dict[str, Any], passages: Sequence[Passage]) -> Passage | None:
     """The passage that contains the answer; of several the one that has most of the question's words."""
-    wanted = _plain(row["answer"])
-    fits = [p for p in passages if row.get("source", p.file) == p.file and wanted in _plain(p.text)]
-    words = set(_plain(row["question"]).split())
-    return max(fits, key=lambda p: len(words & set(_plain(p.text).split())), default=None)
+    answer = plain(row["answer"])
+    if not answer:  # an answer of signs only would be found everywhere
+        return None
+    fits = [p for p in passages if row.get("source", p.file) == p.file and answer in plain(p.text)]
+    words = set(plain(row["question"]).split())
+    return max(fits, key=lambda p: len(words & set(plain(p.text).split())), default=None)
 
 
-def _plain(text: str) -> str:
+@lru_cache(8192)  # every question looks through the same passages
+def plain(text: str) -> str:
     """Lower case, without punctuation at the ends of words, single spaces: how a quotation is looked for."""
     return " ".join(word.strip(".,;:!?\"'()[]") for word in text.casefold().split()).strip()

@@ -55,6 +55,13 @@ def references_of(
     return references
 
 
+class Holding(Protocol):
+    """An engine that need not follow every change of the weights."""
+
+    held: bool
+    """Answer with the weights that were sent last, though they have changed since."""
+
+
 class RolloutEngine(Protocol):
     """Generates with weights that its owner keeps current."""
 

@@ -44,13 +44,15 @@ PARITY = 0.2
 
 
 class VllmEngine:
-    """Generates with the weights that ``working`` has at each call; sampling is vLLM's own, seeded by row."""
+    """Generates with the weights that ``working`` has at each call, or where it is ``held`` had when they were last
+    sent; sampling is vLLM's own, seeded by row."""
 
     def __init__(self, loaded: LoadedModel, working: Any, config: RolloutConfig,
                  transport: httpx2.BaseTransport | None = None):  # fmt: skip
         self.working, self.end_ids, self.pad_id = working, list(loaded.end_ids), loaded.pad_id
         self.config = config
         self.name = uuid.uuid4().hex[:12]
+        self.held, self.sent = False, False
         self.client = httpx2.Client(base_url=config.url, timeout=config.timeout, transport=transport)
         weakref.finalize(self, self.client.close)
 
@@ -62,8 +64,9 @@ class VllmEngine:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         if not prompts:
             return []
-        if self._push():
+        if not (self.held and self.sent) and self._push():
             self._check(prompts[0])
+        self.sent = True
         found: dict[int, Completion] = {}
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             jobs = {pool.submit(self._complete, prompt.token_ids, params, seed): place

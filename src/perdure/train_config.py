@@ -1,0 +1,182 @@
+"""The settings of a stage's training: method, loss, teacher, rows, schedule, adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from perdure.methods import METHODS
+from perdure.settings import SettingsSection
+
+
+class TrainConfig(SettingsSection):
+    """The distillation step and its schedule."""
+
+    method: Literal[
+        "sdft",
+        "sft",
+        "dft",
+        "sft_kl",
+        "sft_replay",
+        "onpolicy_replay",
+        "reinvoke",
+        "rewrite_sft",
+        "offline",
+        "cpt",
+    ] = "sdft"
+    """See ``methods.METHODS`` and docs/method.md."""
+    divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"
+    """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher)."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """generalized_jsd only: the teacher's share of the mixture."""
+    support: Literal["full", "teacher_topk", "sampled"] = "full"
+    topk: int = Field(default=20, ge=1)
+    """teacher_topk only; the rest of the vocabulary is one tail bucket."""
+    teacher: Literal["frozen", "ema", "original", "live"] = "frozen"
+    """frozen = the last promoted version, for the whole stage."""
+    teacher_update_rate: float = Field(default=0.02, gt=0, le=1)
+    """ema only: the student's share per step."""
+    teacher_temperature: float = Field(default=0.5, gt=0)
+    """Divides the teacher's logits on rows with a demonstration; below 1 sharpens."""
+    steps: int = Field(default=60, ge=1)
+    """At most this many optimizer steps a stage."""
+    batch_size: int = Field(default=16, ge=1)
+    """Rows a step, anchors included."""
+    micro_batch_tokens: int = Field(default=4096, ge=64)
+    """Most padded tokens in one forward pass."""
+    anchor_share: float = Field(default=0.375, ge=0, lt=1)
+    """Share of each batch without a demonstration: earlier skills' prompts and general ones."""
+    anchor_earlier_share: float = Field(default=0.67, ge=0, le=1)
+    """Of the anchors, the share from earlier skills; before there are any, these rows are demonstrations."""
+    anchor_per_skill: float = Field(default=0.5, ge=0)
+    """At least so many rows a step for each earlier skill; what that takes beyond their share is added to the batch."""
+    anchor_focus: float = Field(default=0.5, ge=0, le=1)
+    """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
+    anchor_rows: int = Field(default=64, ge=1)
+    """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
+    anchor_weight: float = Field(default=1.0, gt=0)
+    """Of the divergence on earlier skills' rows, against 1 for a row to learn and for general anchors."""
+    anchor_general_tokens: int = Field(default=32, ge=1)
+    """Longest answer to a general prompt, in tokens."""
+    warm_start_steps: int = Field(default=40, ge=0)
+    """At most this many first steps score the demonstration's own tokens instead of sampling."""
+    warm_start_until: float = Field(default=0.98, gt=0, le=1)
+    """The warm start ends early when the student's mean probability of a demonstration token passes this."""
+    demonstration_weight: float = Field(default=0.0, ge=0, le=1)
+    """sdft only: share of the demonstration's own token in the target, where the completion is the demonstration."""
+    on_policy_share: float = Field(default=1.0, gt=0, le=1)
+    """sdft only: share of the rows to learn that the student answers itself after the warm start; the others go on with
+    the demonstration's own tokens."""
+    overlap: bool = False
+    """sdft only: the student answers the next step's rows while this step trains, one step behind, which pays where
+    another machine writes the answers (rollout.engine = "vllm")."""
+    update_sampler_every: int = Field(default=1, ge=1)
+    """sdft with rollout.engine = "vllm" only: steps between updates of the server's weights. A resumed stage updates
+    them at once, so above 1 it is not the uninterrupted one to the bit."""
+    max_importance: float = Field(default=2.0, gt=1)
+    """overlap or update_sampler_every only: p(token) now over p(token) when it was sampled weighs its loss, at most so
+    much."""
+    kl_weight: float = Field(default=0.5, ge=0)
+    """sft_kl only: weight of the divergence from the last version on the rows to learn."""
+    reinvoke_steps: int = Field(default=20, ge=1)
+    """reinvoke only: this many last steps distil from the last version on general prompts."""
+    skip_first_tokens: int = Field(default=0, ge=0)
+    """Completion tokens at the start of each row that carry no loss (the paper's code: 3)."""
+    sampling_temperature: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    fsdp: bool = False
+    """With several processes (torchrun, accelerate): masters, gradients and optimizer state are divided over them
+    (FSDP2), not held by each."""
+    fsdp_offload: bool = False
+    """What is divided lies in the CPU's memory, and each layer comes to the GPU when it is its turn."""
+    activation_checkpointing: bool = False
+    """Activation checkpointing: less memory for a third more computation in the student's passes."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Above 0 the stage trains low-rank adapters of this rank, merged into full weights at its end; they want a higher
+    learning rate (about ten times)."""
+    lora_alpha: float = Field(default=32.0, gt=0)
+    """The adapters' product is scaled by alpha / rank (rslora: by alpha / sqrt(rank))."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers that get an adapter, such as q_proj; empty = every linear layer but the head."""
+    lora_rslora: bool = False
+    lora_dora: bool = False
+    """Weight-decomposed adapters: direction by the product, magnitude learned beside."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    validation_share: float = Field(default=0.1, ge=0, lt=1)
+    validation_max: int = Field(default=32, ge=0)
+    validate_every: int = Field(default=20, ge=1)
+    patience: int = Field(default=2, ge=1)
+    """Validations without a better accuracy before the stage stops."""
+    checkpoint_every: int = Field(default=20, ge=1)
+    max_length_change: float = Field(default=0.0, ge=0)
+    """Share by which the mean length of the answers to the validation rows may move from where the stage began, up or
+    down; weights beyond it are not kept, and the stage ends there. 0 = no limit."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if problems := [*self._ignored(), *self._unsampled(), *self._without_rows()]:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _ignored(self) -> list[str]:
+        """Settings that were changed and would have no effect: better said than silently accepted."""
+        uses = (
+            ("jsd_beta", "divergence", "generalized_jsd"),
+            ("topk", "support", "teacher_topk"),
+            ("fsdp_offload", "fsdp", True),
+            ("teacher_update_rate", "teacher", "ema"),
+            ("demonstration_weight", "method", "sdft"),
+            ("on_policy_share", "method", "sdft"),
+            ("overlap", "method", "sdft"),
+            ("update_sampler_every", "method", "sdft"),
+            ("kl_weight", "method", "sft_kl"),
+            ("reinvoke_steps", "method", "reinvoke"),
+        )
+        found = [
+            f'{name} has an effect only with {owner} = "{value}"'
+            for name, owner, value in uses
+            if self._changed(name) and getattr(self, owner) != value
+        ]
+        if self.anchor_share == 0 or self.anchor_earlier_share == 0:
+            reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
+            found += [f"{name} {reason}" for name in ("anchor_per_skill", "anchor_focus", "anchor_weight")
+                      if self._changed(name)]  # fmt: skip
+        elif METHODS[self.method].earlier != "answers" and self._changed("anchor_focus"):
+            found += [f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows']
+        if self.fsdp and self.lora_rank:
+            found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
+        if self._changed("max_importance") and not self.overlap and self.update_sampler_every == 1:
+            found.append("max_importance has an effect only with overlap or update_sampler_every above 1")
+        if self.overlap and self.lora_rank:
+            found.append("overlap needs a working copy beside what trains; adapters train on it: leave one of them out")
+        of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora")
+        return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
+                        if self._changed(name) and not self.lora_rank]  # fmt: skip
+
+    def _changed(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default
+
+    def _unsampled(self) -> list[str]:
+        """``sampled`` is an estimate from the student's own samples; over any other tokens it is another loss."""
+        if self.support != "sampled":
+            return []
+        wanted = {
+            'method = "sdft"': self.method == "sdft",
+            'divergence = "reverse_kl"': self.divergence == "reverse_kl",
+            "warm_start_steps = 0": self.warm_start_steps == 0,
+            "anchor_share = 0": self.anchor_share == 0,
+            "sampling_temperature = 1": self.sampling_temperature == 1,
+            "on_policy_share = 1": self.on_policy_share == 1,
+        }
+        missing = [setting for setting, met in wanted.items() if not met]
+        return [f'support = "sampled" needs the student\'s own samples: set {", ".join(missing)}'] if missing else []
+
+    def _without_rows(self) -> list[str]:
+        if self.method == "reinvoke" and self.reinvoke_steps >= self.steps:
+            return [f"reinvoke_steps = {self.reinvoke_steps} of steps = {self.steps} leaves no step to learn in"]
+        if round(self.batch_size * self.anchor_share) < self.batch_size:
+            return []
+        return [f"anchor_share = {self.anchor_share} of batch_size = {self.batch_size} leaves no row to learn from"]
