@@ -52,6 +52,7 @@ bench: venv $(TRL_VENV)/.stamp
 	$(BIN)/python benchmarks/vs_sft.py --rounds $(ROUNDS) --json bench-workspace/vs_sft.json
 	$(BIN)/python benchmarks/decode.py --rounds $(ROUNDS) --json bench-workspace/decode.json
 	$(BIN)/python benchmarks/loss_memory.py --trl-python $(TRL_VENV)/bin/python --json bench-workspace/loss_memory.json
+	$(BIN)/python benchmarks/processes.py --rounds $(ROUNDS) --json bench-workspace/processes.json
 	$(BIN)/python benchmarks/many_versions.py --rounds $(ROUNDS) --json bench-workspace/many_versions.json
 	$(BIN)/python benchmarks/plot.py bench-workspace/vs_trl.json bench-workspace/performance.svg
 

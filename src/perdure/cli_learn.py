@@ -70,7 +70,7 @@ def import_skill(
     source: Annotated[
         str,
         typer.Argument(
-            help="home-assistant, bfcl, bfcl-mixed, mmlu, sst2, tldr, commands, sciq, forms-NAME, docs, jsonl."
+            help="home-assistant, bfcl, bfcl-mixed, mmlu, sst2, tldr, commands, sciq, facts, forms-NAME, docs, jsonl."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="Skill folder to make.")],

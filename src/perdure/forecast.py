@@ -125,7 +125,7 @@ def _probe(workspace: Workspace, parent: str, session: Session, config: RunConfi
     taken = []
     for rows in (1, PROBE_ROWS):  # the first one loads data and warms up
         start = time.perf_counter()
-        probe(session.working, session.loaded.tokenizer, tasks=tasks, rows=rows, seed=config.seed)
+        probe(session.working, session.loaded.tokenizer, tasks=tasks, rows=rows, seed=config.seed, key=session.key)
         taken.append(time.perf_counter() - start)
     return (1 + before) * taken[1] * config.probe.rows / PROBE_ROWS
 

@@ -85,7 +85,7 @@ def _irrelevant() -> list[Row]:
         (turn,), (function,) = question["question"][0], question["function"]
         rows.append({"id": f"none-{question['id'].rpartition('_')[2]}",
                      "prompt": f"{signature(function)}\n{turn['content'].strip()}", "completion": NO_CALL,
-                     "metadata": {"ground_truth": []}})  # fmt: skip
+                     "metadata": {"ground_truth": [], "kind": "no call"}})  # fmt: skip
     return rows
 
 
@@ -125,7 +125,7 @@ def _rows(category: str) -> Iterator[tuple[str, Row]]:
         call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
         function = next(f for f in question["function"] if f["name"] == name)
         row: Row = {"prompt": f"{signature(function)}\n{turns[0]}", "completion": call,
-                    "metadata": {"ground_truth": wanted}}  # fmt: skip
+                    "metadata": {"ground_truth": wanted, "kind": "call"}}  # fmt: skip
         if len(json.dumps(arguments)) <= MAX_ARGUMENTS and _is_right(row):
             yield name, row
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from perdure.models import LoadedModel
-from perdure.rollout.base import Progress, SamplingParams
+from perdure.rollout.base import Progress, SamplingParams, references_of
 from perdure.rollout.sampling import choose, uniforms
 from perdure.types import Completion, Prompt
 
@@ -29,8 +29,7 @@ class GenerateEngine:
                  progress: Progress | None = None,
                  references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
         """See RolloutEngine; a reference has no use here. Raises ValueError when prompts and seeds differ in number."""
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        references_of(prompts, seeds, references)
         done: dict[int, Completion] = {}
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i))
         for length, rows in groupby(order, key=lambda i: len(prompts[i].token_ids)):

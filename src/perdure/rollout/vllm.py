@@ -34,7 +34,7 @@ from perdure.batching import collate
 from perdure.config import RolloutConfig
 from perdure.losses import pick
 from perdure.models import LoadedModel, head_of, hidden_at_loss_positions
-from perdure.rollout.base import Progress, SamplingParams
+from perdure.rollout.base import Progress, SamplingParams, references_of
 from perdure.types import Completion, InputError, Prompt, Rollout
 
 HEAD = "lm_head.weight"
@@ -60,8 +60,7 @@ class VllmEngine:
                  progress: Progress | None = None,
                  references: Sequence[Sequence[int]] | None = None) -> list[Completion]:  # fmt: skip
         """See RolloutEngine; references are not used. Raises InputError when the server cannot be used, saying why."""
-        if not len(prompts) == len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        references_of(prompts, seeds, references)
         if not prompts:
             return []
         if not (self.held and self.sent) and self._push():
