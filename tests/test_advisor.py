@@ -26,26 +26,31 @@ FOUND = Preflight(
 
 
 @pytest.mark.parametrize(
-    ("teacher", "ready", "taught", "original", "method", "settings"),
+    ("teacher", "ready", "taught", "other", "method", "settings"),
     [
         (1.0, True, 3, None, "sdft", {}),
         (ABLE, True, 1, None, "sdft", {}),
         (1.0, True, 0, None, "sft", {}),
         (0.5, True, 3, None, "sft", {}),
-        (0.5, True, 3, 0.95, "sdft", {"train.teacher": "original"}),
+        (0.5, True, 3, 0.95, "sdft", {"train.teacher": "frozen"}),
         (0.5, True, 3, 0.6, "sft", {}),
         (1.0, False, 3, None, "sft", {}),  # the student knows it already, or the grader sees no difference
     ],
 )
-def test_the_rule(teacher: float, ready: bool, taught: int, original: float | None, method: str,
+def test_the_rule(teacher: float, ready: bool, taught: int, other: float | None, method: str,
                   settings: dict[str, str]) -> None:  # fmt: skip
-    found = recommend(replace(FOUND, teacher_accuracy=teacher, ready=ready), taught, TrainConfig(), original)
+    found = recommend(replace(FOUND, teacher_accuracy=teacher, ready=ready), taught, TrainConfig(), other)
     assert (found.method, found.settings) == (method, settings) and found.reasons
 
 
-def test_few_demonstrations_and_missing_anchors_change_the_rule() -> None:
-    few = TrainConfig(steps=24, batch_size=8)
-    assert recommend(FOUND, 3, few).method == "sft" and "120 demonstrations" in recommend(FOUND, 3, few).reasons[0]
+def test_the_other_teacher_is_the_one_that_would_not_teach() -> None:
+    lost = replace(FOUND, teacher_accuracy=0.5)
+    assert recommend(lost, 3, TrainConfig(teacher="frozen"), 0.95).settings == {"train.teacher": "original"}
+    assert recommend(lost, 3, TrainConfig(teacher="ema"), 0.95).settings == {"train.teacher": "original"}
+    assert "the champion on 95%" in recommend(lost, 3, TrainConfig(), 0.95).reasons[0]
+
+
+def test_missing_anchors_change_the_rule() -> None:
     assert recommend(FOUND, 0, TrainConfig(anchor_share=0.0)).method == "sdft"
     assert recommend(FOUND, 3, TrainConfig(anchor_share=0.0, steps=5)).method == "sdft"
 
@@ -60,7 +65,7 @@ def test_the_original_model_is_asked_where_the_champion_cannot_teach(tmp_path: P
     workspace = create_workspace(tmp_path / "bot", config)
     learn(workspace, [toy_skill(tmp_path / "colours")], config, Silent(), force=True)
     skill = toy_skill(tmp_path / "numbers", NUMBERS)
-    config = parse(RunConfig, run | {"train": {"method": "sdft"}}, "test")
+    config = parse(RunConfig, run | {"train": {"method": "sdft", "teacher": "frozen"}}, "test")
     (able,) = check_skills(workspace, [skill], config, Silent())
     assert able["teacher_accuracy"] >= ABLE and able["recommended"]["method"] == "sdft"
     assert able["recommended"]["settings"] == {}

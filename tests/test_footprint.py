@@ -65,7 +65,8 @@ def test_what_methods_and_teachers_change() -> None:
     assert [of(teacher=kind) for kind in kinds] == [2000, 4000, 8000, 2000]  # anchors are held by the start
     assert of(method="sft") == 2000 and of(method="sft", anchor_share=0) == 0  # the anchors ask a teacher
     assert of(method="sft_kl", anchor_share=0) == 2000
-    adapters = memory(SHAPE, WORK, TrainConfig(lora_rank=2))
+    adapters = memory(SHAPE, WORK, TrainConfig(lora_rank=2, teacher="frozen"))
+    assert of(lora_rank=2) == 2000  # the original model is another copy, the start is the base without its adapters
     few = adapter_weights(SHAPE, 2)
     assert few == 2 * 2 * (4 * 8 + 2 * 12 + 3 * 24)
     assert adapters["gradients"] == adapters["adapters"] == 4 * few and "masters" not in adapters
@@ -118,7 +119,9 @@ def test_the_command_says_whether_it_fits(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "NUMBERxDEVICE" in wrong.stderr
     big = estimate(replace(SHAPE, weights=int(7e9)), WORK, TrainConfig(), parse_hardware("1xA10-24GB"))
     assert not big["fits"] and big["devices_needed"] is None  # more devices hold no less each
-    divided = estimate(replace(SHAPE, weights=int(3e9)), WORK, TrainConfig(fsdp=True), parse_hardware("1xA10-24GB"))
+    divided = estimate(
+        replace(SHAPE, weights=int(3e9)), WORK, TrainConfig(fsdp=True, teacher="frozen"), parse_hardware("1xA10-24GB")
+    )
     assert divided["devices_needed"] == 6  # 16 bytes a weight divided, 4 not: 48 / n + 12 GB must fit into 21.6
 
 

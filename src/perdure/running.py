@@ -106,14 +106,16 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
 
 def _advised(workspace: Workspace, parent: str, session: Session, skill: Skill, config: RunConfig, found: Preflight,
              reporter: Reporter) -> Recommendation:  # fmt: skip
-    """The method to take; where the champion is no able teacher, the original model is tried as one."""
-    of_original = None
-    if found.teacher_accuracy < ABLE and parent != BASE and config.train.teacher != "original":
-        with reporter.phase("preflight: the original model as the teacher", 0, "rows"):
-            subject = subject_of(session, skill, open_session(config))
-            of_original = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template)
+    """The method to take; where who would teach is not able to, the other of champion and original model is tried."""
+    other = None
+    if found.teacher_accuracy < ABLE and parent != BASE:
+        original = config.train.teacher != "original"
+        who = "the original model" if original else "the champion"
+        with reporter.phase(f"preflight: {who} as the teacher", 0, "rows"):
+            subject = subject_of(session, skill, open_session(config) if original else None)
+            other = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template)
     taught = len(workspace.taught(parent).keys() - {skill.name})
-    return recommend(found, taught, config.train, of_original)
+    return recommend(found, taught, config.train, other)
 
 
 def subject_of(session: Session, skill: Skill, original: Session | None = None) -> Subject:

@@ -33,8 +33,9 @@ class TrainConfig(SettingsSection):
     support: Literal["full", "teacher_topk", "sampled"] = "full"
     topk: int = Field(default=20, ge=1)
     """teacher_topk only; the rest of the vocabulary is one tail bucket."""
-    teacher: Literal["frozen", "ema", "original", "live"] = "frozen"
-    """frozen = the last promoted version, for the whole stage."""
+    teacher: Literal["frozen", "ema", "original", "live"] = "original"
+    """original = the base model, which keeps its ability to learn from a context through a whole chain; frozen = the
+    version promoted last, for the whole stage. At the first stage the two are the same."""
     teacher_update_rate: float = Field(default=0.02, gt=0, le=1)
     """ema only: the student's share per step."""
     teacher_temperature: float = Field(default=0.5, gt=0)
