@@ -30,8 +30,9 @@ from perdure.monitor import said_of_manner
 from perdure.preflight import Preflight, accuracy_of_teacher, preflight
 from perdure.processes import followed_by, together
 from perdure.reporting import Reporter, Silent
+from perdure.rollout.base import RolloutEngine
 from perdure.runlog import LoopState
-from perdure.session import FOLLOWED, Session, open_session
+from perdure.session import FOLLOWED, Session, base_as_teacher, open_session
 from perdure.skills.base import Skill, load_skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
@@ -93,7 +94,7 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
                  config: RunConfig, reporter: Reporter) -> dict[str, Any]:  # fmt: skip
     """The teacher gap of ``skill``, and what teaching it to ``parent`` will cost: preflight.json."""
     with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
-        original = open_session(config) if config.train.teacher == "original" and parent != BASE else None
+        original = base_as_teacher(config, session) if config.train.teacher == "original" and parent != BASE else None
         found = preflight(subject_of(session, skill, original), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
     advice = {"recommended": _advised(workspace, parent, session, skill, config, found, reporter).to_json()}
@@ -112,17 +113,17 @@ def _advised(workspace: Workspace, parent: str, session: Session, skill: Skill, 
         original = config.train.teacher != "original"
         who = "the original model" if original else "the champion"
         with reporter.phase(f"preflight: {who} as the teacher", 0, "rows"):
-            subject = subject_of(session, skill, open_session(config) if original else None)
+            subject = subject_of(session, skill, base_as_teacher(config, session) if original else None)
             other = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template)
     taught = len(workspace.taught(parent).keys() - {skill.name})
     return recommend(found, taught, config.train, other)
 
 
-def subject_of(session: Session, skill: Skill, original: Session | None = None) -> Subject:
-    """What the preflight looks at; ``original``: the base model, where it is to be the teacher."""
+def subject_of(session: Session, skill: Skill, original: tuple[Any, RolloutEngine] | None = None) -> Subject:
+    """What the preflight looks at; ``original``: working copy and engine of the base model, where that is to teach."""
     return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
                    session.working, session.engine, session.renderer, session.dtype,
-                   original and (original.working, original.engine), skill.acting)  # fmt: skip
+                   original, skill.acting)  # fmt: skip
 
 
 def check_before(run: Run) -> dict[str, Any] | None:

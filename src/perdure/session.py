@@ -110,6 +110,18 @@ def _follow_publish(key: int) -> None:
     copy_from_lead([*session.loaded.model.parameters(), *session.working.parameters()])
 
 
+def base_model(config: RunConfig) -> Any:
+    """The configured base model by itself, in float32, in the CPU's memory: for a copy to be made of."""
+    return load(config.model, None, torch.device("cpu")).model
+
+
+def base_as_teacher(config: RunConfig, session: Session) -> tuple[Any, RolloutEngine]:
+    """A working copy of the base model beside ``session``'s, and an engine on it: this process's own, whoever answers
+    for the student. The float32 weights that it was made of are let go."""
+    working = working_copy(base_model(config), session.dtype).to(session.working.device)
+    return working, make_engine(session.loaded, working, config.eval.batch_tokens)
+
+
 def make_engine(loaded: LoadedModel, working: Any, batch_tokens: int = 8192) -> RolloutEngine:
     """The own decode where the architecture runs packed, else transformers' ``generate``, with a warning."""
     if is_enabled(working):

@@ -9,7 +9,7 @@ from perdure.contexts import parse_template
 from perdure.methods import METHODS
 from perdure.rollout.base import RolloutEngine
 from perdure.seeds import derive_seed, permutation
-from perdure.session import Session, make_engine, open_session
+from perdure.session import Session, base_model, make_engine
 from perdure.skills.base import Skill
 from perdure.stage import Anchors, Stage
 from perdure.teacher import FixedTeacher, Teacher, make_teacher, start_teacher
@@ -79,7 +79,7 @@ def _teacher(session: Session, config: RunConfig, anchored: bool) -> Teacher | N
     kind = config.train.teacher if method.shows else "frozen"
     if kind == "original" and session.is_base:
         kind = "frozen"  # the same weights, and one copy fewer
-    original = open_session(config).loaded.model if kind == "original" else None
+    original = base_model(config) if kind == "original" else None
     return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
                         dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate,
                         adapters=bool(config.train.lora_rank))  # fmt: skip
