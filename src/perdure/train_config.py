@@ -152,7 +152,7 @@ class TrainConfig(SettingsSection):
         if self._changed("max_importance") and not self.overlap and self.update_sampler_every == 1:
             found.append("max_importance has an effect only with overlap or update_sampler_every above 1")
         if self.max_length_change and not (self.validation_share and self.validation_max):
-            found.append("max_length_change is measured on validation rows: validation_share and validation_max above 0")
+            found.append("max_length_change is measured on validation rows: set validation_share and validation_max")
         if self.overlap and self.lora_rank:
             found.append("overlap needs a working copy beside what trains; adapters train on it: leave one of them out")
         of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora")
