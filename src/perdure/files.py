@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -10,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,22 @@ def environment() -> dict[str, str]:
     """Versions of what computes, by name, and the machine's kind."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     return {"python": platform.python_version(), **packages, "platform": platform.platform()}
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """One process at a time is inside, of all that take the same ``path``, whose folder they work on. The kernel frees
+    the lock of a process that died. Raises InputError naming the holder."""
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = path.read_text(encoding="utf-8").strip() or "unknown"
+            raise InputError(f"{path.parent}: another perdure works here (process {holder}); wait for it") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

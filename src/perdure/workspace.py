@@ -8,7 +8,6 @@ Whoever changes a workspace holds its ``lock``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from perdure.files import (
     files_sha256,
     manifest_of,
     now,
+    only_one,
     read_json,
     read_object,
     replace_text,
@@ -326,25 +326,10 @@ class Workspace:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer at a time, who finds aliases that agree with the ledger. The kernel frees the lock of a process
-        that died. Raises InputError naming the holder."""
-        path = self.folder / ".lock"
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = path.read_text(encoding="utf-8").strip() or "unknown"
-                raise InputError(
-                    f"{self.folder}: another perdure works here (process {holder}); wait for it"
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                self._heal()
-                yield
-            finally:
-                file.truncate(0)
+        """One writer at a time, who finds aliases that agree with the ledger. Raises InputError naming the holder."""
+        with only_one(self.folder / ".lock"):
+            self._heal()
+            yield
 
 
 def _record(folder: Path) -> dict[str, Any]:
