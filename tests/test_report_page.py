@@ -66,6 +66,18 @@ def hostile_chain(folder: Path) -> FakeWorkspace:
     return fake
 
 
+def test_kinds_of_test_rows_are_shown_below_their_skill(chain):
+    """The newest version's score names them; the base model was not measured by kind."""
+    path = chain.folder / "versions" / "v003" / "version.json"
+    info = json.loads(path.read_text())
+    info["scores"]["a"]["kinds"] = {"direct": {"accuracy": 0.75, "n": 4}, "<indirect>": {"accuracy": 0.5, "n": 6}}
+    info["scores"]["b"]["kinds"] = {"only": {"accuracy": 0.6, "n": 10}}
+    path.write_text(json.dumps(info))
+    text = " ".join(outline(page_of(chain)).text.split())
+    assert "of these: direct (n = 4)–75%" in text and "of these: <indirect> (n = 6)–50%" in text
+    assert "of these: only" not in text
+
+
 def test_foreign_text_is_escaped(tmp_path):
     page = page_of(hostile_chain(tmp_path / "bot"))
     found = outline(page)

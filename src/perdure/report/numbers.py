@@ -67,6 +67,9 @@ def _describe(record: Record) -> dict[str, Any]:
         "n_matrix": [[row[skill].n if skill in row else None for skill in skills] for row in rows],
         "n": [_n(rows, record, skill) for skill in skills],
         "content_changed": [skill for skill in skills if _changed([row.get(skill) for row in rows])],
+        "kinds": {
+            skill: kinds for skill in skills if len(kinds := _kinds(rows[0].get(skill), rows[-1].get(skill))) > 1
+        },
         "taught_by": taught_by,
         "learned_at": [_learned_at(record, version, champions) for version in taught_by],
         "final_accuracy": list(matrix[-1]),
@@ -74,6 +77,13 @@ def _describe(record: Record) -> dict[str, Any]:
         **_prior(record),
         **_cost(candidates),
     }
+
+
+def _kinds(before: Score | None, now: Score | None) -> list[dict[str, Any]]:
+    """The kinds of a skill's test rows: accuracy of the base model and now."""
+    old = before.kinds if before else {}
+    return [{"kind": kind, "base": old[kind].accuracy if kind in old else None, "now": found.accuracy, "n": found.n}
+            for kind, found in (now.kinds if now else {}).items()]  # fmt: skip
 
 
 # Stages and champions

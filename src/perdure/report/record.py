@@ -27,6 +27,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, coerce_numbers_to_str=True)
 
 
+class KindScore(_Record):
+    """Accuracy on the test rows of one kind."""
+
+    accuracy: Share
+    n: int
+
+
 class Score(_Record):
     """Accuracy with its 95 % interval: of a skill, or of one task of the probe."""
 
@@ -36,6 +43,8 @@ class Score(_Record):
     n: int | None = None
     skill_hash: str | None = None
     """Of the skill's content that was measured; skills only."""
+    kinds: dict[str, KindScore] = {}
+    """Where test rows are of several kinds."""
 
 
 class Probe(_Record):
