@@ -3,7 +3,7 @@
 Where it departs from the paper's Algorithm 1, and why (docs/log.md has the numbers):
 1. A warm start scores the demonstration's own tokens before the student samples: a cold student's samples teach little.
 2. Anchor rows carry no demonstration; there the teacher keeps the student where the last promoted version was.
-3. The teacher is frozen for a stage by default (the paper: EMA) and its distribution sharpened on demonstrated rows.
+3. The original model teaches by default (the paper: an EMA), and its distribution is sharpened on demonstrated rows.
    Whatever it is, anchor rows are scored by the weights that the stage started from.
 4. Forward KL, as in the authors' code and all their numbers; the paper's text prints the reverse.
 5. No importance weights, but with train.overlap: else the sampler is the student itself, in step with it.
