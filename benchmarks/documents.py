@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from perdure.config import RunConfig
-from perdure.contexts import DOCUMENT_LEAD, parse_template
+from perdure.contexts import after_reading, parse_template
 from perdure.evaluate import score_prompts
 from perdure.files import read_json
 from perdure.session import Session, open_session
@@ -38,7 +38,7 @@ def by_kind(skill: Skill, right: Sequence[bool]) -> Bits:
 
 def with_passage(example: Example) -> Example:
     """The question after its passage, as a reader with an open book has it."""
-    text = f"{DOCUMENT_LEAD}\n{example.document}\n\n{example.messages[-1]['content']}"
+    text = after_reading(str(example.document), example.question)
     return replace(example, messages=(*example.messages[:-1], {"role": "user", "content": text}))
 
 

@@ -52,7 +52,7 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
     if not taught:
         return Recommendation("sft", (
             f"{able}, but there is no earlier skill to keep: then supervised fine-tuning with anchors learned more in "
-            "the same steps, and took half of the time.",))  # fmt: skip
+            "the same steps, and took about 60 % of the time.",))  # fmt: skip
     return Recommendation("sdft", (
         f"{able} and there is something to keep: then self-distillation kept more of the earlier skills, learned a few "
-        "points less and ended as high, in twice the time.",))  # fmt: skip
+        "points less and ended as high, in about one and a half times the time.",))  # fmt: skip

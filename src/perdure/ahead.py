@@ -19,12 +19,11 @@ class Ahead:
     """The next step's answers, under way or done. One decode at a time, in a thread of its own."""
 
     def __init__(self, wanted: bool):
-        self.wanted = wanted
+        if wanted and GROUP.count > 1:
+            raise InputError("train.overlap is for one process: several share each step's rollouts already")
         self._step = -1
         self._answers: Future[list[Completion]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead") if wanted else None
-        if wanted and GROUP.count > 1:
-            raise InputError("train.overlap is for one process: several share each step's rollouts already")
 
     def begin(self, step: int, write: Callable[[], list[Completion]]) -> None:
         """Let ``write`` make the answers of ``step``."""

@@ -28,19 +28,11 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
         input_ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
     places = [
-        (
-            index,
-            len(p.token_ids) + t - 1,
-            token,
-            r.weight,
-            r.label_weight,
-            r.completion.sampler_logprobs[t] if r.lagging else math.nan,
-            r.has_demonstration,
-        )
+        (index, len(p.token_ids) + t - 1, r.completion.token_ids[t], r.weight, r.label_weight,
+         r.completion.sampler_logprobs[t] if r.lagging else math.nan, r.has_demonstration)
         for index, (p, r) in enumerate(zip(prompts, rollouts, strict=True))
         for t in r.loss_places(skip_first_tokens)
-        for token in r.completion.token_ids[t : t + 1]
-    ]
+    ]  # fmt: skip
     columns = list(zip(*places, strict=True)) or [()] * 7
     row_N, position_N, target_N = (torch.tensor(column, dtype=torch.int64) for column in columns[:3])
     weights_N, label_weights_N, sampler_N = (torch.tensor(column, dtype=torch.float32) for column in columns[3:6])

@@ -43,6 +43,11 @@ def names_the_example(text: str) -> bool:
     return _LEAK.search(text) is not None
 
 
+def after_reading(document: str, question: str) -> str:
+    """A question with the document that it is about before it."""
+    return f"{DOCUMENT_LEAD}\n{document}\n\n{question}"
+
+
 @dataclass(frozen=True)
 class Template:
     """How the teacher's prompt carries the demonstration."""
@@ -327,7 +332,7 @@ def _lead(example: Example, template: str) -> str:
     """What comes before a question that has its document with it."""
     if example.document is None:
         raise InputError(f'{example.origin}: the template "{template}" needs a "document" in every row')
-    return f"{DOCUMENT_LEAD}\n{example.document}\n\n"
+    return after_reading(example.document, "")
 
 
 def _text(message: Message, example: Example) -> str:

@@ -40,9 +40,8 @@ def _played(engine: RolloutEngine, renderer: Renderer, name: str, examples: Sequ
         score = acting.score(episode.world, example)
         score = grader(renderer.answer(last), example) if score is None else score
         expected = renderer.demonstration_text(renderer.recorded_turns(example)[-1])
-        question = str(example.messages[-1].get("content") or "")
         tokens = sum(len(completion.token_ids) for _, completion in episode.turns)
-        items.append(ItemResult(example.id, question, expected, transcript(episode), score, tokens))
+        items.append(ItemResult(example.id, example.question, expected, transcript(episode), score, tokens))
     return _summarise(name, items)
 
 
@@ -62,9 +61,8 @@ def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts:
     for prompt, completion in zip(prompts, completions, strict=True):
         text, example = renderer.text(completion), prompt.example
         expected = renderer.demonstration_text(example) if example.demonstration else ""
-        question = str(example.messages[-1].get("content") or "")
         score = grader(renderer.answer(completion), example)
-        items.append(ItemResult(example.id, question, expected, text, score, len(completion.token_ids)))
+        items.append(ItemResult(example.id, example.question, expected, text, score, len(completion.token_ids)))
     return _summarise(name, items)
 
 

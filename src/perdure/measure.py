@@ -20,7 +20,7 @@ from perdure.reporting import Reporter
 from perdure.session import Session
 from perdure.skills.base import Skill
 from perdure.skills.graders import contains
-from perdure.types import Example, SkillScore
+from perdure.types import SkillScore
 from perdure.workspace import BASE, Workspace
 
 PROBE = "probe"
@@ -67,7 +67,8 @@ def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
         if isinstance(kind := metadata.get("kind"), str):
             kinds.setdefault(kind, []).append(right)
         if metadata.get("old"):
-            changed.append((right, not right and _says(item.completion, metadata["old"])))
+            outdated = any(contains.occurs(old, item.completion, whole_words=True) for old in metadata["old"])
+            changed.append((right, not right and outdated))
     found = numbers | {"skill_hash": skill.content_hash}
     if kinds:
         found["kinds"] = {kind: {"accuracy": sum(bits) / len(bits), "n": len(bits)} for kind, bits in kinds.items()}
@@ -78,11 +79,6 @@ def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
             "old": sum(old for _, old in changed),
         }
     return found
-
-
-def _says(answer: str, texts: Sequence[str]) -> bool:
-    row = Example("", (), None, metadata={"contains": [list(texts)]})
-    return contains.grade(answer, row, whole_words=True) == 1
 
 
 def said_of_kinds(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -48,7 +48,7 @@ def log_sample(stage: Stage, log: RunLog, rollouts: Sequence[Rollout], state: Lo
     log.sample({
         "step": state.step,
         "phase": phase,
-        "prompt": str(example.messages[-1].get("content") or ""),
+        "prompt": example.question,
         "completion": stage.renderer.text(row.completion),
         "demonstration": stage.renderer.demonstration_text(example),
     })  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perdure.contexts import DOCUMENT_LEAD, Renderer
+from perdure.contexts import Renderer, after_reading
 from perdure.evaluate import score_prompts
 from perdure.importers.docs import Questions, fact_of, holding, plain, room, wanted
 from perdure.importers.passages import Passage
@@ -48,7 +48,7 @@ class Asked:
     def example(self, shown: bool) -> Example:
         """The question as the student gets it; the passage goes before it where it is ``shown``."""
         question, answer = self.row["question"], self.row["answer"].strip()
-        text = f"{DOCUMENT_LEAD}\n{self.passage.text}\n\n{question}" if shown and self.passage else question
+        text = after_reading(self.passage.text, question) if shown and self.passage else question
         return Example(
             self.origin, ({"role": "user", "content": text},), {"role": "assistant", "content": answer},
             metadata=wanted(self.row), origin=self.origin,

@@ -43,6 +43,11 @@ class Example:
     """Of a row that is played in an environment: the whole recorded conversation but its system turn. The prompt is
     what comes before its first assistant turn, the demonstration its last turn."""
 
+    @property
+    def question(self) -> str:
+        """The prompt's last turn, for reading."""
+        return str(self.messages[-1].get("content") or "")
+
 
 @dataclass(frozen=True)
 class Prompt:

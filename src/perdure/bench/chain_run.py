@@ -98,7 +98,8 @@ def _stage(workspace: Workspace, last: Scores, skill: str) -> dict[str, Any]:
     """What a stage cost and scored: bits of the skill's items before it, when learned and at the end (``last``). Where
     the gate refused, the parent went on, and its scores count as those when learned and at the end."""
     versions = [name for name in workspace.versions()[::-1] if workspace.version(name)["skill"] == skill]
-    promoted = [name for name in versions if name in workspace.lineage()]
+    lineage = workspace.lineage()
+    promoted = [name for name in versions if name in lineage]
     name = (promoted or versions)[0]
     info = workspace.version(name)
     before, learned = (known_scores(workspace, version)

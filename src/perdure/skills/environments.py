@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,19 +32,23 @@ class Acting:
     max_turns: int
     """Most assistant turns of one conversation."""
 
+    @contextmanager
+    def _users_code(self, example: Example, what: str) -> Iterator[None]:
+        """Whatever happens inside, in code that is not ours, becomes an InputError that names the row."""
+        try:
+            yield
+        except Exception as error:
+            raise InputError(f"{example.origin}: the environment {self.name!r} {what}: {error!r}") from error
+
     def begin(self, example: Example) -> Environment:
         """A fresh world for a row. Raises InputError when the user's factory does."""
-        try:
+        with self._users_code(example, "cannot begin"):
             return self.factory(example, **self.options)
-        except Exception as error:  # anything may happen in the user's own code; it is named
-            raise InputError(f"{example.origin}: the environment {self.name!r} cannot begin: {error!r}") from error
 
     def results(self, world: Environment, calls: Sequence[dict[str, Any]], example: Example) -> list[str]:
         """The results of the calls. Raises InputError when the environment raises, or returns something else."""
-        try:
+        with self._users_code(example, "failed"):
             found = list(world.step(calls))
-        except Exception as error:
-            raise InputError(f"{example.origin}: the environment {self.name!r} failed: {error!r}") from error
         if len(found) != len(calls) or not all(isinstance(text, str) for text in found):
             raise InputError(
                 f"{example.origin}: the environment {self.name!r} must return one text a call ({len(calls)} here), not "
@@ -56,10 +61,8 @@ class Acting:
         judge = getattr(world, "score", None)
         if judge is None:
             return None
-        try:
+        with self._users_code(example, "failed"):
             score = float(judge())
-        except Exception as error:
-            raise InputError(f"{example.origin}: the environment {self.name!r} failed: {error!r}") from error
         if not 0 <= score <= 1:
             raise InputError(f"{example.origin}: the environment {self.name!r} gave {score}, expected 0 to 1")
         return score

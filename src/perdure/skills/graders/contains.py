@@ -16,15 +16,17 @@ def grade(completion: str, example: Example, ignore_case: bool = True, whole_wor
     wanted = example.metadata["contains"] if "contains" in example.metadata else [expected_text(example)]
     if not (isinstance(wanted, list) and wanted and all(map(_is_part, wanted))):
         raise ValueError("'metadata.contains' must be a list of texts (or of lists of texts), none of them empty")
-    fold = str.casefold if ignore_case else str
-    found = fold(completion)
+    parts = ([part] if isinstance(part, str) else part for part in wanted)
+    return float(all(any(occurs(text, completion, ignore_case, whole_words) for text in part) for part in parts))
 
-    def occurs(text: str) -> bool:
-        if not whole_words:
-            return fold(text) in found
-        return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(fold(text))}(?!\w)(?![.,]\d)", found) is not None
 
-    return float(all(any(map(occurs, [part] if isinstance(part, str) else part)) for part in wanted))
+def occurs(text: str, answer: str, ignore_case: bool = True, whole_words: bool = False) -> bool:
+    """Whether the text stands in the answer; ``whole_words``: not inside a longer word or number."""
+    if ignore_case:
+        text, answer = text.casefold(), answer.casefold()
+    if not whole_words:
+        return text in answer
+    return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(text)}(?!\w)(?![.,]\d)", answer) is not None
 
 
 def _is_part(part: object) -> bool:
