@@ -185,14 +185,17 @@ def linear_parameters(model: Any) -> int:
     return sum(p.numel() for p in backbone(model).parameters() if p.ndim >= 2 and p is not embedding)
 
 
-def working_copy(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of the model in ``dtype`` for decoding and scoring: no gradients, eval mode.
+def working_copy(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """A copy of the model in ``dtype`` for decoding and scoring, on ``device`` or the model's own: no gradients, eval
+    mode.
 
     Its buffers keep their precision: rotary frequencies rounded to bfloat16 would turn late positions by radians."""
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return twin
+    there = device or model.device
+    # Each weight is cast as it is copied: a whole second copy in float32 need not fit into the memory.
+    cast = {
+        id(p): nn.Parameter(p.detach().to(there, dtype, copy=True), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, cast).to(there).eval()
 
 
 @torch.no_grad()

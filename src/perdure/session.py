@@ -68,7 +68,7 @@ def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
     # Masters of adapters take no part in training: they leave a GPU's memory to the working copy.
     loaded = load(config.model, folder, torch.device("cpu") if config.train.lora_rank else device)
     dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
-    working = working_copy(loaded.model, dtype).to(device)
+    working = working_copy(loaded.model, dtype, device)
     remote = config.rollout.engine == "vllm"
     engine = _remote(loaded, working, config) if remote else make_engine(loaded, working, config.eval.batch_tokens)
     if GROUP.count > 1:
@@ -118,7 +118,7 @@ def base_model(config: RunConfig) -> Any:
 def base_as_teacher(config: RunConfig, session: Session) -> tuple[Any, RolloutEngine]:
     """A working copy of the base model beside ``session``'s, and an engine on it: this process's own, whoever answers
     for the student. The float32 weights that it was made of are let go."""
-    working = working_copy(base_model(config), session.dtype).to(session.working.device)
+    working = working_copy(base_model(config), session.dtype, session.working.device)
     return working, make_engine(session.loaded, working, config.eval.batch_tokens)
 
 

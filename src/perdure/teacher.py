@@ -108,7 +108,7 @@ class EmaTeacher(FixedTeacher):
         self, student: Any, dtype: torch.dtype, teacher_update_rate: float, device: torch.device | None = None
     ):
         there = device or student.device
-        super().__init__(working_copy(student, dtype).to(there))
+        super().__init__(working_copy(student, dtype, there))
         self.rate = teacher_update_rate
         self.average = {
             name: p.detach().to(there, torch.float32, copy=True) for name, p in effective_parameters(student)
@@ -141,7 +141,7 @@ def start_teacher(student: Any, working: Any, dtype: torch.dtype, adapters: bool
     """The weights that the stage starts from: with ``adapters`` those of the working copy below them, else a copy."""
     if adapters:
         return BareTeacher(working)
-    return FixedTeacher(working_copy(student, dtype).to(working.device), is_start=True)
+    return FixedTeacher(working_copy(student, dtype, working.device), is_start=True)
 
 
 def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None, dtype: torch.dtype,
@@ -158,5 +158,5 @@ def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None,
     if kind == "original":
         if original is None:
             raise ValueError('teacher "original" needs the base model')
-        return FixedTeacher(working_copy(original, dtype).to(working.device))
+        return FixedTeacher(working_copy(original, dtype, working.device))
     raise ValueError(f"unknown teacher {kind!r}: one of {', '.join(KINDS)}")
