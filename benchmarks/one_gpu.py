@@ -26,11 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from perdure.adapters import adapted
 from perdure.attention import enable
-from perdure.config import ModelConfig, RunConfig, TrainConfig
+from perdure.config import ModelConfig, TrainConfig
 from perdure.contexts import Renderer, parse_template
 from perdure.footprint import GIGA, Hardware, Shape, memory, parse_hardware, step_seconds, work_of
 from perdure.importers.base import write_skill
 from perdure.models import LoadedModel, device_of, load_tokenizer, working_copy
+from perdure.rollout.local import LocalEngine
 from perdure.session import Session, make_engine
 from perdure.sharding import recomputed
 from perdure.skills.base import Skill, load_skill
@@ -39,8 +40,9 @@ from perdure.train import loop
 HEADS = {"SmolLM2-135M": 9, "Qwen2.5-1.5B": 12, "Qwen2.5-7B": 28, "Qwen2.5-14B": 40, "Qwen2.5-32B": 40}
 TIED = {"SmolLM2-135M", "Qwen2.5-1.5B"}
 TEMPLATE = "turns:2"
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "inlet", "jetty")
 TOKENS_A_WORD = 1.55
-"""Of the words below, by the embedded model's tokenizer; an answer must not be longer than ``--tokens``."""
+"""By the embedded model's tokenizer, rounded up: an answer must not be longer than ``--tokens``."""
 
 
 def main() -> None:
@@ -55,9 +57,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["sdft", "sft"])
     parser.add_argument("--hardware", default="H100-80GB")
     parser.add_argument("--tokenizer", default="embedded")
+    parser.add_argument("--no-replay", action="store_true", help="decode without recorded passes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     session, found = drawn(args.shape, args.layers, args.tokenizer, bool(args.lora_rank)), {}
+    if args.no_replay and isinstance(session.engine, LocalEngine):
+        session.engine.replays = None
     with tempfile.TemporaryDirectory() as folder:
         skill = rows(Path(folder) / "skill", args.tokens, args.batch)
         for method in args.methods:
@@ -98,10 +103,10 @@ def drawn(name: str, layers: int | None, tokenizer: str, adapters: bool) -> Sess
 
 def rows(folder: Path, tokens: int, count: int) -> Skill:
     """A skill of random words: prompts and answers of equal length."""
-    rng, known = random.Random(0), "amber birch cedar delta ember flint grove heath inlet jetty".split()
+    rng = random.Random(0)
 
     def text() -> str:
-        return " ".join(rng.choice(known) for _ in range(round(tokens / TOKENS_A_WORD)))
+        return " ".join(rng.choice(WORDS) for _ in range(round(tokens / TOKENS_A_WORD)))
 
     train, test = ([{"id": f"{part}{i}", "prompt": f"{part} {text()}", "completion": text()} for i in range(number)]
                    for part, number in (("train", 2 * count), ("test", 4)))  # fmt: skip
@@ -141,8 +146,9 @@ def predicted(session: Session, skill: Skill, config: TrainConfig, hardware: Har
         p.numel() for name, p in session.working.named_parameters()
         if p.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
     )  # fmt: skip
-    shape = Shape(sum(p.numel() for p in session.working.parameters()), linear, text.num_hidden_layers,
-                  text.hidden_size, text.intermediate_size, width * text.num_key_value_heads, text.vocab_size)  # fmt: skip
+    weights, keys = sum(p.numel() for p in session.working.parameters()), width * text.num_key_value_heads
+    shape = Shape(weights, linear, text.num_hidden_layers, text.hidden_size, text.intermediate_size, keys,
+                  text.vocab_size)  # fmt: skip
     work = work_of(session.renderer, skill.train, [parse_template(TEMPLATE)], config)
     parts = memory(shape, work, config)
     return {

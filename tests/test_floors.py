@@ -20,7 +20,7 @@ FLOORS = {
         "models", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
-        "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.*",
+        "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
         "skills", "skills.settings", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.turns",
         "skills.reading", "skills.environments", "skills.base",
         "importers.base", "importers.tldr", "importers.passages", "importers.*", "importers",

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fakes import copying_model, example, loaded, renderer, save_tiny_model, toy_skill
+from fakes import copying_model, example, loaded, renderer, save_tiny_model, tiny_model, toy_skill
+from perdure.adapters import adapted
 from perdure.batching import collate
-from perdure.config import ModelConfig
+from perdure.config import ModelConfig, TrainConfig
 from perdure.curriculum import learn
 from perdure.fused import Head, chunked_loss
 from perdure.models import compute_dtype, device_of, hidden_at_loss_positions, working_copy
@@ -64,6 +65,36 @@ def test_decode_says_the_same_tokens(temperature: float) -> None:
         answers = engine.generate(rows, SamplingParams(8, temperature), [0, 1, 2], references=[(1, 2, 3)] * 3)
         said.append([answer.token_ids for answer in answers])
     assert said[0] == said[1]
+
+
+@torch.no_grad()
+def shake(model: Any, seed: int) -> None:
+    """Other weights in the same place, drawn on the CPU; an adapter's first ones differ by device."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        parameter.copy_(0.05 * noise + (0 if "lora_" in name else parameter))
+
+
+@gpu
+@pytest.mark.parametrize("rank", [0, 4])
+def test_recorded_passes_follow_the_weights(rank: int) -> None:
+    """Many short calls, weights that change in place between them: the tokens of the CPU, from graphs, not eager."""
+    rows = [renderer().student_prompt(example(f"say {word}", "red")) for word in ("cat", "dog", "old hen", "x")]
+    said: dict[str, list[Any]] = {"cpu": [], "cuda": []}
+    for device, found in said.items():
+        masters = tiny_model(scale=0.4).to(device)
+        working, student = working_copy(masters, torch.float32), loaded(masters)
+        engine = LocalEngine(student, working)
+        with adapted(masters, working, TrainConfig(lora_rank=rank), 0, merge=False):
+            for call in range(4):
+                shake(working, call)
+                answers = engine.generate(rows, SamplingParams(12, 1.0), range(4), references=[(1, 2, 3)] * 4)
+                found.append([answer.token_ids for answer in answers])
+    assert said["cuda"] == said["cpu"] and said["cpu"][0] != said["cpu"][1]
+    assert engine.replays is not None
+    recorded = [each.graph for shapes in engine.replays._shelf.values() for each in shapes._passes.values()]
+    assert any(graph is not None for graph in recorded)
 
 
 @gpu

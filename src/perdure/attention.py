@@ -23,8 +23,11 @@ NAME = "perdure_packed"
 
 def packed_hidden(model: Any, layout: Layout) -> Tensor:
     """Last hidden states of the packed tokens, [T, hidden]. ``model`` is a backbone that ``enable`` accepted."""
+    # A mask with four dimensions is taken as it is; without one, transformers would make [T, T] for every pass, and ask
+    # the device what the positions are.
+    unread = layout.position_ids_T.new_zeros(1, 1, 1, 1, dtype=torch.bool)
     out = model(
-        input_ids=layout.input_ids_T[None], position_ids=layout.position_ids_T[None], attention_mask=None,
+        input_ids=layout.input_ids_T[None], position_ids=layout.position_ids_T[None], attention_mask=unread,
         use_cache=False, layout=layout,
     )  # fmt: skip
     return out.last_hidden_state[0]

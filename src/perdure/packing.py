@@ -73,11 +73,22 @@ class Group:
 class KeyValues:
     """Keys and values of rows that advance at their own pace: slot s holds a row's tokens at their positions.
 
-    What lies beyond a row's current length is garbage that no query sees, and is overwritten as the row grows."""
+    What lies beyond a row's current length is garbage that no query sees, and is overwritten as the row grows.
+    ``spare`` positions follow the last of each slot; they are never seen either."""
 
-    def __init__(self, slots: int, capacity: int):
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, slots: int, capacity: int, spare: int = 0):
+        self.slots, self.capacity, self.spare = slots, capacity, spare
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(kept.nbytes for pair in self.layers.values() for kept in pair)
+
+    def clear(self) -> None:
+        """Zeros everywhere: a masked position adds nothing to a sum, but its NaN would."""
+        for pair in self.layers.values():
+            for kept in pair:
+                kept.zero_()
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first ``length`` positions of one slot, over another's."""
@@ -100,7 +111,8 @@ class Keep:
         store = self.store
         if layer not in store.layers:
             key, value = (
-                x.new_zeros(store.slots, x.shape[1], store.capacity, x.shape[2]) for x in (key_THD, value_THD)
+                x.new_zeros(store.slots, x.shape[1], store.capacity + store.spare, x.shape[2])
+                for x in (key_THD, value_THD)
             )
             store.layers[layer] = (key, value)
         for kept, new_THD in zip(store.layers[layer], (key_THD, value_THD), strict=True):

@@ -15,25 +15,29 @@ from torch import Tensor
 
 from perdure.attention import packed_hidden
 from perdure.models import LoadedModel, backbone, head_of
-from perdure.packing import KeyValues, Layout, advance, pack
+from perdure.packing import KeyValues, advance, pack
 from perdure.rollout.base import Progress, SamplingParams, references_of
 from perdure.rollout.draft import Draft
+from perdure.rollout.replay import Replays, Shapes, can_replay
 from perdure.rollout.sampling import choose, uniforms
 from perdure.types import Completion, Prompt
 
-PREFILL_TOKENS = 2048
-"""Most prompt tokens in one pass, before sharing; a longer prompt goes alone. More gains nothing on a CPU."""
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Device -> most prompt tokens in one pass, before sharing; a longer prompt goes alone. More gains nothing on a CPU."""
 HEAD_ROWS = 256
 """Positions whose logits exist at the same time."""
 
 
 class LocalEngine:
-    """Decodes with ``model``, a working copy that ``attention.enable`` accepted; its owner keeps it current."""
+    """Decodes with ``model``, a working copy that ``attention.enable`` accepted; its owner keeps it current.
 
-    def __init__(self, loaded: LoadedModel, model: Any, batch_tokens: int = 8192):
+    ``replay``: passes in fixed shapes, on a GPU recorded ones (replay.py); None: where they pay."""
+
+    def __init__(self, loaded: LoadedModel, model: Any, batch_tokens: int = 8192, replay: bool | None = None):
         self.model = model
         self.end_ids = frozenset(loaded.end_ids)
         self.batch_tokens = batch_tokens
+        self.replays = Replays(model) if (can_replay(model) if replay is None else replay) else None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
@@ -48,35 +52,47 @@ class LocalEngine:
         queue = deque(sorted(rows, key=lambda row: -len(row.pending)))
         if queue:
             capacity = len(queue[0].pending) + params.max_new_tokens
-            self._decode(
-                queue, KeyValues(min(len(rows), max(1, self.batch_tokens // capacity)), capacity), params, progress
-            )
+            slots = min(len(rows), max(1, self.batch_tokens // capacity))
+            shapes = self.replays.take(slots, capacity) if self.replays else None
+            self._decode(queue, shapes.store if shapes else KeyValues(slots, capacity), shapes, params, progress)
+            if self.replays:
+                self.replays.trim()
         return [Completion(tuple(row.tokens), tuple(row.logprobs), row.finished) for row in rows]
 
-    def _decode(self, queue: deque[_Row], store: KeyValues, params: SamplingParams, progress: Progress | None) -> None:
+    def _decode(self, queue: deque[_Row], store: KeyValues, shapes: Shapes | None, params: SamplingParams,
+                progress: Progress | None) -> None:  # fmt: skip
         active: list[_Row] = []  # the row in slot s of the store is active[s]
         done = tokens = 0
         while queue or active:
             free = store.slots - len(active)
             if queue and free and (not active or 4 * free >= store.slots):
-                fed = _admit(queue, free)
+                fed = _admit(queue, free, PREFILL_TOKENS.get(self.model.device.type, PREFILL_TOKENS["cuda"]))
                 slots = range(len(active), len(active) + len(fed))
                 layout = pack([row.feed() for row in fed], self.model.device, store, slots)
+                hidden_TH, paths = packed_hidden(backbone(self.model), layout), layout.paths
                 active += fed
             else:
                 fed = active
-                layout = advance(store, [row.feed() for row in fed], [row.length for row in fed], self.model.device)
-            tokens += self._draw(fed, layout, params)
+                hidden_TH, paths = self._advance(fed, store, shapes)
+            tokens += self._draw(fed, hidden_TH, paths, params)
             ended = _compact(active, store)
             if ended and progress:
                 done += ended
                 progress(tokens, done)
                 tokens = 0
 
-    def _draw(self, rows: Sequence[_Row], layout: Layout, params: SamplingParams) -> int:
-        """One forward pass, and the tokens that it settles for each row; returns their number."""
-        hidden_TH = packed_hidden(backbone(self.model), layout)
-        places = [place for row, path in zip(rows, layout.paths, strict=True) for place in path[-1 - len(row.block) :]]
+    def _advance(self, rows: Sequence[_Row], store: KeyValues, shapes: Shapes | None) -> tuple[Tensor, list[list[int]]]:
+        """Hidden states of what each row feeds next, and the index of its tokens in them."""
+        news, lengths = [row.feed() for row in rows], [row.length for row in rows]
+        if shapes and (found := shapes.run(news, lengths)):
+            return found
+        layout = advance(store, news, lengths, self.model.device)
+        return packed_hidden(backbone(self.model), layout), layout.paths
+
+    def _draw(self, rows: Sequence[_Row], hidden_TH: Tensor, paths: Sequence[Sequence[int]],
+              params: SamplingParams) -> int:  # fmt: skip
+        """The tokens that one forward pass settles for each row; returns their number."""
+        places = [place for row, path in zip(rows, paths, strict=True) for place in path[-1 - len(row.block) :]]
         uniform_N = torch.cat([row.uniforms[len(row.tokens) :][: len(row.block) + 1] for row in rows])
         head, drawn, logprobs = head_of(self.model), [], []
         for begin in range(0, len(places), HEAD_ROWS):
@@ -132,11 +148,11 @@ class _Row:
         return len(kept)
 
 
-def _admit(queue: deque[_Row], most: int) -> list[_Row]:
-    """The next rows of the queue, at most ``most`` and PREFILL_TOKENS."""
+def _admit(queue: deque[_Row], most: int, most_tokens: int) -> list[_Row]:
+    """The next rows of the queue: at most ``most``, and of at most ``most_tokens`` in all, but at least one."""
     rows = [queue.popleft()]
     total = len(rows[0].pending)
-    while queue and len(rows) < most and (total := total + len(queue[0].pending)) <= PREFILL_TOKENS:
+    while queue and len(rows) < most and (total := total + len(queue[0].pending)) <= most_tokens:
         rows.append(queue.popleft())
     return rows
 
