@@ -57,22 +57,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["sdft", "sft"])
     parser.add_argument("--hardware", default="H100-80GB")
     parser.add_argument("--tokenizer", default="embedded")
-    parser.add_argument("--no-replay", action="store_true", help="decode without recorded passes")
+    parser.add_argument("--compare-replay", action="store_true", help="sdft once more, without recorded passes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     session, found = drawn(args.shape, args.layers, args.tokenizer, bool(args.lora_rank)), {}
-    if args.no_replay and isinstance(session.engine, LocalEngine):
-        session.engine.replays = None
     with tempfile.TemporaryDirectory() as folder:
         skill = rows(Path(folder) / "skill", args.tokens, args.batch)
-        for method in args.methods:
+        for name in [*args.methods, *(["sdft, no replay"] if args.compare_replay else [])]:
+            method, _, plain = name.partition(", ")
+            if plain and isinstance(session.engine, LocalEngine):
+                session.engine.replays = None
             config = TrainConfig(
                 method=method, lora_rank=args.lora_rank, batch_size=args.batch, steps=args.steps, anchor_share=0,
                 warm_start_steps=0, activation_checkpointing=True, micro_batch_tokens=args.micro_batch_tokens,
                 teacher="frozen", checkpoint_every=10**6,
             )  # fmt: skip
-            found[method] = measured(session, skill, config, Path(folder) / method)
-            found[method] |= predicted(session, skill, config, parse_hardware(args.hardware))
+            found[name] = measured(session, skill, config, Path(folder) / name)
+            found[name] |= predicted(session, skill, config, parse_hardware(args.hardware))
+            print(name, found[name], flush=True)
             gc.collect()
             torch.cuda.empty_cache()
     device = torch.cuda.get_device_name() if session.working.device.type == "cuda" else "cpu"
