@@ -445,6 +445,30 @@ def test_the_student_ends_with_its_best_weights(tmp_path: Path) -> None:
     assert equal(dict(stage.working.named_parameters()), seen[8])
 
 
+def test_a_stage_ends_when_every_validation_row_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or at the share that is asked for; whatever comes later would only move the rest."""
+    few = replace(make_stage(tmp_path / "few"), grader=scripted_accuracy([1, 1]))
+    assert train(few, settings(steps=4, validate_every=2)).step == 4
+    monkeypatch.setattr("perdure.train.TELLING_ROWS", len(few.validation))
+    half = iter([0, 0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1])
+    for until, grader, end in ((1.0, scripted_accuracy([0, 0, 1, 1]), 6), (0.5, lambda text, row: next(half), 4),
+                               (1.5, scripted_accuracy([1, 1, 1, 1]), 8)):  # fmt: skip
+        stage = replace(make_stage(tmp_path / str(until)), grader=grader)
+        state = train(stage, settings(steps=8, validate_every=2, patience=9, validate_until=until))
+        assert (state.step, state.best_step) == (end, end)
+
+
+def test_there_is_a_validation_when_the_demonstrations_are_known(tmp_path: Path) -> None:
+    """Once, at the step whose mean probability of their tokens passes the limit."""
+    stage = make_stage(tmp_path)
+    train(stage, settings(steps=6, validate_every=50, warm_start_steps=6, warm_start_until=0.001))
+    assert [line["step"] for line in lines(stage) if "validation_accuracy" in line] == [1, 6]
+    assert [line["phase"] for line in steps(stage)] == ["warm_start"] + ["on_policy"] * 5
+    other = make_stage(tmp_path / "sft")
+    train(other, settings(method="sft", steps=4, validate_every=50, warm_start_until=0.001))
+    assert [line["step"] for line in lines(other) if "validation_accuracy" in line] == [1, 4]
+
+
 def test_the_last_step_is_validated(tmp_path: Path) -> None:
     stage = make_stage(tmp_path)
     train(stage, settings(steps=3, validate_every=2))

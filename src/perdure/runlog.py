@@ -30,6 +30,8 @@ class LoopState:
 
     step: int = 0
     warm: bool = True
+    known: bool = False
+    """The demonstrations' own tokens have become likely."""
     best_accuracy: float = -1.0
     best_step: int = -1
     stale: int = 0

@@ -38,6 +38,10 @@ from perdure.teacher import Teacher
 from perdure.types import InputError, Rollout
 from perdure.update import loss_tokens, make_optimizer, optimise, own_rows, set_learning_rate
 
+TELLING_ROWS = 16
+"""Validation rows that must be right before a stage ends for it: of fewer, all may be right by chance (all of 16 speak
+for an accuracy of at least 0.83, 95 % one-sided)."""
+
 
 def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> LoopState:
     """Train until ``config.steps`` or until validation stops improving; the student ends with its best weights.
@@ -70,7 +74,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     if state.step == 0 and measures_start(stage, config):
         log.metrics(validate(stage, config, state))
         state = from_lead(state)
-    while state.step < config.steps and not _done(config, state):
+    while state.step < config.steps and not _done(stage, config, state):
         clock, phase = Clock(), phase_of(state, config)
         if phase == "re_invoke" and state.step == config.steps - config.reinvoke_steps:
             state.best_accuracy = -1.0  # the weights to end with are those of this phase
@@ -93,14 +97,15 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
             stage.teacher.update(stage.student.model)
         clock.lap("optimizer")
         state.step += 1
-        if phase == "warm_start" and metrics["demonstration_probability"] >= config.warm_start_until:
-            state.warm = False
+        knows = metrics.get("demonstration_probability", 0.0) >= config.warm_start_until
+        due = state.step % config.validate_every == 0 or state.step == config.steps or (knows and not state.known)
+        state.known, state.warm = state.known or knows, state.warm and not (knows and phase == "warm_start")
         line = {"step": state.step, "phase": phase, **metrics, **describe(stage, rollouts, phase)}
         line |= described(state.held)
         log.metrics(line, {"step": state.step, "phase": phase, "seconds": clock.seconds, "tokens": dict(state.tokens),
                            "parameters": parameters})  # fmt: skip
         log_sample(stage, log, rollouts, state, phase)
-        if stage.validation and (state.step % config.validate_every == 0 or state.step == config.steps):
+        if stage.validation and due:
             log.metrics(validate(stage, config, state))
             state = from_lead(state)
         if state.step % config.checkpoint_every == 0:
@@ -113,9 +118,11 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     return state
 
 
-def _done(config: TrainConfig, state: LoopState) -> bool:
+def _done(stage: Stage, config: TrainConfig, state: LoopState) -> bool:
     """Whether validation says that more steps would be of no use, or have gone too far."""
-    return state.strayed or (state.stale >= config.patience and not METHODS[config.method].reinvoked)
+    enough = state.step > 0 and len(stage.validation) >= TELLING_ROWS
+    learned = enough and state.best_accuracy >= config.validate_until
+    return state.strayed or ((learned or state.stale >= config.patience) and not METHODS[config.method].reinvoked)
 
 
 def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog, ahead: Ahead) -> LoopState:

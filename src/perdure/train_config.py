@@ -111,6 +111,10 @@ class TrainConfig(SettingsSection):
     validate_every: int = Field(default=20, ge=1)
     patience: int = Field(default=2, ge=1)
     """Validations without a better accuracy before the stage stops."""
+    validate_until: float = Field(default=1.0, gt=0)
+    """The stage ends at this accuracy on the validation rows: further steps teach nothing that can be seen, and every
+    step moves what is known already. Above 1 = never, as with fewer than 16 rows. There is a validation, too, once the
+    student's mean probability of a demonstration token passes ``warm_start_until``."""
     checkpoint_every: int = Field(default=20, ge=1)
     max_length_change: float = Field(default=0.0, ge=0)
     """Share by which the mean length of the answers to the validation rows may move from where the stage began, up or
