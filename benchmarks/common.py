@@ -20,6 +20,7 @@ from perdure.checkpoint import load_weights, save_weights
 from perdure.config import RunConfig, TrainConfig
 from perdure.contexts import parse_template
 from perdure.importers import IMPORTERS
+from perdure.methods import METHODS
 from perdure.models import sync_weights
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill, load_skill
@@ -44,8 +45,11 @@ def skill() -> Skill:
 def make_stage(session: Session, taught: Skill, config: TrainConfig, folder: Path, seed: int = 0,
                anchors: Anchors | None = None) -> Stage:  # fmt: skip
     """A stage on all training rows, without validation."""
-    teacher = make_teacher(config.teacher, student=session.loaded.model, working=session.working, original=None,
-                           dtype=session.dtype, teacher_update_rate=config.teacher_update_rate)  # fmt: skip
+    teacher = None
+    if METHODS[config.method].shows or anchors:
+        teacher = make_teacher(config.teacher, student=session.loaded.model, working=session.working, original=None,
+                               dtype=session.dtype, teacher_update_rate=config.teacher_update_rate,
+                               adapters=config.lora_rank > 0)  # fmt: skip
     return Stage(session.loaded, session.working, session.engine, teacher, session.renderer, parse_template(TEMPLATE),
                  taught.train, (), anchors or Anchors(), taught.grade, taught.settings.max_new_tokens, session.dtype,
                  seed, folder)  # fmt: skip

@@ -83,8 +83,8 @@ def test_recorded_passes_follow_the_weights(rank: int) -> None:
     rows = [renderer().student_prompt(example(f"say {word}", "red")) for word in ("cat", "dog", "old hen", "x")]
     said: dict[str, list[Any]] = {"cpu": [], "cuda": []}
     for device, found in said.items():
-        masters = tiny_model(scale=0.4).to(device)
-        working, student = working_copy(masters, torch.float32), loaded(masters)
+        student = loaded(tiny_model(scale=0.4).to(device))  # runs packed from here on, and so does its copy
+        masters, working = student.model, working_copy(student.model, torch.float32)
         engine = LocalEngine(student, working)
         with adapted(masters, working, TrainConfig(lora_rank=rank), 0, merge=False):
             for call in range(4):
