@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--timings WORKSPACE/runs/STAGE/timings.jsonl]
 
-Nothing here was run on a GPU. The same arithmetic is set against the embedded model's measured steps where a run's
-timings are given, so that a reader sees how far it can be trusted.
+The same arithmetic is set against the embedded model's measured steps where a run's timings are given; one_gpu.py sets
+it against a large shape on a GPU.
 """
 
 from __future__ import annotations

@@ -83,6 +83,8 @@ def test_seconds_by_hand() -> None:
     assert found["teacher"] == pytest.approx((2 * 800 * 4 * 35 + 2 * 160 * 20) / rate)
     assert found["rollout"] == pytest.approx(2 * 800 * 4 * 10 / rate + 5 * 2 * 960 / 6e4)
     assert step_seconds(SHAPE, WORK, TrainConfig(method="sft"), hardware).keys() == {"student"}
+    again = step_seconds(SHAPE, WORK, TrainConfig(anchor_share=0, activation_checkpointing=True), hardware)
+    assert again["student"] - found["student"] == pytest.approx(2 * 800 * 60 / rate)
 
 
 def test_the_shape_is_that_of_the_model_and_no_weights_are_read(tmp_path: Path) -> None:

@@ -181,6 +181,8 @@ def step_seconds(shape: Shape, work: Work, train: TrainConfig, hardware: Hardwar
     taught = work.rows * (1 - train.anchor_share)
     student, learned = work.rows * (work.prompt + work.completion), work.rows * work.completion
     backward = 4 if not train.lora_rank else 2  # adapters spare the gradients of the weights
+    if train.activation_checkpointing:
+        backward += 2  # the layers' forward pass once more
     method = METHODS[train.method]
     parts = {"student": ((2 + backward) * shape.linear * student + 6 * head * learned) / rate}
     if method.shows:
