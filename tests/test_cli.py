@@ -62,6 +62,7 @@ SURFACE = {
     "sync": {"tracker", "--workspace", "-w", "--tracking-uri", "--name"},
     "rollback": {"--workspace", "-w", "--to"},
     "report": {"workspace", "--json", "--open"},
+    "export": {"version", "folder", "--workspace", "-w", "--adapter", "--since", "--rank", "--dtype", "--json"},
     "bench": {"chain", "--out", "--jobs", "--method", "--seed", "--tables", "--json"},
 }
 """Every command with its arguments and options. A change here is a change of what people have in their scripts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import webbrowser
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -181,6 +182,37 @@ def sync(
     out.print(f"{mirror.uri}: {len(mirror.added)} versions added to {mirror.model}", soft_wrap=True)
     for alias, version in mirror.aliases.items():
         out.print(f"{alias}: {version}")
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    workspace: WorkspaceOption = HERE,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The difference to --since, as a LoRA adapter.")] = False,
+    since: Annotated[str, typer.Option("--since", help="Version below the adapter; v0 is the base model.")] = "v0",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the adapter; by default the least.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of whole weights: bfloat16, float16, float32.")] = "bfloat16",
+    as_json: JsonOption = False,
+) -> None:
+    """A version for serving: whole weights, or with --adapter a LoRA adapter for peft or vLLM."""
+    from perdure.export import DTYPES, MOST_RANK, export_adapter, export_weights
+
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if not adapter and (rank is not None or since != "v0"):
+        raise InputError("--rank and --since are of an adapter: add --adapter")
+    if adapter and rank is not None and rank > MOST_RANK:
+        raise InputError(f"--rank {rank}: at most {MOST_RANK}")
+    place, _ = open_workspace(workspace, None)
+    found = (export_adapter(place, version, since, folder, rank) if adapter
+             else export_weights(place, version, folder, dtype))  # fmt: skip
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    what = f"{found['dtype']} weights" if not adapter else (
+        f"adapter of rank {found['rank']} on {found['since']}, {found['held']:.2%} of the difference")  # fmt: skip
+    out.print(f"{found['version']}: {what}, {found['bytes'] / 1e6:.1f} MB in {folder}")
 
 
 @app.command()

@@ -1,0 +1,132 @@
+"""Versions for serving: what is written gives the version's own logits, whole or as an adapter on another version."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from fakes import save_tiny_model, toy_skill
+from perdure.curriculum import learn
+from perdure.export import MOST_RANK, difference, export_adapter, export_weights
+from perdure.models import load
+from perdure.reporting import Silent
+from perdure.stages import create_workspace
+from perdure.types import InputError
+from perdure.workspace import Workspace
+from several import settings
+from test_cli import assert_one_error, perdure
+
+IDS = torch.arange(5, 25)[None]
+
+
+def bot(folder: Path, **train: Any) -> Workspace:
+    """Two stages, of adapters unless ``train`` says otherwise."""
+    model = save_tiny_model(folder / "model", copies=True)
+    config = settings(model, {"lora_rank": 2, "learning_rate": 1e-2, "steps": 4, "warm_start_steps": 4} | train)
+    workspace = create_workspace(folder / "bot", config)
+    with workspace.lock():
+        for name in ("colours", "sizes"):
+            learn(workspace, [toy_skill(folder / name)], config, Silent(), force=True)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return bot(tmp_path_factory.mktemp("adapted"))
+
+
+def logits(workspace: Workspace, version: str) -> torch.Tensor:
+    folder = None if version == "v000" else workspace.version_folder(version)
+    with torch.no_grad():
+        return load(workspace.config().model, folder).model(input_ids=IDS).logits
+
+
+@torch.no_grad()
+def with_adapter(workspace: Workspace, since: str, folder: Path) -> torch.Tensor:
+    base = workspace.config().model.source if since == "v000" else workspace.version_folder(since)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers is about to drop
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(("since", "rank"), [("v001", 2), ("v000", 4)])
+def test_an_adapter_gives_the_versions_logits(adapted: Workspace, tmp_path: Path, since: str, rank: int) -> None:
+    """One stage of rank 2, and two in a row, whose ranks add up; found from the weights alone."""
+    found = export_adapter(adapted, "v002", since, tmp_path / "out", None)
+    assert (found["rank"], found["since"], found["version"]) == (rank, since, "v002") and found["held"] >= 0.9999
+    got = with_adapter(adapted, since, tmp_path / "out")
+    wanted, before = logits(adapted, "v002"), logits(adapted, since)
+    assert (got - wanted).norm() < 0.02 * (wanted - before).norm()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == rank and config["base_model_name_or_path"].endswith("model" if since == "v000" else "v001")
+    record = json.loads((tmp_path / "out" / "perdure.json").read_text())
+    assert record["exported_from"]["version"] == "v002" and list(record["files"]) == ["adapter_model.safetensors"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_higher_rank_holds_more_and_a_lower_one_less(adapted: Workspace, tmp_path: Path) -> None:
+    held = [export_adapter(adapted, "v2", "v0", tmp_path / str(rank), rank)["held"] for rank in (1, 2, 4, 8)]
+    assert held == sorted(held) and held[0] < 0.9 and held[-1] == pytest.approx(1, abs=1e-6)
+
+
+def test_all_weights_are_no_adapter(tmp_path: Path) -> None:
+    """Unless the user asks for a rank, and is told what it holds."""
+    workspace = bot(tmp_path, lora_rank=0)
+    with pytest.raises(InputError, match="no product of rank up to"):
+        export_adapter(workspace, "v001", "v000", tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+    assert 0 < export_adapter(workspace, "v001", "v000", tmp_path / "out", 4)["held"] < 0.9999
+    with pytest.raises(InputError, match="the same weights"):
+        export_adapter(workspace, "v001", "v001", tmp_path / "other", None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_whole_weights(adapted: Workspace, tmp_path: Path, dtype: str) -> None:
+    found = export_weights(adapted, "champion", tmp_path / "out", dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert str(model.dtype) == f"torch.{dtype}" and found["dtype"] == dtype
+    wanted = logits(adapted, found["version"])
+    with torch.no_grad():
+        difference = (model.float()(input_ids=IDS).logits - wanted).norm() / wanted.norm()
+    assert difference == 0 if dtype == "float32" else difference < 0.02
+    assert (tmp_path / "out" / "README.md").is_file() and (tmp_path / "out" / "tokenizer_config.json").is_file()
+
+
+def test_the_base_model_can_be_exported(adapted: Workspace, tmp_path: Path) -> None:
+    export_weights(adapted, "v0", tmp_path / "out", "float32")
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
+    assert torch.equal(got, logits(adapted, "v000"))
+
+
+def test_singular_values_are_those_of_the_difference(adapted: Workspace) -> None:
+    base, target = (load(adapted.config().model, folder).model
+                    for folder in (None, adapted.version_folder("v002")))  # fmt: skip
+    found = difference(base, target)
+    before, after = dict(base.named_parameters()), dict(target.named_parameters())
+    for name, (a, b) in found.factors.items():
+        change = (after[f"{name}.weight"] - before[f"{name}.weight"]).detach()
+        assert (b @ a - change).norm() < 1e-2 * change.norm()
+    assert found.held(MOST_RANK) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_command(adapted: Workspace, tmp_path: Path) -> None:
+    here = ("-w", adapted.folder)
+    done = perdure("export", "v2", tmp_path / "adapter", "--adapter", "--since", "v1", *here)
+    assert done.returncode == 0 and "adapter of rank 2 on v001" in done.stdout, done.stderr
+    done = perdure("export", "champion", tmp_path / "whole", "--json", *here)
+    assert json.loads(done.stdout)["dtype"] == "bfloat16"
+    assert_one_error(perdure("export", "v2", tmp_path / "whole", *here), 2, "already there and not empty")
+    assert_one_error(perdure("export", "v9", tmp_path / "x", *here), 2, "no version 'v9'")
+    assert_one_error(perdure("export", "v2", tmp_path / "x", "--rank", "4", *here), 2, "add --adapter")
+    assert_one_error(perdure("export", "v2", tmp_path / "x", "--dtype", "int8", *here), 2, "bfloat16, float16")
+    assert_one_error(perdure("export", "v2", tmp_path / "x", "--adapter", "--rank", "999", *here), 2, "at most 128")
+    assert not (tmp_path / "x").exists()
