@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib import resources
 
 from perdure.config import TrainConfig
-from perdure.methods import METHODS, Method
+from perdure.methods import METHODS
 from perdure.rollout.base import Progress, SamplingParams, TotalProgress, part_of
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session
@@ -38,7 +38,7 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     found: list[Rollout] = []
     for skill in (skill for skill in earlier if skill.name in chosen):
         rows = chosen[skill.name]
-        made = _earlier(session, skill, rows, method, derive_seed(seed, "anchors of", skill.name),
+        made = _earlier(session, skill, rows, config, derive_seed(seed, "anchors of", skill.name),
                         part_of(progress, done, total))  # fmt: skip
         found += [replace(row, source=skill.name) for row in made]
         done += len(rows)
@@ -50,18 +50,21 @@ def _chosen(skill: Skill, config: TrainConfig, seed: int) -> list[Example]:
     return [skill.train[place] for place in places]
 
 
-def _earlier(session: Session, skill: Skill, rows: Sequence[Example], method: Method, seed: int,
+def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: TrainConfig, seed: int,
              progress: Progress | None) -> list[Rollout]:  # fmt: skip
     """Rows of an earlier skill: anchors, or replay (of the demonstrations, or of own answers that are right)."""
-    renderer = session.renderer
+    renderer, method = session.renderer, METHODS[config.method]
+    share = 1.0 if method.earlier == "demonstrations" else config.anchor_rehearsal
+    # Spread over the rows, so that every stretch of them has its share.
+    rehearsed = [int((place + 1) * share) > int(place * share) for place in range(len(rows))]
     bare = [replace(row, demonstration=None) for row in rows]
-    if method.earlier == "demonstrations":
-        stored = [renderer.demonstration(row) for row in rows]
-        return [_label(renderer.rollout(row, c, None)) for row, c in zip(bare, stored, strict=True)]
-    answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress)
-    if method.earlier == "answers":
-        return answers
-    return [_label(answer) for answer, row in zip(answers, rows, strict=True)
+    asked = [row for row, stored in zip(bare, rehearsed, strict=True) if not stored]
+    answers = iter(answered(session, asked, skill.settings.max_new_tokens, seed, progress))
+    made = [_label(renderer.rollout(mine, renderer.demonstration(row), None)) if stored else next(answers)
+            for row, mine, stored in zip(rows, bare, rehearsed, strict=True)]  # fmt: skip
+    if method.earlier != "accepted":
+        return made
+    return [_label(answer) for answer, row in zip(made, rows, strict=True)
             if skill.grade(renderer.answer(answer.completion), row) >= 1]  # fmt: skip
 
 

@@ -54,6 +54,9 @@ class TrainConfig(SettingsSection):
     """At least so many rows a step for each earlier skill; what that takes beyond their share is added to the batch."""
     anchor_focus: float = Field(default=0.5, ge=0, le=1)
     """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
+    anchor_rehearsal: float = Field(default=0.0, ge=0, le=1)
+    """Of each earlier skill's anchor rows the share that carries the stored demonstration as a supervised row, in place
+    of the model's own answer under the divergence."""
     anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_weight: float = Field(default=1.0, gt=0)
@@ -147,10 +150,15 @@ class TrainConfig(SettingsSection):
         ]
         if self.anchor_share == 0 or self.anchor_earlier_share == 0:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
-            found += [f"{name} {reason}" for name in ("anchor_per_skill", "anchor_focus", "anchor_weight")
-                      if self._changed(name)]  # fmt: skip
-        elif METHODS[self.method].earlier != "answers" and self._changed("anchor_focus"):
-            found += [f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows']
+            names = ("anchor_per_skill", "anchor_focus", "anchor_weight", "anchor_rehearsal")
+            found += [f"{name} {reason}" for name in names if self._changed(name)]
+        elif METHODS[self.method].earlier != "answers":
+            if self._changed("anchor_focus"):
+                found.append(
+                    f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows'
+                )
+            if self._changed("anchor_rehearsal"):
+                found.append(f'method = "{self.method}" says what all of these rows carry: leave anchor_rehearsal out')
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
         if self._changed("max_importance") and not self.overlap and self.update_sampler_every == 1:
