@@ -186,8 +186,7 @@ def linear_parameters(model: Any) -> int:
 
 
 def working_copy(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
-    """A copy of the model in ``dtype`` for decoding and scoring, on ``device`` or the model's own: no gradients, eval
-    mode.
+    """A copy of the model for decoding and scoring, on ``device`` or the model's own: no gradients, eval mode.
 
     Its buffers keep their precision: rotary frequencies rounded to bfloat16 would turn late positions by radians."""
     there = device or model.device

@@ -21,6 +21,7 @@ from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
 from perdure.gates import Guard
 from perdure.measure import Scores
+from perdure.methods import METHODS
 from perdure.models import load
 from perdure.running import Run, train_stage
 from perdure.stages import settings_hash
@@ -106,12 +107,16 @@ def _again(run: Run, parent: Weights, check: dict[str, Any] | None, label: str, 
 
 
 def _anchored(config: TrainConfig, harmed: Verdict) -> TrainConfig:
-    """Half of each batch anchors, and of those more of the kind that was hurt: earlier skills or prior capabilities."""
+    """Half of each batch anchors, and of those more of the kind that was hurt: earlier skills or prior capabilities.
+
+    Hurt skills are rehearsed: what the champion itself has lost against its best, its own answers cannot bring back."""
     skills = any(row["verdict"] == "worse" and row["kind"] in ("skill", "best ever") for row in harmed.table)
     share = max(config.anchor_earlier_share, 0.75) if skills else min(config.anchor_earlier_share, 0.25)
+    rehearsed = 1.0 if skills and METHODS[config.method].earlier == "answers" else config.anchor_rehearsal
     return config.model_copy(
         update={"anchor_share": max(config.anchor_share, 0.5), "anchor_earlier_share": share,
-                "anchor_rows": 2 * config.anchor_rows, "anchor_per_skill": 2 * config.anchor_per_skill}
+                "anchor_rows": 2 * config.anchor_rows, "anchor_per_skill": 2 * config.anchor_per_skill,
+                "anchor_rehearsal": rehearsed}
     )  # fmt: skip
 
 
