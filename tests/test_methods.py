@@ -242,7 +242,7 @@ def test_replay_rows_are_labels_and_only_right_answers_are_replayed(tmp_path: Pa
     assert right and {row.student_prompt.example.id for row in accepted.earlier} == right
     for row in (*stored.earlier, *accepted.earlier):
         assert (row.weight, row.label_weight, row.has_demonstration) == (0.0, 1.0, False)
-    anchors = make_anchors(session, [skill], settings(method="sft", **config), 0)
+    anchors = make_anchors(session, [skill], settings(method="sft", anchor_rehearsal=0.0, **config), 0)
     assert {(row.weight, row.label_weight) for row in anchors.earlier} == {(1.0, 0.0)} and len(anchors.earlier) == 8
 
 
@@ -252,7 +252,7 @@ def test_a_share_of_the_anchors_is_rehearsed(tmp_path: Path) -> None:
     config = {"anchor_earlier_share": 1.0, "anchor_rows": 8}
     plain, half, all_of_them, replayed = (
         make_anchors(a_session(lambda prompt: "red"), [skill], settings(**config, **options), 0).earlier
-        for options in ({}, {"anchor_rehearsal": 0.5}, {"anchor_rehearsal": 1.0}, {"method": "sft_replay"})
+        for options in ({"anchor_rehearsal": 0.0}, {"anchor_rehearsal": 0.5}, {}, {"method": "sft_replay"})
     )
     assert [row.label_weight for row in half] == [0, 1, 0, 1, 0, 1, 0, 1]
     assert half[::2] == plain[::2] and half[1::2] == replayed[1::2] and all_of_them == replayed
@@ -288,6 +288,7 @@ def short_answers(config: TrainConfig) -> TrainConfig:
         ({"kl_weight": 0.1}, "sft_kl"),
         ({"anchor_focus": 0.9, "method": "sft_replay"}, "anchor_focus goes by a divergence"),
         ({"anchor_rehearsal": 0.5, "method": "sft_replay"}, "what all of these rows carry"),
+        ({"anchor_focus": 0.9}, "anchor_focus goes by a divergence, which rehearsed rows do not carry"),
         ({"anchor_rehearsal": 0.5, "anchor_share": 0.0}, "anchor_rehearsal has an effect only with rows of earlier"),
         ({"anchor_focus": 0.9, "anchor_share": 0.0}, "anchor_focus has an effect only with rows of earlier"),
         ({"anchor_per_skill": 2, "anchor_earlier_share": 0.0}, "anchor_per_skill has an effect only with rows"),

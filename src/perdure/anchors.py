@@ -54,7 +54,7 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
              progress: Progress | None) -> list[Rollout]:  # fmt: skip
     """Rows of an earlier skill: anchors, or replay (of the demonstrations, or of own answers that are right)."""
     renderer, method = session.renderer, METHODS[config.method]
-    share = 1.0 if method.earlier == "demonstrations" else config.anchor_rehearsal
+    share = {"answers": config.anchor_rehearsal, "demonstrations": 1.0, "accepted": 0.0}[method.earlier]
     # Spread over the rows, so that every stretch of them has its share.
     rehearsed = [int((place + 1) * share) > int(place * share) for place in range(len(rows))]
     bare = [replace(row, demonstration=None) for row in rows]

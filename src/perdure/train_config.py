@@ -54,7 +54,7 @@ class TrainConfig(SettingsSection):
     """At least so many rows a step for each earlier skill; what that takes beyond their share is added to the batch."""
     anchor_focus: float = Field(default=0.5, ge=0, le=1)
     """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
-    anchor_rehearsal: float = Field(default=0.0, ge=0, le=1)
+    anchor_rehearsal: float = Field(default=1.0, ge=0, le=1)
     """Of each earlier skill's anchor rows the share that carries the stored demonstration as a supervised row, in place
     of the model's own answer under the divergence."""
     anchor_rows: int = Field(default=64, ge=1)
@@ -159,6 +159,9 @@ class TrainConfig(SettingsSection):
                 )
             if self._changed("anchor_rehearsal"):
                 found.append(f'method = "{self.method}" says what all of these rows carry: leave anchor_rehearsal out')
+        elif self.anchor_rehearsal == 1:
+            found += [f"{name} goes by a divergence, which rehearsed rows do not carry: set anchor_rehearsal below 1"
+                      for name in ("anchor_focus", "anchor_weight") if self._changed(name)]  # fmt: skip
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
         if self._changed("max_importance") and not self.overlap and self.update_sampler_every == 1:
