@@ -629,12 +629,12 @@ def test_recomputed_blocks_give_the_same_training_and_come_back_as_they_were(tmp
 
 def test_the_weight_of_anchors_is_that_of_their_divergence(tmp_path: Path) -> None:
     stage = make_stage(tmp_path)
-    rows = batch_rows(stage, settings(anchor_share=0.5, anchor_weight=4.0, anchor_rehearsal=0.0), LoopState())
+    rows = batch_rows(stage, settings(anchor_share=0.5, anchor_weight=4.0), LoopState())
     assert (
         sorted((row.source, row.weight) for row in rows if isinstance(row, Rollout))
         == [("", 1.0)] + [("numbers", 4.0)] * 3
     )
     label = replace(stage.anchors.earlier[0], weight=0.0, label_weight=1.0)
     replayed = replace(stage, anchors=Anchors((label,)))
-    rows = batch_rows(replayed, settings(anchor_share=0.5, anchor_weight=4.0, anchor_rehearsal=0.0), LoopState())
+    rows = batch_rows(replayed, settings(anchor_share=0.5, anchor_weight=4.0), LoopState())
     assert {(row.weight, row.label_weight) for row in rows if isinstance(row, Rollout)} == {(0.0, 1.0)}

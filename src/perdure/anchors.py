@@ -54,15 +54,18 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
              progress: Progress | None) -> list[Rollout]:  # fmt: skip
     """Rows of an earlier skill: anchors, or replay (of the demonstrations, or of own answers that are right)."""
     renderer, method = session.renderer, METHODS[config.method]
-    share = {"answers": config.anchor_rehearsal, "demonstrations": 1.0, "accepted": 0.0}[method.earlier]
+    bare = [replace(row, demonstration=None) for row in rows]
+    stored = [renderer.rollout(mine, renderer.demonstration(row), None) for row, mine in zip(rows, bare, strict=True)]
+    if method.earlier == "demonstrations":
+        return [_label(row) for row in stored]
+    share = config.anchor_rehearsal if method.earlier == "answers" else 0.0
     # Spread over the rows, so that every stretch of them has its share.
     rehearsed = [int((place + 1) * share) > int(place * share) for place in range(len(rows))]
-    bare = [replace(row, demonstration=None) for row in rows]
-    asked = [row for row, stored in zip(bare, rehearsed, strict=True) if not stored]
+    asked = [row for row, known in zip(bare, rehearsed, strict=True) if not known]
     answers = iter(answered(session, asked, skill.settings.max_new_tokens, seed, progress))
-    made = [_label(renderer.rollout(mine, renderer.demonstration(row), None)) if stored else next(answers)
-            for row, mine, stored in zip(rows, bare, rehearsed, strict=True)]  # fmt: skip
-    if method.earlier != "accepted":
+    made = [replace(mine, label_weight=1.0) if known else next(answers)
+            for mine, known in zip(stored, rehearsed, strict=True)]  # fmt: skip
+    if method.earlier == "answers":
         return made
     return [_label(answer) for answer, row in zip(made, rows, strict=True)
             if skill.grade(renderer.answer(answer.completion), row) >= 1]  # fmt: skip

@@ -159,9 +159,6 @@ class TrainConfig(SettingsSection):
                 )
             if self._changed("anchor_rehearsal"):
                 found.append(f'method = "{self.method}" says what all of these rows carry: leave anchor_rehearsal out')
-        elif self.anchor_rehearsal == 1:
-            found += [f"{name} goes by a divergence, which rehearsed rows do not carry: set anchor_rehearsal below 1"
-                      for name in ("anchor_focus", "anchor_weight") if self._changed(name)]  # fmt: skip
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
         if self._changed("max_importance") and not self.overlap and self.update_sampler_every == 1:
