@@ -247,7 +247,8 @@ def test_replay_rows_are_labels_and_only_right_answers_are_replayed(tmp_path: Pa
 
 
 def test_a_share_of_the_anchors_is_rehearsed(tmp_path: Path) -> None:
-    """Stored demonstrations, held and as labels, spread over the pool; the rest are anchors, the same as without."""
+    """Stored demonstrations as labels, spread over the pool, and held only where the model's own answer was right; the
+    rest are anchors, the same as without."""
     skill = load_skill(toy_skill(tmp_path / "skill"))
     config = {"anchor_earlier_share": 1.0, "anchor_rows": 8}
     plain, half, all_of_them, replayed = (
@@ -255,10 +256,11 @@ def test_a_share_of_the_anchors_is_rehearsed(tmp_path: Path) -> None:
         for options in ({"anchor_rehearsal": 0.0}, {"anchor_rehearsal": 0.5}, {"anchor_rehearsal": 1.0},
                         {"method": "sft_replay"})
     )  # fmt: skip
-    assert [row.label_weight for row in half] == [0, 1, 0, 1, 0, 1, 0, 1] and {row.weight for row in half} == {1.0}
-    rehearsed = tuple(replace(row, weight=1.0) for row in replayed)
+    right = [renderer().text(row.completion) == "red" for row in replayed]
+    rehearsed = tuple(replace(row, weight=float(passes)) for row, passes in zip(replayed, right, strict=True))
+    assert set(right) == {True, False} and {row.weight for row in plain} == {1.0}
     assert half[::2] == plain[::2] and half[1::2] == rehearsed[1::2] and all_of_them == rehearsed
-    assert {row.source for row in all_of_them} == {skill.name}
+    assert {row.label_weight for row in all_of_them} == {1.0} and {row.source for row in half} == {skill.name}
 
 
 def test_without_anchors_only_re_invocation_wants_general_prompts(tmp_path: Path) -> None:

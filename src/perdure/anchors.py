@@ -1,8 +1,9 @@
 """Anchor rows: prompts without a demonstration, with what the stage's first weights answer to them.
 
 They are sampled once, before the first step, from the version promoted last. Training then holds the student to that
-version's own distribution there: on earlier skills' prompts and on general ones that the project writes itself. The
-replay methods put supervised rows in the place of the earlier skills' anchors.
+version's own distribution there: on earlier skills' prompts and on general ones that the project writes itself. An
+earlier skill's row can carry its stored demonstration instead and teach it once more. The replay methods put supervised
+rows in the place of the earlier skills' anchors.
 """
 
 from __future__ import annotations
@@ -58,17 +59,19 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
     stored = [renderer.rollout(mine, renderer.demonstration(row), None) for row, mine in zip(rows, bare, strict=True)]
     if method.earlier == "demonstrations":
         return [_label(row) for row in stored]
-    share = config.anchor_rehearsal if method.earlier == "answers" else 0.0
-    # Spread over the rows, so that every stretch of them has its share.
+    answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress)
+    if method.earlier == "answers" and config.anchor_rehearsal == 0:
+        return answers
+    right = [
+        skill.grade(renderer.answer(answer.completion), row) >= 1 for answer, row in zip(answers, rows, strict=True)
+    ]
+    if method.earlier == "accepted":
+        return [_label(answer) for answer, passes in zip(answers, right, strict=True) if passes]
+    share = config.anchor_rehearsal  # spread over the rows, so that every stretch of them has its part
     rehearsed = [int((place + 1) * share) > int(place * share) for place in range(len(rows))]
-    asked = [row for row, known in zip(bare, rehearsed, strict=True) if not known]
-    answers = iter(answered(session, asked, skill.settings.max_new_tokens, seed, progress))
-    made = [replace(mine, label_weight=1.0) if known else next(answers)
-            for mine, known in zip(stored, rehearsed, strict=True)]  # fmt: skip
-    if method.earlier == "answers":
-        return made
-    return [_label(answer) for answer, row in zip(made, rows, strict=True)
-            if skill.grade(renderer.answer(answer.completion), row) >= 1]  # fmt: skip
+    # What the last version had right is held, too; what it had wrong must not be.
+    return [replace(mine, weight=float(passes), label_weight=1.0) if known else answer
+            for mine, answer, passes, known in zip(stored, answers, right, rehearsed, strict=True)]  # fmt: skip
 
 
 def _label(rollout: Rollout) -> Rollout:

@@ -55,8 +55,8 @@ class TrainConfig(SettingsSection):
     anchor_focus: float = Field(default=0.5, ge=0, le=1)
     """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
     anchor_rehearsal: float = Field(default=1.0, ge=0, le=1)
-    """Of each earlier skill's anchor rows the share that carries the stored demonstration as a supervised row, in place
-    of the model's own answer under the divergence."""
+    """Of each earlier skill's anchor rows the share that carries the stored demonstration as a supervised row instead of
+    the model's own answer; where that answer was right, the divergence holds the row, too."""
     anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_weight: float = Field(default=1.0, gt=0)
