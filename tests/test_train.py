@@ -461,12 +461,16 @@ def test_a_stage_ends_when_every_validation_row_is_right(tmp_path: Path, monkeyp
 def test_there_is_a_validation_when_the_demonstrations_are_known(tmp_path: Path) -> None:
     """Once, at the step whose mean probability of their tokens passes the limit."""
     stage = make_stage(tmp_path)
-    train(stage, settings(steps=6, validate_every=50, warm_start_steps=6, warm_start_until=0.001))
+    watched = {"validate_every": 50, "warm_start_until": 0.001, "validate_until": 1.0}
+    train(stage, settings(steps=6, warm_start_steps=6, **watched))
     assert [line["step"] for line in lines(stage) if "validation_accuracy" in line] == [1, 6]
     assert [line["phase"] for line in steps(stage)] == ["warm_start"] + ["on_policy"] * 5
     other = make_stage(tmp_path / "sft")
-    train(other, settings(method="sft", steps=4, validate_every=50, warm_start_until=0.001))
+    train(other, settings(method="sft", steps=4, **watched))
     assert [line["step"] for line in lines(other) if "validation_accuracy" in line] == [1, 4]
+    plain = make_stage(tmp_path / "plain")
+    train(plain, settings(method="sft", steps=4, **(watched | {"validate_until": 2.0})))
+    assert [line["step"] for line in lines(plain) if "validation_accuracy" in line] == [4]
 
 
 def test_the_last_step_is_validated(tmp_path: Path) -> None:

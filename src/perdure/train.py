@@ -98,7 +98,8 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         clock.lap("optimizer")
         state.step += 1
         knows = metrics.get("demonstration_probability", 0.0) >= config.warm_start_until
-        due = state.step % config.validate_every == 0 or state.step == config.steps or (knows and not state.known)
+        early = config.validate_until <= 1 and knows and not state.known
+        due = early or state.step % config.validate_every == 0 or state.step == config.steps
         state.known, state.warm = state.known or knows, state.warm and not (knows and phase == "warm_start")
         line = {"step": state.step, "phase": phase, **metrics, **describe(stage, rollouts, phase)}
         line |= described(state.held)

@@ -54,9 +54,9 @@ class TrainConfig(SettingsSection):
     """At least so many rows a step for each earlier skill; what that takes beyond their share is added to the batch."""
     anchor_focus: float = Field(default=0.5, ge=0, le=1)
     """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
-    anchor_rehearsal: float = Field(default=1.0, ge=0, le=1)
-    """Of each earlier skill's anchor rows the share that carries the stored demonstration as a supervised row instead of
-    the model's own answer; where that answer was right, the divergence holds the row, too."""
+    anchor_rehearsal: float = Field(default=0.0, ge=0, le=1)
+    """Of each earlier skill's anchor rows the share that carries the stored demonstration as a supervised row, not the
+    model's own answer; where that answer was right, the divergence holds the row, too."""
     anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_weight: float = Field(default=1.0, gt=0)
@@ -114,10 +114,9 @@ class TrainConfig(SettingsSection):
     validate_every: int = Field(default=20, ge=1)
     patience: int = Field(default=2, ge=1)
     """Validations without a better accuracy before the stage stops."""
-    validate_until: float = Field(default=1.0, gt=0)
-    """The stage ends at this accuracy on the validation rows: further steps teach nothing that can be seen, and every
-    step moves what is known already. Above 1 = never, as with fewer than 16 rows. There is a validation, too, once the
-    student's mean probability of a demonstration token passes ``warm_start_until``."""
+    validate_until: float = Field(default=2.0, gt=0)
+    """The stage ends at this accuracy on the validation rows, 16 or more, and there is a validation, too, once the
+    student's mean probability of a demonstration token passes ``warm_start_until``. Above 1 = never."""
     checkpoint_every: int = Field(default=20, ge=1)
     max_length_change: float = Field(default=0.0, ge=0)
     """Share by which the mean length of the answers to the validation rows may move from where the stage began, up or
