@@ -1,6 +1,7 @@
 """Which method for this skill on this model: a rule from what the preflight measures, with the evidence it rests on.
 
-The evidence is docs/results.md: small chains of a 135M model, one seed. Where it does not reach, the rule says so.
+The evidence is docs/results.md: small chains of a 135M model, one to three seeds. Where it does not reach, the rule
+says so.
 """
 
 from __future__ import annotations
@@ -54,5 +55,6 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
             f"{able}, but there is no earlier skill to keep: then supervised fine-tuning with anchors learned more in "
             "the same steps, and took about 60 % of the time.",))  # fmt: skip
     return Recommendation("sdft", (
-        f"{able} and there is something to keep: then self-distillation kept more of the earlier skills, learned a few "
-        "points less and ended as high, in about one and a half times the time.",))  # fmt: skip
+        f"{able} and there is something to keep: then self-distillation kept as much of the earlier skills as "
+        "supervised fine-tuning with the same anchors, or more, and learned a few points less, in about one and a half "
+        "times the time. Where earlier skills were learned by half only, sft_replay kept most.",))  # fmt: skip
