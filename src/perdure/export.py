@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perdure.files import check_free, file_sha256, replace_text, to_json
-from perdure.models import LoadedModel, load, save
+from perdure.models import LoadedModel, load, resolve, save
 from perdure.types import InputError
 from perdure.workspace import BASE, Workspace
 
@@ -78,7 +78,7 @@ def export_adapter(workspace: Workspace, name: str, since: str, folder: Path, ra
         )
     held = {"since": since, "rank": chosen, "held": round(found.held(chosen), 6)}
     del target
-    source = workspace.config().model.source if since == BASE else str(workspace.version_folder(since))
+    source = resolve(workspace.config().model) if since == BASE else str(workspace.version_folder(since))
     return _written(workspace, version, folder, lambda beside: _save(base.model, found, chosen, source, beside), held)
 
 
