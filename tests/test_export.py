@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fakes import save_tiny_model, toy_skill
+from perdure.cli_versions import export
 from perdure.curriculum import learn
 from perdure.export import MOST_RANK, difference, export_adapter, export_weights
 from perdure.models import load
@@ -122,11 +123,21 @@ def test_the_command(adapted: Workspace, tmp_path: Path) -> None:
     here = ("-w", adapted.folder)
     done = perdure("export", "v2", tmp_path / "adapter", "--adapter", "--since", "v1", *here)
     assert done.returncode == 0 and "adapter of rank 2 on v001" in done.stdout, done.stderr
-    done = perdure("export", "champion", tmp_path / "whole", "--json", *here)
-    assert json.loads(done.stdout)["dtype"] == "bfloat16"
-    assert_one_error(perdure("export", "v2", tmp_path / "whole", *here), 2, "already there and not empty")
-    assert_one_error(perdure("export", "v9", tmp_path / "x", *here), 2, "no version 'v9'")
-    assert_one_error(perdure("export", "v2", tmp_path / "x", "--rank", "4", *here), 2, "add --adapter")
-    assert_one_error(perdure("export", "v2", tmp_path / "x", "--dtype", "int8", *here), 2, "bfloat16, float16")
-    assert_one_error(perdure("export", "v2", tmp_path / "x", "--adapter", "--rank", "999", *here), 2, "at most 128")
+    assert_one_error(perdure("export", "v2", tmp_path / "adapter", *here), 2, "already there and not empty")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"version": "v9"}, "no version 'v9'"),
+        ({"rank": 4}, "add --adapter"),
+        ({"since": "v1"}, "add --adapter"),
+        ({"dtype": "int8"}, "bfloat16, float16"),
+        ({"adapter": True, "rank": 999}, "at most 128"),
+    ],
+)
+def test_what_cannot_be_exported(adapted: Workspace, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    defaults = {"version": "v2", "adapter": False, "since": "v0", "rank": None, "dtype": "bfloat16", "as_json": False}
+    with pytest.raises(InputError, match=message):
+        export(folder=tmp_path / "x", workspace=adapted.folder, **(defaults | options))
     assert not (tmp_path / "x").exists()
