@@ -30,7 +30,7 @@ from perdure.config import ModelConfig, TrainConfig
 from perdure.contexts import Renderer, parse_template
 from perdure.footprint import GIGA, Hardware, Shape, memory, parse_hardware, step_seconds, work_of
 from perdure.importers.base import write_skill
-from perdure.models import LoadedModel, device_of, load_tokenizer, working_copy
+from perdure.models import LoadedModel, device_of, linear_parameters, load_tokenizer, working_copy
 from perdure.rollout.local import LocalEngine
 from perdure.session import Session, make_engine
 from perdure.sharding import recomputed
@@ -143,13 +143,9 @@ def predicted(session: Session, skill: Skill, config: TrainConfig, hardware: Har
     """The same by the arithmetic of ``perdure check --hardware``."""
     text = session.working.config
     width = text.hidden_size // text.num_attention_heads
-    linear = sum(
-        p.numel() for name, p in session.working.named_parameters()
-        if p.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
-    )  # fmt: skip
     weights, keys = sum(p.numel() for p in session.working.parameters()), width * text.num_key_value_heads
-    shape = Shape(weights, linear, text.num_hidden_layers, text.hidden_size, text.intermediate_size, keys,
-                  text.vocab_size)  # fmt: skip
+    shape = Shape(weights, linear_parameters(session.working), text.num_hidden_layers, text.hidden_size,
+                  text.intermediate_size, keys, text.vocab_size)  # fmt: skip
     work = work_of(session.renderer, skill.train, [parse_template(TEMPLATE)], config)
     parts = memory(shape, work, config)
     return {

@@ -56,9 +56,12 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
     """Rows of an earlier skill: anchors, or replay (of the demonstrations, or of own answers that are right)."""
     renderer, method = session.renderer, METHODS[config.method]
     bare = [replace(row, demonstration=None) for row in rows]
-    stored = [renderer.rollout(mine, renderer.demonstration(row), None) for row, mine in zip(rows, bare, strict=True)]
+
+    def stored(place: int) -> Rollout:
+        return _label(renderer.rollout(bare[place], renderer.demonstration(rows[place]), None))
+
     if method.earlier == "demonstrations":
-        return [_label(row) for row in stored]
+        return [stored(place) for place in range(len(rows))]
     answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress)
     if method.earlier == "answers" and config.anchor_rehearsal == 0:
         return answers
@@ -70,8 +73,8 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
     share = config.anchor_rehearsal  # spread over the rows, so that every stretch of them has its part
     rehearsed = [int((place + 1) * share) > int(place * share) for place in range(len(rows))]
     # What the last version had right is held, too; what it had wrong must not be.
-    return [replace(mine, weight=float(passes), label_weight=1.0) if known else answer
-            for mine, answer, passes, known in zip(stored, answers, right, rehearsed, strict=True)]  # fmt: skip
+    return [replace(stored(place), weight=float(right[place])) if rehearsed[place] else answer
+            for place, answer in enumerate(answers)]  # fmt: skip
 
 
 def _label(rollout: Rollout) -> Rollout:

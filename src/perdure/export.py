@@ -7,7 +7,6 @@ base can be served once, with an adapter for each version (peft, vLLM).
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from perdure.files import check_free, file_sha256, replace_text, to_json
+from perdure.files import file_sha256, new_folder, replace_text, to_json
 from perdure.models import LoadedModel, load, resolve, save
 from perdure.types import InputError
 from perdure.workspace import BASE, Workspace
@@ -135,24 +134,14 @@ def _version(workspace: Workspace, version: str) -> LoadedModel:
 
 def _written(workspace: Workspace, version: str, folder: Path, write: Callable[[Path], None],
              said: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """Write into a folder beside, put the version's record and card there, then rename: whole or not at all."""
-    check_free(folder)
+    """What ``write`` puts into the folder, and the version's record and card."""
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir()
+    with new_folder(folder) as beside:
         write(beside)
         if version != BASE:
             shutil.copy(workspace.version_folder(version) / "README.md", beside / "README.md")
         weights = {path.name: file_sha256(path) for path in sorted(beside.glob("*.safetensors"))}
         record = {"version": version, **said, "files": weights, "exported_from": workspace.version(version)}
         replace_text(beside / "perdure.json", to_json(record) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {"version": version, "folder": str(folder), **said, "bytes": size}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from perdure.files import check_free, file_sha256, package_folder
+from perdure.files import file_sha256, new_folder, package_folder
 from perdure.skills.base import load_skill
 from perdure.types import InputError
 
@@ -47,20 +45,10 @@ def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], te
     """Write ``target`` as a skill folder, validated before it becomes visible.
 
     Raises InputError when something is there already, when a side is empty, or when train and test overlap."""
-    check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir()
+    with new_folder(target) as beside:
         (beside / "skill.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
         for name, rows in (("train", train), ("test", test)):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (beside / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         load_skill(beside)
-        if target.exists():
-            target.rmdir()
-        os.replace(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return target
