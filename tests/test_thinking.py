@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import ScriptedEngine, copying_model, example, loaded, tiny_tokenizer, toy_skill
+from fakes import ScriptedEngine, copying_model, example, loaded, tiny_model, tiny_tokenizer, toy_skill
+from perdure.anchors import make_anchors
 from perdure.batching import collate
 from perdure.config import ContextConfig, RunConfig, ThinkingConfig, TrainConfig, with_settings
 from perdure.contexts import Renderer, parse_template
@@ -23,7 +24,9 @@ from perdure.models import save
 from perdure.reporting import Silent
 from perdure.rollout.base import SamplingParams
 from perdure.runlog import Clock, LoopState
+from perdure.session import Session
 from perdure.settings import parse
+from perdure.skills.base import load_skill
 from perdure.skills.graders import exact
 from perdure.stages import create_workspace
 from perdure.subject import candidates, check_thinking
@@ -207,6 +210,22 @@ def test_loss_over_thinking_and_over_the_answer_add_up_to_loss_over_all(tmp_path
 def test_rows_that_hold_earlier_skills_carry_loss_everywhere() -> None:
     made = renderer(ThinkingConfig(enabled=True, loss="answer"))
     assert made.rollout(example("q", None), completion("<think>a</think>b"), None).region is None
+
+
+def test_an_answer_without_thinking_is_held_but_not_rehearsed(tmp_path: Path) -> None:
+    skill = load_skill(toy_skill(tmp_path / "skill"))
+    rows = [thought(f"q{place}", "a cat" if place % 2 else "", "red") for place in range(6)]
+    engine, student = ScriptedEngine(lambda prompt: "<think>a dog</think>red"), loaded(tiny_model())
+    engine.tokenizer = tokenizer()
+    session = Session(student, student.model, engine, renderer(), torch.float32)
+    for marks, most in ((ON, 3), (ThinkingConfig(), 6)):
+        found = make_anchors(replace(session, renderer=renderer(marks)), [replace(skill, train=tuple(rows))],
+                             TrainConfig(anchor_earlier_share=1.0), 0).earlier  # fmt: skip
+        rehearsed = [row for row in found if row.label_weight]
+        assert len(found) == 6 and len(rehearsed) == most
+        for row in found:
+            said = renderer().text(row.completion)
+            assert ("dog" in said) is (row not in rehearsed) and (marks is not ON or row.weight == 1)
 
 
 # What is refused

@@ -2,8 +2,8 @@
 
 They are sampled once, before the first step, from the version promoted last. Training then holds the student to that
 version's own distribution there: on earlier skills' prompts and on general ones that the project writes itself. An
-earlier skill's row can carry its stored demonstration instead and teach it once more. The replay methods put supervised
-rows in the place of the earlier skills' anchors.
+earlier skill's row carries its stored demonstration instead where it is rehearsed: taught once more, and held, too, if
+the version had it right. The replay methods put supervised rows in the place of the earlier skills' anchors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib import resources
 
 from perdure.config import TrainConfig
+from perdure.contexts import Renderer
 from perdure.methods import METHODS
 from perdure.rollout.base import Progress, SamplingParams, TotalProgress, part_of
 from perdure.seeds import derive_seed, permutation
@@ -70,11 +71,19 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
     ]
     if method.earlier == "accepted":
         return [_label(answer) for answer, passes in zip(answers, right, strict=True) if passes]
-    share = config.anchor_rehearsal  # spread over the rows, so that every stretch of them has its part
-    rehearsed = [int((place + 1) * share) > int(place * share) for place in range(len(rows))]
+
+    def rehearsed(place: int) -> bool:
+        share = config.anchor_rehearsal  # spread over the rows, so that every stretch of them has its part
+        # An answer without thinking is no example for a model that thinks.
+        return int((place + 1) * share) > int(place * share) and not _lacks_thinking(renderer, rows[place])
+
     # What the last version had right is held, too; what it had wrong must not be.
-    return [replace(stored(place), weight=float(right[place])) if rehearsed[place] else answer
+    return [replace(stored(place), weight=float(right[place])) if rehearsed(place) else answer
             for place, answer in enumerate(answers)]  # fmt: skip
+
+
+def _lacks_thinking(renderer: Renderer, row: Example) -> bool:
+    return renderer.marks is not None and not renderer.marks.split(renderer.text(renderer.demonstration(row)))[0]
 
 
 def _label(rollout: Rollout) -> Rollout:

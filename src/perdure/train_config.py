@@ -47,16 +47,16 @@ class TrainConfig(SettingsSection):
     micro_batch_tokens: int = Field(default=4096, ge=64)
     """Most padded tokens in one forward pass."""
     anchor_share: float = Field(default=0.375, ge=0, lt=1)
-    """Share of each batch without a demonstration: earlier skills' prompts and general ones."""
+    """Share of each batch that keeps what is known: earlier skills' prompts and general ones."""
     anchor_earlier_share: float = Field(default=0.67, ge=0, le=1)
     """Of the anchors, the share from earlier skills; before there are any, these rows are demonstrations."""
     anchor_per_skill: float = Field(default=0.5, ge=0)
     """At least so many rows a step for each earlier skill; what that takes beyond their share is added to the batch."""
     anchor_focus: float = Field(default=0.5, ge=0, le=1)
     """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
-    anchor_rehearsal: float = Field(default=0.0, ge=0, le=1)
+    anchor_rehearsal: float = Field(default=1.0, ge=0, le=1)
     """Of each earlier skill's anchor rows the share that carries the stored demonstration as a supervised row, not the
-    model's own answer; where that answer was right, the divergence holds the row, too."""
+    model's own answer; where that answer was right, the divergence holds the row, too. 0 = hold own answers only."""
     anchor_rows: int = Field(default=64, ge=1)
     """At most this many prompts of each earlier skill are anchors; their answers are sampled once, before training."""
     anchor_weight: float = Field(default=1.0, gt=0)
@@ -150,13 +150,13 @@ class TrainConfig(SettingsSection):
         if self.anchor_share == 0 or self.anchor_earlier_share == 0:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
             names = ("anchor_per_skill", "anchor_focus", "anchor_weight", "anchor_rehearsal")
-            found += [f"{name} {reason}" for name in names if self._changed(name)]
+            found += [f"{name} {reason}" for name in names if self._changed(name) and getattr(self, name)]
         elif METHODS[self.method].earlier != "answers":
             if self._changed("anchor_focus"):
                 found.append(
                     f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows'
                 )
-            if self._changed("anchor_rehearsal"):
+            if self._changed("anchor_rehearsal") and self.anchor_rehearsal:
                 found.append(f'method = "{self.method}" says what all of these rows carry: leave anchor_rehearsal out')
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
