@@ -24,6 +24,8 @@ FOUND = Preflight(
     row_seconds={}, ready=True, advice=(),
 )  # fmt: skip
 
+HELD = TrainConfig(anchor_rehearsal=0.0)
+
 
 @pytest.mark.parametrize(
     ("teacher", "ready", "taught", "other", "method", "settings"),
@@ -39,15 +41,19 @@ FOUND = Preflight(
 )
 def test_the_rule(teacher: float, ready: bool, taught: int, other: float | None, method: str,
                   settings: dict[str, str]) -> None:  # fmt: skip
-    found = recommend(replace(FOUND, teacher_accuracy=teacher, ready=ready), taught, TrainConfig(), other)
+    """Without the earlier skills' demonstrations; with them a teacher adds nothing."""
+    measured = replace(FOUND, teacher_accuracy=teacher, ready=ready)
+    found = recommend(measured, taught, HELD, other)
     assert (found.method, found.settings) == (method, settings) and found.reasons
+    assert recommend(measured, taught, TrainConfig(), other).method == "sft"
 
 
 def test_the_other_teacher_is_the_one_that_would_not_teach() -> None:
     lost = replace(FOUND, teacher_accuracy=0.5)
-    assert recommend(lost, 3, TrainConfig(teacher="frozen"), 0.95).settings == {"train.teacher": "original"}
-    assert recommend(lost, 3, TrainConfig(teacher="ema"), 0.95).settings == {"train.teacher": "original"}
-    assert "the champion on 95%" in recommend(lost, 3, TrainConfig(), 0.95).reasons[0]
+    for teacher in ("frozen", "ema"):
+        config = HELD.model_copy(update={"teacher": teacher})
+        assert recommend(lost, 3, config, 0.95).settings == {"train.teacher": "original"}
+    assert "the champion on 95%" in recommend(lost, 3, HELD, 0.95).reasons[0]
 
 
 def test_missing_anchors_change_the_rule() -> None:
@@ -65,7 +71,7 @@ def test_the_original_model_is_asked_where_the_champion_cannot_teach(tmp_path: P
     workspace = create_workspace(tmp_path / "bot", config)
     learn(workspace, [toy_skill(tmp_path / "colours")], config, Silent(), force=True)
     skill = toy_skill(tmp_path / "numbers", NUMBERS)
-    config = parse(RunConfig, run | {"train": {"method": "sdft", "teacher": "frozen"}}, "test")
+    config = parse(RunConfig, run | {"train": {"method": "sdft", "teacher": "frozen", "anchor_rehearsal": 0.0}}, "test")
     (able,) = check_skills(workspace, [skill], config, Silent())
     assert able["teacher_accuracy"] >= ABLE and able["recommended"]["method"] == "sdft"
     assert able["recommended"]["settings"] == {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perdure.advisor import ABLE, Recommendation, recommend
+from perdure.advisor import ABLE, Recommendation, recommend, rehearses
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json, read_jsonl, replace_text
@@ -109,7 +109,7 @@ def _advised(workspace: Workspace, parent: str, session: Session, skill: Skill, 
              reporter: Reporter) -> Recommendation:  # fmt: skip
     """The method to take; where who would teach is not able to, the other of champion and original model is tried."""
     other = None
-    if found.teacher_accuracy < ABLE and parent != BASE:
+    if found.teacher_accuracy < ABLE and parent != BASE and not rehearses(config.train):
         original = config.train.teacher != "original"
         who = "the original model" if original else "the champion"
         with reporter.phase(f"preflight: {who} as the teacher", 0, "rows"):
