@@ -63,7 +63,8 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
 
     if method.earlier == "demonstrations":
         return [stored(place) for place in range(len(rows))]
-    answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress)
+    drafts = [renderer.demonstration(row).token_ids for row in rows]
+    answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress, drafts)
     if method.earlier == "answers" and config.anchor_rehearsal == 0:
         return answers
     right = [
@@ -100,13 +101,15 @@ def general_prompts() -> list[Example]:
 
 
 def answered(
-    session: Session, rows: Sequence[Example], most: int, seed: int, progress: Progress | None = None
-) -> list[Rollout]:
-    """Each row with the model's own answer, sampled at temperature 1, of at most ``most`` tokens."""
+    session: Session, rows: Sequence[Example], most: int, seed: int, progress: Progress | None = None,
+    drafts: Sequence[Sequence[int]] | None = None,
+) -> list[Rollout]:  # fmt: skip
+    """Each row with the model's own answer, sampled at temperature 1, of at most ``most`` tokens. ``drafts``: what it
+    probably says, which makes it faster and changes nothing else."""
     if not rows:
         return []
     prompts = [session.renderer.student_prompt(row) for row in rows]
     seeds = [derive_seed(seed, row.id) for row in rows]
-    completions = session.engine.generate(prompts, SamplingParams(most), seeds, progress)
+    completions = session.engine.generate(prompts, SamplingParams(most), seeds, progress, drafts)
     # No template: without a demonstration both roles see the same prompt.
     return [session.renderer.rollout(row, completion, None) for row, completion in zip(rows, completions, strict=True)]
