@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fakes import tiny_model
-from perdure.adapters import adapted, effective_parameters, trainable, without_adapters
+from perdure.adapters import adapted, effective_parameters, set_aside, trainable, without_adapters
 from perdure.batching import collate
 from perdure.checkpoint import checkpoints
 from perdure.config import TrainConfig
@@ -93,6 +94,26 @@ def test_an_error_or_a_trial_leaves_the_masters_alone() -> None:
         1 / 0  # noqa: B018
     assert all(torch.equal(p, before[name]) for name, p in masters.named_parameters())
     assert not any("lora" in name for name, _ in working.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_set_aside_reads_the_same_and_comes_back(tmp_path: Path, fails: bool, dtype: torch.dtype) -> None:
+    model, ids = tiny_model().to(dtype), torch.arange(5, 25)[None]
+    odd = torch.nn.Parameter(torch.randn(6, 4, dtype=dtype).T)  # does not lie in one piece
+    model.register_parameter("odd", odd)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    logits, places = model(input_ids=ids).logits, {p.data_ptr() for p in model.parameters()}
+    with pytest.raises(RuntimeError, match="on purpose") if fails else nullcontext(), set_aside(model, tmp_path):
+        assert not places & {parameter.data_ptr() for parameter in model.parameters()}
+        assert torch.equal(model(input_ids=ids).logits, logits) and not list(tmp_path.iterdir())
+        if fails:
+            raise RuntimeError("on purpose")
+    after = dict(model.named_parameters())
+    assert after["odd"] is odd and all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        after["odd"] += 1  # ordinary memory again
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_the_named_layers_get_one() -> None:

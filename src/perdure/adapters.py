@@ -1,14 +1,17 @@
 """Low-rank adapters within a stage (peft): they train on the working copy, which decodes and, with them off, teaches.
 
 One copy of the weights in the compute dtype serves as student, decoder and frozen teacher; the float32 masters do not
-take part and get the product at the stage's end. A version is then plain: evaluation, versions and the next stage
-never see an adapter.
+take part (on a CPU, where both share one memory, they lie in a file) and get the product at the stage's end. A version
+is then plain: evaluation, versions and the next stage never see an adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import ACCESS_COPY, mmap
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -83,6 +86,42 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
     """Names and modules of the layers that have an adapter."""
     # Known by an attribute, not by peft's class: importing peft for a model without adapters would take a second.
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+@contextmanager
+def set_aside(model: Any, folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Inside, where ``wanted``, the parameters of a model on the CPU are read from a file of ``folder`` and take no
+    memory until they are. Nothing may change them meanwhile.
+
+    The file has no name, so that a killed process leaves none behind."""
+    if not wanted:
+        yield
+        return
+    parameters = list(model.parameters())
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder) as file:
+        for parameter in parameters:
+            file.write(_bytes_of(parameter.detach().contiguous()))
+        file.flush()
+        # Copied on write: torch wants a buffer that may be written to, and the file stays as it is.
+        buffer, place = mmap(file.fileno(), 0, access=ACCESS_COPY), 0
+        for parameter in parameters:
+            count, shape = parameter.numel(), parameter.shape
+            parameter.data = torch.frombuffer(buffer, dtype=parameter.dtype, count=count, offset=place).view(shape)
+            place += count * parameter.element_size()
+        del buffer
+        try:
+            yield
+        finally:
+            file.seek(0)
+            for parameter in parameters:  # read, not copied from the mapping: that would be in memory, too
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
+                file.readinto(_bytes_of(parameter.data))
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a tensor on the CPU."""
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 Full weights cost, in bytes each: masters 4, gradients 4, AdamW 8, the working copy for decode 2 in bfloat16, as much
 again for what mixed precision casts and for a teacher that does not move (an EMA teacher keeps 4 more). Adapters train
-on the working copy, which is their frozen teacher, too; the masters then lie in the CPU's memory. Several devices, one
-process each, share the rows of a step; ``train.fsdp`` divides masters, gradients, optimizer and an EMA teacher's
-averages over them, and nothing else.
+on the working copy, which is their frozen teacher, too; the masters then lie in the CPU's memory or, where the CPU is
+the device, in a file. Several devices, one process each, share the rows of a step; ``train.fsdp`` divides masters,
+gradients, optimizer and an EMA teacher's averages over them, and nothing else.
 """
 
 from __future__ import annotations
@@ -124,10 +124,8 @@ def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence
     return Work(rows, prompt, answer, max(teachers))
 
 
-def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1,
-           apart: bool = True) -> dict[str, float]:  # fmt: skip
-    """Bytes by part on each of ``devices``. ``width``: bytes of a number in the compute dtype. ``apart``: the CPU's
-    memory is another one, where the masters of adapters lie."""
+def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1) -> dict[str, float]:
+    """Bytes by part on each of ``devices`` while a stage trains. ``width``: bytes of a number in the compute dtype."""
     rows, parts_of_student = -(-work.rows // devices), devices if train.fsdp else 1
     trained = shape.weights if not train.lora_rank else adapter_weights(shape, train.lora_rank)
     tokens = min(train.micro_batch_tokens, rows * (work.prompt + work.completion))
@@ -145,7 +143,7 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
         a_teacher += width  # anchor rows are scored by the weights that the stage starts from, another copy
     whole = 0 if train.lora_rank else 4 * shape.vocabulary * shape.hidden  # the head's gradient before it is added
     parts = {
-        "masters": 4 * shape.weights / parts_of_student if not train.lora_rank or not apart else 0,
+        "masters": 4 * shape.weights / parts_of_student if not train.lora_rank else 0,
         "adapters": 4 * trained if train.lora_rank else 0,
         "gradients": 4 * trained / parts_of_student,
         "optimizer": 8 * trained / parts_of_student,
