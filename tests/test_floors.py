@@ -23,7 +23,7 @@ FLOORS = {
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
         "skills", "skills.settings", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.turns",
         "skills.reading", "skills.environments", "skills.base",
-        "importers.base", "importers.tldr", "importers.passages", "importers.*", "importers",
+        "importers.base", "importers.bfcl", "importers.tldr", "importers.passages", "importers.*", "importers",
     ],
     "F4 doing": [
         "reporting", "session", "ahead", "episodes", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog",

@@ -10,7 +10,7 @@ import pytest
 
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
-from perdure.importers import IMPORTERS, base, run_importer
+from perdure.importers import IMPORTERS, base, bfcl_multi, run_importer
 from perdure.importers.bfcl import signature
 from perdure.importers.facts import spellings
 from perdure.importers.tldr import plain
@@ -32,7 +32,7 @@ def answer(example) -> str:
 def test_a_skill_has_enough_rows_and_its_own_demonstrations_are_right(imported: tuple[str, Skill]):
     name, skill = imported
     assert len(skill.train) >= (200 if name == "sciq" else 400)
-    assert len(skill.test) == {"bfcl": 120, "bfcl-mixed": 160, "sciq": 120, "facts": 222}.get(
+    assert len(skill.test) == {"bfcl": 120, "bfcl-mixed": 160, "bfcl-multi": 180, "sciq": 120, "facts": 222}.get(
         name, 240
     )  # their packages have no more
     assert all(skill.grade(answer(example), example) == 1 for example in (*skill.train, *skill.test))
@@ -55,6 +55,7 @@ def test_what_test_rows_hold_out(imported: tuple[str, Skill]):
     group = {
         "bfcl": lambda e: e.messages[-1]["content"].split("(", 1)[0],
         "bfcl-mixed": lambda e: e.messages[-1]["content"].split("(", 1)[0],
+        "bfcl-multi": lambda e: e.id.split("/")[0],  # conversation
         "tldr": lambda e: e.metadata["tool"],
         "commands": lambda e: e.metadata["program"],
     }.get(source, lambda e: e.messages[-1]["content"])
@@ -166,6 +167,50 @@ def test_where_no_function_fits_a_call_is_wrong_and_silence_right(tmp_path: Path
     called = answer(next(example for example in skill.test if example not in none))
     for example in none:
         assert skill.grade(called, example) == 0 and skill.grade("I cannot do that.", example) == 1
+
+
+def test_recorded_conversations_hold_what_their_worlds_answer() -> None:
+    class World:
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def add(self, text: str, tags: list[str]) -> dict[str, int]:
+            tags.append("seen")  # a world may keep and change what it is given
+            self.notes.append(text)
+            return {"notes": len(self.notes)}
+
+        def read(self) -> str:
+            return "; ".join(self.notes) * 200
+
+    functions = [{"name": name, "parameters": {"properties": {key: {} for key in keys}, "required": keys}}
+                 for name, keys in (("add", ["text", "tags"]), ("read", []))]  # fmt: skip
+    question = {
+        "id": "q",
+        "question": [[{"role": "user", "content": " note a, then b "}], [{"role": "user", "content": "read"}]],
+    }
+    row = bfcl_multi.conversation(
+        question, [["add('a', tags=['x'])", "add(text='b',tags=[])"], ["read()"]], functions, [World()]
+    )
+    said = [(message["role"], message["content"]) for message in row["messages"][1:]]
+    assert (
+        said[0] == ("user", "note a, then b")
+        and said[2] == ("tool", '{"notes": 1}')
+        and said[4] == ("tool", '{"notes": 2}')
+    )
+    assert json.loads(said[1][1]) == {"name": "add", "arguments": {"text": "a", "tags": ["x"]}}
+    assert (
+        said[5] == said[-1] == ("assistant", "Done.") and said[-2][1].startswith("a; ba; b") and len(said[-2][1]) == 240
+    )
+    assert [turn["kind"] for turn in row["metadata"]["turns"]] == ["call", "call", "done", "call", "done"]
+    assert row["metadata"]["turns"][0]["ground_truth"] == [{"add": {"text": ["a"], "tags": [["x"]]}}]
+
+
+def test_a_changed_simulator_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bfcl_multi._simulator.cache_clear()
+    monkeypatch.setitem(bfcl_multi.WORLDS, "TicketAPI", (*bfcl_multi.WORLDS["TicketAPI"][:2], "0" * 64))
+    with pytest.raises(InputError, match=r"ticket_api.py: sha256 is"):
+        bfcl_multi.build(tmp_path / "skill")
+    assert not list(tmp_path.iterdir())
 
 
 def test_facts_are_held_out_by_phrasing_and_their_passages_hold_the_answers(tmp_path: Path):

@@ -61,9 +61,8 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
             "the same steps, and took about 60 % of the time.",))  # fmt: skip
     if rehearses(train):
         return Recommendation("sft", (
-            f"{able}, and so is its like without a teacher: where earlier skills are rehearsed, six chains of five "
-            "skills kept as much by supervised fine-tuning, learned 1.7 points more (95 %: -0.5 to +4.4), and was "
-            "faster.",))  # fmt: skip
+            f"{able}; but where earlier skills are rehearsed, supervised fine-tuning kept as much over six chains of "
+            "five skills, learned 1.7 points more (95 %: -0.5 to +4.4), and was faster.",))  # fmt: skip
     return Recommendation("sdft", (
         f"{able}, and earlier skills are held by the model's own answers alone (anchor_rehearsal = 0): then "
         "self-distillation kept 92 % of six skills where supervised fine-tuning kept 84 %, and learned 3 points less. "

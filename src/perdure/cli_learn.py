@@ -70,7 +70,8 @@ def import_skill(
     source: Annotated[
         str,
         typer.Argument(
-            help="home-assistant, bfcl, bfcl-mixed, mmlu, sst2, tldr, commands, sciq, facts, forms-NAME, docs, jsonl."
+            help="home-assistant, bfcl, bfcl-mixed, bfcl-multi, mmlu, sst2, tldr, commands, sciq, facts, forms-NAME, "
+            "docs, jsonl."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="Skill folder to make.")],

@@ -6,13 +6,27 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from perdure.importers import bfcl, commands, docs, facts, forms, home_assistant, jsonl, mmlu, sciq, sst2, tldr
+from perdure.importers import (
+    bfcl,
+    bfcl_multi,
+    commands,
+    docs,
+    facts,
+    forms,
+    home_assistant,
+    jsonl,
+    mmlu,
+    sciq,
+    sst2,
+    tldr,
+)
 from perdure.types import InputError
 
 IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
     "home-assistant": home_assistant.build,
     "bfcl": bfcl.build,
     "bfcl-mixed": bfcl.build_mixed,
+    "bfcl-multi": bfcl_multi.build,
     "mmlu": mmlu.build,
     "sst2": sst2.build,
     "tldr": tldr.build,
