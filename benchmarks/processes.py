@@ -1,6 +1,6 @@
 """Two processes against one, one thread each: tokens a second in training and rollouts, and what each process holds.
 
-    python benchmarks/processes.py [--rounds 3] [--json FILE]
+    python benchmarks/processes.py [--rounds 3] [--rows 32] [--json FILE]
 
 Alternates the runs; each is an SDFT stage of the embedded model, started as a user would, by torchrun. ``divided`` is
 train.fsdp. Ratios, because this machine's speed drifts.
@@ -28,16 +28,17 @@ KINDS = {"one": (1, False), "two": (2, False), "two, divided": (2, True)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=32, help="of a step, over all processes")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "DIVIDED"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "DIVIDED", "ROWS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(Path(args.child[0]), args.child[1] == "True")
+        child(Path(args.child[0]), args.child[1] == "True", int(args.child[2]))
         return
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for number in range(args.rounds):
         for kind, (count, divided) in KINDS.items():
-            found[kind].append(run(count, divided))
+            found[kind].append(run(count, divided, args.rows))
             print(f"round {number + 1}, {kind}: {found[kind][-1]}", flush=True)
     ratios = {
         f"processes.{part.replace(' ', '_')}.{kind.replace(', ', '_')}": statistics.median(
@@ -50,11 +51,11 @@ def main() -> None:
         args.json.write_text(json.dumps(ratios | {"runs": found}, indent=1) + "\n")
 
 
-def run(count: int, divided: bool) -> dict[str, Any]:
+def run(count: int, divided: bool, rows: int) -> dict[str, Any]:
     """Tokens a second of the steps after the first ones, and bytes of process 0's masters and optimizer."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone",
-                   __file__, "--child", folder, str(divided)]  # fmt: skip
+                   __file__, "--child", folder, str(divided), str(rows)]  # fmt: skip
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
         (path,) = Path(folder).glob("bot/runs/*/timings.jsonl")
         lines = [json.loads(line) for line in path.read_text().splitlines()][SKIPPED - 1 :]
@@ -69,7 +70,7 @@ def run(count: int, divided: bool) -> dict[str, Any]:
         }
 
 
-def child(folder: Path, divided: bool) -> None:
+def child(folder: Path, divided: bool, rows: int) -> None:
     """What each process runs."""
     import perdure.train
     from perdure import processes, running  # noqa: F401  # registers what the others are called for
@@ -95,7 +96,7 @@ def child(folder: Path, divided: bool) -> None:
 
     perdure.train.optimise = watched
     skill = IMPORTERS["home-assistant"](folder / "smart-home", 0)
-    train = {"steps": STEPS, "warm_start_steps": 0, "batch_size": 32, "anchor_share": 0.0, "validation_max": 0,
+    train = {"steps": STEPS, "warm_start_steps": 0, "batch_size": rows, "anchor_share": 0.0, "validation_max": 0,
              "checkpoint_every": 1000, "fsdp": divided}  # fmt: skip
     config = RunConfig.model_validate(
         {"train": train, "context": {"template": "turns:3"}, "probe": {"tasks": []}, "eval": {"rows": 4},
