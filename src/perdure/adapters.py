@@ -8,7 +8,7 @@ is then plain: evaluation, versions and the next stage never see an adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,11 +22,13 @@ from perdure.types import InputError
 
 
 @contextmanager
-def adapted(masters: Any, working: Any, config: TrainConfig, seed: int, merge: bool = True) -> Iterator[Any]:
+def adapted(masters: Any, working: Any, config: TrainConfig, seed: int, merge: bool = True,
+            folder: Path | None = None) -> Iterator[Any]:  # fmt: skip
     """The model that trains: ``masters``; with ``lora_rank`` above 0 ``working``, of which only adapters train.
 
     Afterwards ``working`` is without adapters again. What they learned is part of ``masters`` then, unless ``merge`` is
-    off or an error ended the context. Raises InputError for targets that the model does not have."""
+    off or an error ended the context. Where ``working`` shares the CPU's memory with ``masters``, they lie in a file of
+    ``folder`` meanwhile, if it is given. Raises InputError for targets that the model does not have."""
     if not config.lora_rank:
         yield masters
         return
@@ -51,8 +53,10 @@ def adapted(masters: Any, working: Any, config: TrainConfig, seed: int, merge: b
         parameter.data = parameter.data.float()  # peft makes them in the base's dtype
     if config.lora_dora:
         _exact_magnitudes(masters, working)
+    aside = set_aside(masters, folder) if folder and working.device.type == "cpu" else nullcontext()
     try:
-        yield working
+        with aside:
+            yield working
         if merge:
             _merge(masters, working)
     finally:
@@ -89,14 +93,11 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def set_aside(model: Any, folder: Path, wanted: bool = True) -> Iterator[None]:
-    """Inside, where ``wanted``, the parameters of a model on the CPU are read from a file of ``folder`` and take no
-    memory until they are. Nothing may change them meanwhile.
+def set_aside(model: Any, folder: Path) -> Iterator[None]:
+    """Inside, the parameters of a model on the CPU are read from a file of ``folder`` and take no memory until they
+    are. Nothing may change them meanwhile.
 
     The file has no name, so that a killed process leaves none behind."""
-    if not wanted:
-        yield
-        return
     parameters = list(model.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder) as file:

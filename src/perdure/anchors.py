@@ -13,7 +13,6 @@ from dataclasses import replace
 from importlib import resources
 
 from perdure.config import TrainConfig
-from perdure.contexts import Renderer
 from perdure.methods import METHODS
 from perdure.rollout.base import Progress, SamplingParams, TotalProgress, part_of
 from perdure.seeds import derive_seed, permutation
@@ -31,7 +30,7 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     method = METHODS[config.method]
     wants_general = method.reinvoked or (config.anchor_share > 0 and config.anchor_earlier_share < 1)
     general = general_prompts() if wants_general else []
-    wants_earlier = config.anchor_share > 0 and config.anchor_earlier_share > 0
+    wants_earlier = config.anchors_earlier
     chosen = {skill.name: session.renderer.each_turn(_chosen(skill, config, seed))
               for skill in (earlier if wants_earlier else ())}  # fmt: skip
     total, done = len(general) + sum(map(len, chosen.values())), len(general)
@@ -57,13 +56,14 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
     """Rows of an earlier skill: anchors, or replay (of the demonstrations, or of own answers that are right)."""
     renderer, method = session.renderer, METHODS[config.method]
     bare = [replace(row, demonstration=None) for row in rows]
+    demonstrations = [renderer.demonstration(row) for row in rows]
 
     def stored(place: int) -> Rollout:
-        return _label(renderer.rollout(bare[place], renderer.demonstration(rows[place]), None))
+        return _label(renderer.rollout(bare[place], demonstrations[place], None))
 
     if method.earlier == "demonstrations":
         return [stored(place) for place in range(len(rows))]
-    drafts = [renderer.demonstration(row).token_ids for row in rows]
+    drafts = [demonstration.token_ids for demonstration in demonstrations]
     answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress, drafts)
     if method.earlier == "answers" and config.anchor_rehearsal == 0:
         return answers
@@ -76,15 +76,11 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
     def rehearsed(place: int) -> bool:
         share = config.anchor_rehearsal  # spread over the rows, so that every stretch of them has its part
         # An answer without thinking is no example for a model that thinks.
-        return int((place + 1) * share) > int(place * share) and not _lacks_thinking(renderer, rows[place])
+        return int((place + 1) * share) > int(place * share) and not renderer.lacks_thinking(rows[place])
 
     # What the last version had right is held, too; what it had wrong must not be.
     return [replace(stored(place), weight=float(right[place])) if rehearsed(place) else answer
             for place, answer in enumerate(answers)]  # fmt: skip
-
-
-def _lacks_thinking(renderer: Renderer, row: Example) -> bool:
-    return renderer.marks is not None and not renderer.marks.split(renderer.text(renderer.demonstration(row)))[0]
 
 
 def _label(rollout: Rollout) -> Rollout:

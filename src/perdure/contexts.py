@@ -217,6 +217,10 @@ class Renderer:
         thinking, answer = self.marks.split(text)
         return text if thinking else answer
 
+    def lacks_thinking(self, example: Example) -> bool:
+        """Whether the model thinks and the demonstration does not: as a label it would teach not to."""
+        return self.marks is not None and not self.marks.split(self.text(self.demonstration(example)))[0]
+
     def text(self, completion: Completion) -> str:
         """A completion as text, without its closing token; other special tokens stay visible."""
         ids = completion.token_ids

@@ -20,8 +20,8 @@ from perdure.types import Example, Rollout
 
 @dataclass(frozen=True)
 class Anchors:
-    """Prompts without a demonstration, each with a completion: the one that the stage's first weights gave, or for the
-    replay of demonstrations the stored one."""
+    """Prompts without a demonstration, each with a completion: the one that the stage's first weights gave, or, where
+    an earlier skill is rehearsed or replayed, the stored one."""
 
     earlier: tuple[Rollout, ...] = ()
     """From the train files of earlier skills, which ``source`` names."""

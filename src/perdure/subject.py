@@ -70,7 +70,7 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
                 f"{example.origin}: the answer holds {marks.open}; give the thinking as 'reasoning_content' beside "
                 "'content': graders compare answers alone"
             )
-    bare = [e for e in examples if not marks.split(renderer.text(renderer.demonstration(e)))[0]]
+    bare = [e for e in examples if renderer.lacks_thinking(e)]
     if unwritten := [e for e in bare if e.demonstration and e.demonstration.get("reasoning_content")]:
         raise InputError(f"{unwritten[0].origin}: this model's chat template does not render 'reasoning_content'")
     completions = METHODS[train.method].completions

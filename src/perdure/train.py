@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perdure.adapters import adapted, set_aside
+from perdure.adapters import adapted
 from perdure.ahead import Ahead
 from perdure.batching import collate, micro_batches
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
@@ -49,10 +49,8 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
     Goes on from the run folder's checkpoint when there is one. Raises InputError when the loss is not finite.
     """
     masters = stage.student.model
-    one_memory = config.lora_rank > 0 and stage.working.device.type == "cpu"
     with (
-        adapted(masters, stage.working, config, derive_seed(stage.seed, "adapter")) as model,
-        set_aside(masters, stage.folder, one_memory),
+        adapted(masters, stage.working, config, derive_seed(stage.seed, "adapter"), folder=stage.folder) as model,
         recomputed(model, config.activation_checkpointing),
         sharded(model, config.fsdp, stage.dtype, config.fsdp_offload) as student,
     ):

@@ -122,6 +122,11 @@ class TrainConfig(SettingsSection):
     """Share by which the mean length of the answers to the validation rows may move from where the stage began, up or
     down; weights beyond it are not kept, and the stage ends there. 0 = no limit."""
 
+    @property
+    def anchors_earlier(self) -> bool:
+        """Whether a step has rows of earlier skills, once there are any."""
+        return self.anchor_share > 0 and self.anchor_earlier_share > 0
+
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
         if problems := [*self._ignored(), *self._unsampled(), *self._without_rows()]:
@@ -147,10 +152,11 @@ class TrainConfig(SettingsSection):
             for name, owner, value in uses
             if self._changed(name) and getattr(self, owner) != value
         ]
-        if self.anchor_share == 0 or self.anchor_earlier_share == 0:
+        if not self.anchors_earlier:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
-            names = ("anchor_per_skill", "anchor_focus", "anchor_weight", "anchor_rehearsal")
-            found += [f"{name} {reason}" for name in names if self._changed(name) and getattr(self, name)]
+            names = ["anchor_per_skill", "anchor_focus", "anchor_weight"]
+            names += ["anchor_rehearsal"] if self.anchor_rehearsal else []  # 0 is what there is then
+            found += [f"{name} {reason}" for name in names if self._changed(name)]
         elif METHODS[self.method].earlier != "answers":
             if self._changed("anchor_focus"):
                 found.append(
