@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fakes import END, example, renderer, tiny_tokenizer
 from perdure.batching import collate, micro_batches
 from perdure.contexts import Renderer, names_the_example, parse_template
+from perdure.packing import pack
 from perdure.types import Completion, Example, InputError
 
 QUESTION, ANSWER = "say small cat", "red panda"
@@ -320,10 +323,29 @@ def test_an_empty_batch_is_an_error() -> None:
 
 def test_micro_batches_stay_within_their_padded_budget() -> None:
     lengths = [10, 50, 7, 30, 31, 200, 7, 8]
-    groups = micro_batches(range(8), lengths, 100)
+    groups = micro_batches([tuple(range(length)) for length in lengths], 100, packed=False)
     assert groups == [[5], [1, 4], [3, 0, 7], [2, 6]]
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 100
+
+
+def test_packed_micro_batches_count_what_rows_share_once_and_keep_those_rows_together() -> None:
+    talks = [tuple(range(100 * talk, 100 * talk + 90)) for talk in range(1, 4)]
+    rows = [talk[:end] for end in (30, 60, 90) for talk in talks]
+    groups = micro_batches(rows, 100, packed=True)
+    assert sorted(map(sorted, groups)) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert len(micro_batches(rows, 100, packed=False)) == 7
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30).map(tuple), min_size=1, max_size=12),
+       st.integers(1, 60))  # fmt: skip
+def test_packed_micro_batches_hold_every_row_once_within_the_packed_budget(
+    rows: list[tuple[int, ...]], budget: int
+) -> None:
+    groups = micro_batches(rows, budget, packed=True)
+    assert sorted(place for group in groups for place in group) == list(range(len(rows)))
+    for group in groups:
+        assert len(group) == 1 or len(pack([rows[place] for place in group]).input_ids_T) <= budget
 
 
 # Leaks

@@ -44,6 +44,16 @@ def test_a_window_larger_than_the_pool_repeats_it_evenly() -> None:
     assert Counter(stream_window(0, 3, 0, 12)) == {0: 4, 1: 4, 2: 4}
 
 
+def test_items_of_a_group_follow_each_other_in_every_epoch() -> None:
+    groups = [[0, 1, 2], [3], [4, 5]]
+    stream = stream_window(3, 6, 0, 18, groups)
+    assert stream == [item for step in range(6) for item in stream_window(3, 6, step * 3, 3, groups)]
+    for epoch in (stream[:6], stream[6:12], stream[12:]):
+        assert sorted(epoch) == list(range(6))
+        assert all(epoch[epoch.index(group[0]) :][: len(group)] == group for group in groups)
+    assert stream_window(3, 6, 0, 18) == stream_window(3, 6, 0, 18, [[item] for item in range(6)])
+
+
 def test_nothing_to_draw_from_is_an_error() -> None:
     with pytest.raises(ValueError, match="empty"):
         stream_window(0, 0, 0, 1)

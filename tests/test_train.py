@@ -106,6 +106,14 @@ def test_every_row_comes_once_an_epoch(tmp_path: Path) -> None:
     assert sorted(rows) == sorted(e.id for e in stage.examples)
 
 
+def test_turns_of_a_conversation_come_in_the_same_step(tmp_path: Path) -> None:
+    stage = make_stage(tmp_path, anchors=False)
+    talks = tuple(replace(row, conversation=f"talk-{place // 4}") for place, row in enumerate(stage.examples[:8]))
+    for step in range(4):
+        rows = batch_rows(replace(stage, examples=talks), settings(batch_size=4), LoopState(step))
+        assert len({row.conversation for row in rows if isinstance(row, Example)}) == 1
+
+
 @pytest.mark.parametrize(
     ("earlier", "general", "counts"),
     [(True, True, (6, 1, 1)), (True, False, (7, 1, 0)), (False, True, (7, 0, 1)), (False, False, (8, 0, 0))],

@@ -15,6 +15,8 @@ from perdure.importers import run_importer
 from perdure.skills.base import load_skill
 from perdure.skills.reading import parse_row
 from perdure.skills.settings import SkillSettings
+from perdure.stage import by_conversation
+from perdure.staging import split_validation
 from perdure.subject import candidates
 from perdure.types import InputError
 
@@ -49,6 +51,18 @@ def conversation(city: str = "Rome") -> list[dict[str, Any]]:
 
 def parsed(row: dict[str, Any], **settings: Any) -> list[Any]:
     return parse_row({"tools": [WEATHER]} | row, SkillSettings(name="toy", **settings), "f:1", "train-1")
+
+
+def test_turns_of_a_conversation_are_drawn_together_and_never_both_learned_and_validated() -> None:
+    every = parse_row({"prompt": "hi", "completion": "ho"}, SkillSettings(name="toy", turns="all"), "f:1", "alone")
+    for city in ("Rome", "Oslo", "Bonn", "Lima", "Kyiv"):
+        every += parsed({"messages": conversation(city), "id": city}, turns="all")
+    assert by_conversation(every) == [[0], [1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [13, 14, 15]]
+    for seed in range(5):
+        learned, validated = split_validation(tuple(every), 0.45, 32, seed)
+        assert len(learned) + len(validated) == len(every)
+        assert 4 <= len(validated) <= 7
+        assert not {e.conversation for e in learned if e.conversation} & {e.conversation for e in validated}
 
 
 def test_each_assistant_turn_is_a_demonstration_after_what_came_before() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from perdure.types import Batch, Rollout
+from perdure.packing import SHARED_TOKENS, common_prefix
+from perdure.types import Batch, Prompt, Rollout
 
 
 def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_tokens: int = 0,
@@ -17,8 +18,7 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
     Loss positions come row by row, in the order of the completion, and are the same in number and target for both
     roles. The hidden state at position p predicts the token at p + 1. Raises ValueError for an empty batch or prompt.
     """
-    prompts = [r.student_prompt if role == "student" else r.teacher_prompt for r in rollouts]
-    rows = [[*p.token_ids, *r.completion.token_ids] for p, r in zip(prompts, rollouts, strict=True)]
+    prompts, rows = [prompt_of(r, role) for r in rollouts], token_rows(rollouts, role)
     if not rows or not all(p.token_ids for p in prompts):
         raise ValueError("collate needs at least one rollout, and every prompt at least one token")
     width = max(map(len, rows))
@@ -41,12 +41,35 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows sorted by length, in groups whose padded size stays within ``budget`` tokens (a longer row goes alone)."""
+def prompt_of(rollout: Rollout, role: str) -> Prompt:
+    """What ``student`` or ``teacher`` sees before the completion."""
+    return rollout.student_prompt if role == "student" else rollout.teacher_prompt
+
+
+def token_rows(rollouts: Sequence[Rollout], role: str) -> list[tuple[int, ...]]:
+    """Each rollout's prompt and completion in one, as a role reads them."""
+    return [(*prompt_of(r, role).token_ids, *r.completion.token_ids) for r in rollouts]
+
+
+def micro_batches(rows: Sequence[tuple[int, ...]], budget: int, packed: bool) -> list[list[int]]:
+    """The places of ``rows`` in groups for one forward pass: at most ``budget`` tokens each (a longer row goes alone).
+
+    ``packed``: rows with a prefix in common stand together, and it counts once; else rows of like length do, and each
+    counts as much as the longest of its group."""
     groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(row)
+    size = 0
+
+    def with_row(group: list[int], place: int) -> int:
+        if not packed:
+            return (len(group) + 1) * len(rows[group[0]])
+        known = common_prefix(rows[group[-1]], rows[place])
+        return size + len(rows[place]) - (known if known >= SHARED_TOKENS else 0)
+
+    for place in sorted(range(len(rows)), key=lambda i: (rows[i] if packed else (-len(rows[i]),), i)):
+        if groups and (whole := with_row(groups[-1], place)) <= budget:
+            groups[-1].append(place)
+            size = whole
         else:
-            groups.append([row])
+            groups.append([place])
+            size = len(rows[place])
     return groups

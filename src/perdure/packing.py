@@ -150,7 +150,7 @@ def segments_of(rows: Sequence[Tokens], shared_tokens: int = SHARED_TOKENS) -> t
     def build(members: list[int], start: int, before: list[int]) -> None:
         """``members`` are sorted and agree up to ``start``, which ``before`` covers."""
         first, last = rows[members[0]], rows[members[-1]]
-        common = _common(first, last, start)
+        common = common_prefix(first, last, start)
         if len(members) > 1 and (common - start >= shared_tokens or common == len(last)):
             before, start = add(first[start:common], start, before), common
         for ends, some in groupby(members, key=lambda row: len(rows[row]) == common):
@@ -169,7 +169,8 @@ def segments_of(rows: Sequence[Tokens], shared_tokens: int = SHARED_TOKENS) -> t
     return segments, paths
 
 
-def _common(first: Tokens, last: Tokens, start: int) -> int:
+def common_prefix(first: Tokens, last: Tokens, start: int = 0) -> int:
+    """How many tokens both begin with; they agree up to ``start``."""
     most = min(len(first), len(last))
     return next((place for place in range(start, most) if first[place] != last[place]), most)
 

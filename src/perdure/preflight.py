@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from perdure.batching import collate, micro_batches
+from perdure.attention import is_enabled
+from perdure.batching import collate, micro_batches, token_rows
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
 from perdure.contexts import Template, names_the_example, parse_template
 from perdure.evaluate import evaluate
@@ -168,12 +169,11 @@ def _measure(subject: Subject, rows: Sequence[Example], template: Template, budg
 def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) -> tuple[float, float]:
     """Mean KL(teacher || student) and the teacher's mean probability over the demonstrations' tokens.
 
-    ``budget``: most padded tokens in one forward pass."""
+    ``budget``: most tokens in one forward pass."""
     kl = probability = count = 0.0
-    lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     models = {"student": subject.working, "teacher": subject.teaching[0]}
     heads, device = {role: head_of(model) for role, model in models.items()}, subject.working.device
-    for group in micro_batches(range(len(rollouts)), lengths, budget):
+    for group in micro_batches(token_rows(rollouts, "teacher"), budget, is_enabled(subject.working)):
         batches = {role: collate([rollouts[i] for i in group], role, subject.student.pad_id, device=device)
                    for role in ("student", "teacher")}  # fmt: skip
         hidden = {role: hidden_at_loss_positions(models[role], batch) for role, batch in batches.items()}
@@ -192,9 +192,8 @@ def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) 
 def _as_the_student_sees_it(subject: Subject, rows: Sequence[Example], budget: int) -> tuple[float, float]:
     """The student's mean probability of a demonstration token, and the demonstrations' style distance."""
     rollouts = _demonstrated(subject, rows, None)
-    lengths = [len(r.student_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
     sums, nll, count = {"target_probability": 0.0, "entropy": 0.0}, 0.0, 0
-    for group in micro_batches(range(len(rollouts)), lengths, budget):
+    for group in micro_batches(token_rows(rollouts, "student"), budget, is_enabled(subject.working)):
         batch = collate([rollouts[i] for i in group], "student", subject.student.pad_id, device=subject.working.device)
         none, ones = torch.zeros_like(batch.weights_N), torch.ones_like(batch.weights_N)
         inputs = LossInputs(hidden_at_loss_positions(subject.working, batch), None, batch.targets_N, none,

@@ -71,9 +71,11 @@ def _counts(stage: Stage, config: TrainConfig) -> dict[str, int]:
 
 
 def taught_rows(stage: Stage, config: TrainConfig, step: int) -> list[Example | Rollout]:
-    """The rows to learn of one step; depends on (seed, step) only."""
+    """The rows to learn of one step; depends on (seed, step) only. Turns of one conversation follow each other, so that
+    what they share is computed once."""
     count, pool = _counts(stage, config)["taught"], stage.examples
-    places = stream_window(derive_seed(stage.seed, "batch", "demonstrations"), len(pool), step * count, count)
+    places = stream_window(derive_seed(stage.seed, "batch", "demonstrations"), len(pool), step * count, count,
+                           stage.conversations)  # fmt: skip
     return [pool[place] for place in places]
 
 

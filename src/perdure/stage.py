@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,14 @@ from perdure.rollout.base import RolloutEngine
 from perdure.skills.environments import Acting
 from perdure.teacher import Teacher
 from perdure.types import Example, Rollout
+
+
+def by_conversation(examples: Sequence[Example]) -> list[list[int]]:
+    """The places of ``examples`` in groups, in order: turns of one conversation together, any other row by itself."""
+    groups: dict[object, list[int]] = {}
+    for place, example in enumerate(examples):
+        groups.setdefault(example.conversation or place, []).append(place)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,12 @@ class Stage:
     """Where the student plays whole conversations in an environment."""
     writer: RolloutEngine | None = None
     """Decodes with the teacher's weights before the first step; None: ``engine`` does."""
+
+    @cached_property
+    def conversations(self) -> list[list[int]]:
+        """The places of ``examples`` in groups: turns of one conversation together, any other row by itself."""
+        return by_conversation([row.student_prompt.example if isinstance(row, Rollout) else row
+                                for row in self.examples])  # fmt: skip
 
     def teacher_of(self, demonstrated: bool) -> Teacher | None:
         """Who scores a row: a teacher that moves, or that is the original model, must not hold the rest in place."""

@@ -11,7 +11,7 @@ from perdure.rollout.base import RolloutEngine
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session, base_model, make_engine
 from perdure.skills.base import Skill
-from perdure.stage import Anchors, Stage
+from perdure.stage import Anchors, Stage, by_conversation
 from perdure.teacher import FixedTeacher, Teacher, make_teacher, start_teacher
 from perdure.types import Example
 
@@ -24,9 +24,13 @@ def stage_seed(config: RunConfig, skill: Skill) -> int:
 def split_validation(
     examples: tuple[Example, ...], share: float, most: int, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Training and validation rows: a seeded choice, at least one row left to train on."""
-    count = min(most, int(len(examples) * share))
-    chosen = set(permutation(derive_seed(seed, "validation"), len(examples))[:count])
+    """Training and validation rows: a seeded choice, at least one row left to train on. Turns of one conversation are
+    either: each holds the answers of those before it."""
+    count, groups = min(most, int(len(examples) * share)), by_conversation(examples)
+    chosen: set[int] = set()
+    for group in permutation(derive_seed(seed, "validation"), len(groups)):
+        if len(chosen) + len(groups[group]) <= count:
+            chosen |= set(groups[group])
     rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
     return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from perdure.adapters import adapted
 from perdure.ahead import Ahead
-from perdure.batching import collate, micro_batches
+from perdure.attention import is_enabled
+from perdure.batching import collate, micro_batches, token_rows
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
 from perdure.config import TrainConfig
 from perdure.guidance import described
@@ -169,13 +170,13 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
             result[index] = kept[key]
         else:
             together[rollout.has_demonstration or stage.holder is None].append(index)
-    lengths = [len(r.teacher_prompt.token_ids) + len(r.completion.token_ids) for r in rollouts]
-    for demonstrated, rows in together.items():
+    for demonstrated, places in together.items():
         teacher = stage.teacher_of(demonstrated)
         assert teacher is not None
-        for group in micro_batches(rows, lengths, config.micro_batch_tokens):
-            scored = score_group(teacher, stage, config, [rollouts[i] for i in group], state)
-            result |= zip(group, scored, strict=True)
+        rows, packed = [rollouts[i] for i in places], is_enabled(stage.student.model)
+        for group in micro_batches(token_rows(rows, "teacher"), config.micro_batch_tokens, packed):
+            scored = score_group(teacher, stage, config, [rows[i] for i in group], state)
+            result |= zip([places[i] for i in group], scored, strict=True)
     return [result[i] for i in range(len(rollouts))]
 
 

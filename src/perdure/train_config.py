@@ -45,7 +45,8 @@ class TrainConfig(SettingsSection):
     batch_size: int = Field(default=16, ge=1)
     """Rows a step, anchors included."""
     micro_batch_tokens: int = Field(default=4096, ge=64)
-    """Most padded tokens in one forward pass."""
+    """Most tokens in one forward pass. Where a model runs packed, a prefix that rows share counts once; else padding
+    counts, too."""
     anchor_share: float = Field(default=0.375, ge=0, lt=1)
     """Share of each batch that keeps what is known: earlier skills' prompts and general ones."""
     anchor_earlier_share: float = Field(default=0.67, ge=0, le=1)

@@ -42,6 +42,8 @@ class Example:
     shown: tuple[Message, ...] = ()
     """Of a row that is played in an environment: the whole recorded conversation but its system turn. The prompt is
     what comes before its first assistant turn, the demonstration its last turn."""
+    conversation: str = ""
+    """Of a turn that is learned with others of its conversation: the row that they are from."""
 
     @property
     def question(self) -> str:

@@ -129,6 +129,7 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
         examples.append(Example(
             f"{name}/{number}" if several else str(name), tuple(map(bare, messages[:place])), bare(messages[place]),
             tuple(tools), document, its_metadata, f"{origin} (turn {number})" if several else origin,
+            conversation=str(name) if several else "",
         ))  # fmt: skip
     return examples
 
