@@ -77,6 +77,7 @@ def write_chain(folder: Path, *changes: tuple[str, str]) -> Path:
         ('"numbers"] }', '"letters"] }', "no skill 'letters'"),
         ('["colours", "numbers"]', '["colours", "colours"]', "each once"),
         ('numbers = "numbers"', 'numbers = "nowhere"', "neither an importer nor a skill folder"),
+        ('numbers = "numbers"', 'numbers = "colours"', "is called 'colours': call it so here"),
         ('sweep_as = "sft"', 'sweep_as = "replay"', "no other row with a sweep"),
         ('reference = "sft"', 'reference = "dft"', "no method 'dft'"),
         ("[methods.sdft]", '[methods."../sdft"]', "small letters, digits and hyphens"),
@@ -121,6 +122,11 @@ def test_a_fixed_rate_needs_no_sweep(tmp_path: Path) -> None:
 
 def test_later_sections_win_key_by_key() -> None:
     assert merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": {"z": 4}}) == {"a": {"x": 1, "y": 3}, "b": {"z": 4}}
+
+
+def test_an_imported_skill_is_called_as_the_chain_file_calls_it(tmp_path: Path) -> None:
+    folder = skill_folder(tmp_path / "out", tmp_path, "my-orders", Source(of="forms-order"))
+    assert load_skill(folder).name == "my-orders" and len(load_skill(folder).train) > 100
 
 
 def test_a_harder_source_changes_training_rows_alone(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ class Source(_Part):
     noise: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows that get the answer of another row."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether the skill is not taken as it is."""
+        return self.rows is not None or self.noise > 0
+
 
 class Sweep(_Part):
     """Each row's learning rate: the best validation accuracy on the first skill; of equals the smallest rate."""
@@ -153,8 +158,13 @@ def load_chain(path: Path) -> ChainFile:
     chain = parse(ChainFile, parse_toml(data, path), where=str(path))
     for name in chain.skills:
         source = chain.source(name).of
-        if source not in IMPORTERS and not (path.parent / source / "skill.toml").is_file():
+        file = path.parent / source / "skill.toml"
+        if source in IMPORTERS:
+            continue
+        if not file.is_file():
             raise InputError(f"{path}: skills.{name}: {source!r} is neither an importer nor a skill folder beside it")
+        if (called := parse_toml(file.read_bytes(), file).get("name")) != name and not chain.source(name).changed:
+            raise InputError(f"{path}: skills.{name}: the skill in {source} is called {called!r}: call it so here, too")
     try:
         for plan in [*runs_of(chain, {}), *sweeps_of(chain)]:
             _ = plan.config, plan.probe

@@ -7,8 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from perdure.bench.plan import Source
-from perdure.files import read_jsonl
+from perdure.files import read_jsonl, replace_text
 from perdure.importers import IMPORTERS
 from perdure.importers.base import write_skill
 from perdure.settings import parse_toml
@@ -16,14 +18,13 @@ from perdure.settings import parse_toml
 
 def skill_folder(out: Path, chain_folder: Path, name: str, source: Source) -> Path:
     """The folder of the chain file's skill ``name``; a user's own folder is used as it is where nothing changes it."""
-    changed = source.rows is not None or source.noise > 0
-    if source.of not in IMPORTERS and not changed:
+    if source.of not in IMPORTERS and not source.changed:
         return chain_folder / source.of
     target = out / "skills" / name
     if target.is_dir():
         return target
-    if not changed:
-        return IMPORTERS[source.of](target, 0)
+    if not source.changed:
+        return _called(name, IMPORTERS[source.of](target, 0))
     if source.of in IMPORTERS:
         origin = skill_folder(out, chain_folder, f"{name}-as-it-was", Source(of=source.of))
     else:
@@ -31,6 +32,13 @@ def skill_folder(out: Path, chain_folder: Path, name: str, source: Source) -> Pa
     settings = parse_toml((origin / "skill.toml").read_bytes(), origin / "skill.toml")
     train = harder(read_jsonl(origin / "train.jsonl"), source, random.Random(f"0/{name}"))
     return write_skill(target, settings | {"name": name}, train, read_jsonl(origin / "test.jsonl"))
+
+
+def _called(name: str, folder: Path) -> Path:
+    """The imported folder under the chain file's name: an importer may have one of its own."""
+    file = folder / "skill.toml"
+    replace_text(file, tomli_w.dumps(parse_toml(file.read_bytes(), file) | {"name": name}))
+    return folder
 
 
 def harder(rows: list[dict[str, Any]], source: Source, rng: random.Random) -> list[dict[str, Any]]:
