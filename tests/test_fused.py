@@ -26,6 +26,7 @@ SPECS = {
     "sft-with-anchors": LossSpec(),
     "dft-with-anchors": LossSpec(label="dft"),
     "sft-held": LossSpec(),
+    "corrected-held": LossSpec(),
     "dft-held-by-topk": LossSpec("reverse_kl", "teacher_topk", topk=4, label="dft"),
 }
 
@@ -37,6 +38,8 @@ def inputs_of(name: str, *args: Any, **options: Any) -> LossInputs:
         none = torch.zeros_like(inputs.weights_N)
         weights = torch.where(inputs.demonstrated_N, none, inputs.weights_N)
         return replace(inputs, weights_N=weights, label_weights_N=torch.where(inputs.demonstrated_N, 0.7, none))
+    if name.startswith("corrected"):
+        inputs = replace(inputs, labels_N=inputs.targets_N.roll(1))
     return replace(inputs, label_weights_N=inputs.demonstrated_N * 0.4) if "held" in name else inputs
 
 
@@ -66,7 +69,8 @@ def naive(spec: LossSpec, inputs: LossInputs, student: Head, teacher: Head | Non
         logits_NV = teacher.logits(inputs.teacher_hidden_NH).detach()
         scale_N = torch.where(inputs.demonstrated_N, inputs.teacher_temperature, 1.0)
         teacher_NV = (logits_NV / scale_N[:, None]).log_softmax(-1)
-    losses_N = position_losses(spec, student_NV, teacher_NV, inputs.targets_N, inputs.weights_N, inputs.label_weights_N)
+    losses_N = position_losses(spec, student_NV, teacher_NV, inputs.targets_N, inputs.weights_N, inputs.label_weights_N,
+                               inputs.labels_N)  # fmt: skip
     return losses_N.sum()
 
 
@@ -290,8 +294,10 @@ def test_what_has_no_probability_counts_nothing(name: str) -> None:
     keep = torch.tensor([v for v in range(17) if v not in (3, 9)])
     small = [Head(head.weight_VH[keep], head.bias_V[keep]) for head in heads if head.bias_V is not None]
     targets = torch.arange(13) % 15
-    got, _ = chunked_loss(spec, replace(inputs, targets_N=keep[targets]), *out)
-    wanted, _ = chunked_loss(spec, replace(inputs, targets_N=targets), *small)
+    labels = None if inputs.labels_N is None else targets.roll(1)
+    of_all = replace(inputs, targets_N=keep[targets], labels_N=None if labels is None else keep[labels])
+    got, _ = chunked_loss(spec, of_all, *out)
+    wanted, _ = chunked_loss(spec, replace(inputs, targets_N=targets, labels_N=labels), *small)
     torch.testing.assert_close(got, wanted)
     for a, b in zip(*(gradients(loss, inputs.student_hidden_NH) for loss in (got, wanted)), strict=True):
         torch.testing.assert_close(a, b)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ from perdure.settings import parse
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
 from perdure.staging import make_stage as staged
-from perdure.types import Completion, Example, InputError, Rollout
+from perdure.types import Completion, Example, InputError, Prompt, Rollout
 from perdure.written import with_written
 from test_train import make_stage, run_optimise, settings, steps, train
 
@@ -51,6 +52,16 @@ def documented(stage: Any) -> Any:
     return replace(stage, examples=tuple(
         replace(e, document=document_of(e.messages[-1]["content"], e.demonstration["content"])) for e in rows
     ))  # fmt: skip
+
+
+class SaysTokens:
+    """An engine that gives every prompt the same tokens."""
+
+    def __init__(self, ids: Sequence[int]):
+        self.completion = Completion(tuple(ids), (0.0,) * len(ids), True)
+
+    def generate(self, prompts: Sequence[Prompt], *_: Any, **__: Any) -> list[Completion]:
+        return [self.completion for _ in prompts]
 
 
 def test_every_method_is_a_setting() -> None:
@@ -140,15 +151,43 @@ def test_the_held_loss_is_the_sum_of_both_without_sharpening(tmp_path: Path) -> 
     assert metrics["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_a_share_of_the_demonstrations_own_token_mixes_both_losses(tmp_path: Path) -> None:
-    stage = make_stage(tmp_path)
-    config = settings(demonstration_weight=0.25)
-    warm = complete(stage, config, stage.examples[0])
-    assert (warm.weight, warm.label_weight) == (0.75, 0.25) and warm.teacher_prompt != warm.student_prompt
-    # The student's own samples are no labels.
-    own = sample(stage, config, [stage.examples[0]], LoopState())
-    assert [(row.weight, row.label_weight) for row in own] == [(1.0, 0.0)]
-    assert complete(stage, settings(), stage.examples[0]).weight == 1
+def test_the_demonstration_takes_its_share_of_the_target_as_far_as_the_completion_follows_it(tmp_path: Path) -> None:
+    """[(weight of the divergence, label, weight of the label)] of each token: a warm start's, and of four samples."""
+    config, stage = settings(demonstration_weight=0.25), make_stage(tmp_path)
+    example = stage.examples[0]
+    assert isinstance(example, Example)
+    ids = stage.renderer.demonstration(example).token_ids
+
+    def terms(*said: int) -> list[tuple[float, int, float]]:
+        answered = replace(stage, engine=cast(Any, SaysTokens(said)))
+        (row,) = sample(answered, config, [example], LoopState())
+        assert row.has_demonstration and row.teacher_prompt != row.student_prompt
+        return [row.terms(place) for place in range(len(said))]
+
+    warm = complete(stage, config, example)
+    held = [(0.75, token, 0.25) for token in ids]
+    assert [warm.terms(place) for place in range(len(ids))] == held == terms(*ids)
+    other = ids[0] + 1
+    assert terms(other, *ids) == [(0.75, ids[0], 0.25), *((1.0, token, 0.0) for token in ids)]
+    assert terms(*ids[:-1], other, 7) == [*held[:-1], (0.75, ids[-1], 0.25), (1.0, 7, 0.0)]
+    assert terms(*ids[:-1]) == held[:-1]  # cut off by the length limit
+    assert complete(stage, settings(), example).terms(0) == (1.0, ids[0], 0.0)
+
+
+def test_a_corrected_sample_moves_to_the_mixture_of_teacher_and_demonstration(tmp_path: Path) -> None:
+    """(1 - w) KL(teacher || student) + w nll(demonstration) at the first token, where the sample leaves it."""
+    stage = make_stage(tmp_path, model=tiny_model(seed=3), anchors=False)
+    config, example = settings(demonstration_weight=0.25, teacher_temperature=1.0), stage.examples[0]
+    assert isinstance(example, Example)
+    wanted = stage.renderer.demonstration(example).token_ids[0]
+    said = wanted + 1
+    (row,) = sample(replace(stage, engine=cast(Any, SaysTokens((said,)))), config, [example], LoopState())
+    student, teacher = (
+        tiny_model(seed=3)(torch.tensor([prompt.token_ids])).logits[:, -1].log_softmax(-1)
+        for prompt in (row.student_prompt, row.teacher_prompt)
+    )
+    expected = 0.75 * forward_kl(student, teacher.detach()) + 0.25 * nll(student, torch.tensor([wanted]))
+    assert run_optimise(stage, config, [row])["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_on_policy_a_share_of_the_rows_keeps_the_demonstrations(tmp_path: Path) -> None:

@@ -28,16 +28,17 @@ def collate(rollouts: Sequence[Rollout], role: str, pad_id: int, skip_first_toke
         input_ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
     places = [
-        (index, len(p.token_ids) + t - 1, r.completion.token_ids[t], r.weight, r.label_weight,
+        (index, len(p.token_ids) + t - 1, r.completion.token_ids[t], *r.terms(t),
          r.completion.sampler_logprobs[t] if r.lagging else math.nan, r.has_demonstration)
         for index, (p, r) in enumerate(zip(prompts, rollouts, strict=True))
         for t in r.loss_places(skip_first_tokens)
     ]  # fmt: skip
-    columns = list(zip(*places, strict=True)) or [()] * 7
-    row_N, position_N, target_N = (torch.tensor(column, dtype=torch.int64) for column in columns[:3])
-    weights_N, label_weights_N, sampler_N = (torch.tensor(column, dtype=torch.float32) for column in columns[3:6])
-    demonstrated_N = torch.tensor(columns[6], dtype=torch.bool)
-    tensors = (input_ids, mask, row_N, position_N, target_N, weights_N, label_weights_N, demonstrated_N, sampler_N)
+    columns = list(zip(*places, strict=True)) or [()] * 8
+    rows_N, positions_N, targets_N, labels_N = (torch.tensor(columns[c], dtype=torch.int64) for c in (0, 1, 2, 4))
+    weights_N, label_weights_N, sampler_N = (torch.tensor(columns[c], dtype=torch.float32) for c in (3, 5, 6))
+    demonstrated_N = torch.tensor(columns[7], dtype=torch.bool)
+    tensors = (input_ids, mask, rows_N, positions_N, targets_N, weights_N, labels_N, label_weights_N, demonstrated_N,
+               sampler_N)  # fmt: skip
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 

@@ -78,14 +78,19 @@ class LossInputs:
     """Divides the teacher's logits where ``demonstrated_N``; below 1 sharpens the target."""
     label_weights_N: Tensor | None = None
     """float32 [N]; of the label loss. None = 0 everywhere."""
+    labels_N: Tensor | None = None
+    """int64 [N], what the label loss asks for. None = the targets."""
 
     def at(self, rows_C: Tensor) -> LossInputs:
         """The same at some of the positions."""
-        teacher, label = self.teacher_hidden_NH, self.label_weights_N
+
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows_C]
+
         return LossInputs(
-            self.student_hidden_NH[rows_C], None if teacher is None else teacher[rows_C], self.targets_N[rows_C],
+            self.student_hidden_NH[rows_C], chosen(self.teacher_hidden_NH), self.targets_N[rows_C],
             self.weights_N[rows_C], self.demonstrated_N[rows_C], self.teacher_temperature,
-            None if label is None else label[rows_C],
+            chosen(self.label_weights_N), chosen(self.labels_N),
         )  # fmt: skip
 
 
@@ -180,9 +185,10 @@ class _Job(NamedTuple):
         weights_B = None if inputs.label_weights_N is None else inputs.label_weights_N[rows_B].to(exact)
         if teacher_raw_BV is None or (weights_B is not None and bool((weights_B != 0).any())):
             weights_B = torch.zeros_like(student_BV[:, 0]) if weights_B is None else weights_B
+            labels_B = targets_B if inputs.labels_N is None else inputs.labels_N[rows_B]
             if self.spec.label == "dft":  # its weight p_s(y) takes no gradient
-                weights_B = weights_B * pick(probabilities_BV, targets_B)
-            loss_B, of_label_BV = _nll(student_BV, probabilities_BV, targets_B, wants)  # overwrites the probabilities
+                weights_B = weights_B * pick(probabilities_BV, labels_B)
+            loss_B, of_label_BV = _nll(student_BV, probabilities_BV, labels_B, wants)  # overwrites the probabilities
             total = total + torch.dot(loss_B, weights_B)
             if of_label_BV is not None:
                 of_label_BV *= weights_B[:, None]
@@ -213,12 +219,12 @@ class _Job(NamedTuple):
 Form = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
-def _nll(student_BV: Tensor, probabilities_BV: Tensor, targets_B: Tensor, wants: bool) -> tuple[Tensor, Tensor | None]:
+def _nll(student_BV: Tensor, probabilities_BV: Tensor, labels_B: Tensor, wants: bool) -> tuple[Tensor, Tensor | None]:
     """p_s - onehot(y). Overwrites ``probabilities_BV``."""
-    loss_B = -pick(student_BV, targets_B)
+    loss_B = -pick(student_BV, labels_B)
     if not wants:
         return loss_B, None
-    probabilities_BV[torch.arange(len(targets_B), device=targets_B.device), targets_B] -= 1
+    probabilities_BV[torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1
     return loss_B, probabilities_BV
 
 

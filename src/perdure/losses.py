@@ -104,9 +104,11 @@ class LossSpec:
 
 
 def position_losses(spec: LossSpec, student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor | None,
-                    targets_N: Tensor, weights_N: Tensor, label_weights_N: Tensor | None = None) -> Tensor:  # fmt: skip
-    """weight * divergence + label weight * label loss at each position, float [N]. The naive form that the fused one
-    must equal. Raises ValueError where a divergence is wanted and there is no teacher."""
+                    targets_N: Tensor, weights_N: Tensor, label_weights_N: Tensor | None = None,
+                    labels_N: Tensor | None = None) -> Tensor:  # fmt: skip
+    """weight * divergence + label weight * label loss at each position, float [N]; the labels are the targets unless
+    given. The naive form that the fused one must equal. Raises ValueError where a divergence is wanted and there is no
+    teacher."""
     wanted_N = weights_N != 0
     total_N = torch.zeros_like(student_logprobs_NV[:, 0])
     if bool(wanted_N.any()):
@@ -115,7 +117,8 @@ def position_losses(spec: LossSpec, student_logprobs_NV: Tensor, teacher_logprob
         divergence_N = _divergence(spec, student_logprobs_NV, teacher_logprobs_NV, targets_N)
         total_N = torch.where(wanted_N, weights_N * divergence_N, total_N)
     if label_weights_N is not None:
-        total_N = total_N + label_weights_N * {"nll": nll, "dft": dft}[spec.label](student_logprobs_NV, targets_N)
+        labels_N = targets_N if labels_N is None else labels_N
+        total_N = total_N + label_weights_N * {"nll": nll, "dft": dft}[spec.label](student_logprobs_NV, labels_N)
     return total_N
 
 

@@ -12,6 +12,7 @@ from perdure.config import TrainConfig
 from perdure.episodes import play
 from perdure.guidance import allot
 from perdure.methods import METHODS
+from perdure.packing import common_prefix
 from perdure.rollout.base import Holding, RolloutEngine, SamplingParams
 from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, stream_window
@@ -104,15 +105,26 @@ def complete(stage: Stage, config: TrainConfig, row: Example | Rollout) -> Rollo
     if METHODS[config.method].completions == "document":
         return weighted(stage.renderer.document_row(row), config)
     shown = stage.template if METHODS[config.method].shows else None
-    return weighted(stage.renderer.rollout(row, stage.renderer.demonstration(row), shown), config)
+    rollout = weighted(stage.renderer.rollout(row, stage.renderer.demonstration(row), shown), config)
+    return corrected(stage, config, rollout) if METHODS[config.method].completions == "student" else rollout
+
+
+def corrected(stage: Stage, config: TrainConfig, rollout: Rollout) -> Rollout:
+    """Where the completion has been the demonstration so far, the demonstration's next token takes a share of the
+    target: also where the student leaves it, and where the teacher, for all that it was shown, would have."""
+    example = rollout.student_prompt.example
+    if not config.demonstration_weight or stage.renderer.lacks_thinking(example):
+        return rollout
+    demonstration, said = stage.renderer.demonstration(example).token_ids, rollout.completion.token_ids
+    known = min(common_prefix(demonstration, said) + 1, len(demonstration), len(said))
+    return replace(rollout, labels=demonstration[:known], label_weight=config.demonstration_weight)
 
 
 def weighted(rollout: Rollout, config: TrainConfig) -> Rollout:
     """A row whose completion is not the student's own, with the weights of its method's losses."""
     method = METHODS[config.method]
     if method.loss == "divergence":
-        mixed = config.demonstration_weight
-        return replace(rollout, weight=1 - mixed, label_weight=mixed) if mixed else rollout
+        return rollout
     return replace(rollout, weight=config.kl_weight if method.held else 0.0, label_weight=1.0)
 
 
@@ -129,7 +141,7 @@ def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout],
     completions = written or answer(stage, config, own, state.step)
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
     lagging = written is not None or lags(config, state.step)
-    sampled = [replace(stage.renderer.rollout(e, c, stage.template), lagging=lagging)
+    sampled = [corrected(stage, config, replace(stage.renderer.rollout(e, c, stage.template), lagging=lagging))
                for e, c in zip(own, completions, strict=True)]  # fmt: skip
     return sampled + given + held
 

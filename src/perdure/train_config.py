@@ -69,7 +69,8 @@ class TrainConfig(SettingsSection):
     warm_start_until: float = Field(default=0.98, gt=0, le=1)
     """The warm start ends early when the student's mean probability of a demonstration token passes this."""
     demonstration_weight: float = Field(default=0.0, ge=0, le=1)
-    """sdft only: share of the demonstration's own token in the target, where the completion is the demonstration."""
+    """sdft only: share of the demonstration's next token in the target, wherever the completion has been the
+    demonstration so far: through the warm start, and up to and with the token where a sample leaves it."""
     on_policy_share: float = Field(default=1.0, gt=0, le=1)
     """sdft only: share of the rows to learn that the student answers itself after the warm start; the others go on with
     the demonstration's own tokens."""

@@ -82,7 +82,10 @@ class Rollout:
     weight: float = 1.0
     """Multiplies the divergence from the teacher at each of its tokens; 0 asks no teacher."""
     label_weight: float = 0.0
-    """Multiplies the loss of its own tokens as labels (nll or dft)."""
+    """Multiplies the loss of its labels (nll or dft): its own tokens, or ``labels``."""
+    labels: tuple[int, ...] = ()
+    """The demonstration's tokens at the first places, as long as the completion before each is the demonstration's own
+    beginning. There they are the labels, and their weight is taken off the divergence's; other places have none."""
     source: str = ""
     """The earlier skill that the row holds; empty for rows to learn and for general anchors."""
     lagging: bool = False
@@ -94,6 +97,15 @@ class Rollout:
         """The places of the completion's tokens that carry loss."""
         start, end = self.region or (0, len(self.completion.token_ids))
         return range(max(start, skip_first_tokens), end)
+
+    def terms(self, place: int) -> tuple[float, int, float]:
+        """Weight of the divergence, label, and weight of the label at a place of the completion."""
+        own = self.completion.token_ids[place]
+        if not self.labels:
+            return self.weight, own, self.label_weight
+        if place >= len(self.labels):
+            return self.weight, own, 0.0
+        return self.weight - self.label_weight, self.labels[place], self.label_weight
 
     @property
     def has_demonstration(self) -> bool:
@@ -115,9 +127,11 @@ class Batch:
     targets_N: torch.Tensor
     """int64 [N]; the completion's token ids at the loss positions. Equal for both roles, in the same order."""
     weights_N: torch.Tensor
-    """float32 [N]; the row's weight of the divergence at each loss position."""
+    """float32 [N]; weight of the divergence at each loss position."""
+    labels_N: torch.Tensor
+    """int64 [N]; the label at each loss position: the target, but where a demonstration corrects a sample."""
     label_weights_N: torch.Tensor
-    """float32 [N]; the row's weight of the label loss at each loss position."""
+    """float32 [N]; weight of the label loss at each loss position."""
     demonstrated_N: torch.Tensor
     """bool [N]; True where the row has a demonstration (teacher temperature applies there only)."""
     sampler_logprobs_N: torch.Tensor
