@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def test_turns_of_a_conversation_are_drawn_together_and_never_both_learned_and_v
         assert len(learned) + len(validated) == len(every)
         assert 4 <= len(validated) <= 7
         assert not {e.conversation for e in learned if e.conversation} & {e.conversation for e in validated}
+    long = [replace(turn, conversation="one" if place < 9 else "two") for place, turn in enumerate(every)]
+    assert len(split_validation(tuple(long), 0.1, 32, 0)[1]) == 7
+    assert not split_validation(tuple(long[:9]), 0.5, 32, 0)[1]
 
 
 def test_each_assistant_turn_is_a_demonstration_after_what_came_before() -> None:

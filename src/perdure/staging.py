@@ -24,13 +24,16 @@ def stage_seed(config: RunConfig, skill: Skill) -> int:
 def split_validation(
     examples: tuple[Example, ...], share: float, most: int, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Training and validation rows: a seeded choice, at least one row left to train on. Turns of one conversation are
-    either: each holds the answers of those before it."""
+    """Training and validation rows: a seeded choice, at least one row left to train on. Turns of one conversation go
+    the same way, as each holds the answers of those before it; where all conversations are longer than the share, the
+    shortest validates."""
     count, groups = min(most, int(len(examples) * share)), by_conversation(examples)
     chosen: set[int] = set()
     for group in permutation(derive_seed(seed, "validation"), len(groups)):
         if len(chosen) + len(groups[group]) <= count:
             chosen |= set(groups[group])
+    if count and not chosen and len(groups) > 1:
+        chosen = set(min(groups, key=len))
     rest = tuple(e for i, e in enumerate(examples) if i not in chosen)
     return rest, tuple(e for i, e in enumerate(examples) if i in chosen)
 
