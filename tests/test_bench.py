@@ -127,6 +127,8 @@ def test_later_sections_win_key_by_key() -> None:
 def test_an_imported_skill_is_called_as_the_chain_file_calls_it(tmp_path: Path) -> None:
     folder = skill_folder(tmp_path / "out", tmp_path, "my-orders", Source(of="forms-order"))
     assert load_skill(folder).name == "my-orders" and len(load_skill(folder).train) > 100
+    folder.rename(folder.with_name(".my-orders"))  # as if it had been stopped before the folder was there
+    assert load_skill(skill_folder(tmp_path / "out", tmp_path, "my-orders", Source(of="forms-order"))).test
 
 
 def test_a_harder_source_changes_training_rows_alone(tmp_path: Path) -> None:

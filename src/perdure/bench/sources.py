@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def skill_folder(out: Path, chain_folder: Path, name: str, source: Source) -> Pa
     if target.is_dir():
         return target
     if not source.changed:
-        return _called(name, IMPORTERS[source.of](target, 0))
+        return _imported(target, name, source.of)
     if source.of in IMPORTERS:
         origin = skill_folder(out, chain_folder, f"{name}-as-it-was", Source(of=source.of))
     else:
@@ -34,11 +35,14 @@ def skill_folder(out: Path, chain_folder: Path, name: str, source: Source) -> Pa
     return write_skill(target, settings | {"name": name}, train, read_jsonl(origin / "test.jsonl"))
 
 
-def _called(name: str, folder: Path) -> Path:
-    """The imported folder under the chain file's name: an importer may have one of its own."""
-    file = folder / "skill.toml"
+def _imported(target: Path, name: str, importer: str) -> Path:
+    """The importer's folder as ``target``, under the chain file's name: an importer may have one of its own."""
+    beside = target.with_name(f".{name}")
+    if beside.is_dir():  # of a run that was stopped here
+        shutil.rmtree(beside)
+    file = IMPORTERS[importer](beside, 0) / "skill.toml"
     replace_text(file, tomli_w.dumps(parse_toml(file.read_bytes(), file) | {"name": name}))
-    return folder
+    return beside.rename(target)
 
 
 def harder(rows: list[dict[str, Any]], source: Source, rng: random.Random) -> list[dict[str, Any]]:
