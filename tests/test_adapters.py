@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from perdure.adapters import adapted, effective_parameters, set_aside, trainable
 from perdure.batching import collate
 from perdure.checkpoint import checkpoints
 from perdure.config import TrainConfig
-from perdure.models import hidden_at_loss_positions, sync_weights, working_copy
+from perdure.models import hidden_at_loss_positions, linear_parameters, sync_weights, working_copy
+from perdure.nf4 import is_nf4, weight_of
 from perdure.teacher import BareTeacher, EmaTeacher, make_teacher
 from perdure.train import train
 from perdure.types import InputError
@@ -82,6 +84,57 @@ def test_the_masters_get_the_exact_product_not_rounded_weights(kind: str) -> Non
     torch.testing.assert_close(masters.model.layers[0].mlp.up_proj.weight, expected, rtol=1e-5, atol=1e-6)
     for same in ("model.norm.weight", "model.embed_tokens.weight"):
         assert torch.equal(dict(masters.named_parameters())[same], before[same])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_four_bits_only_the_product_reaches_the_masters(dtype: torch.dtype) -> None:
+    masters, before = tiny_model(), {name: p.clone() for name, p in tiny_model().named_parameters()}
+    working, ids = working_copy(masters, dtype), torch.arange(5, 25)[None]
+    exact = working(input_ids=ids).logits
+    with adapted(masters, working, config_of(lora_nf4=True), 0) as model:
+        layer = model.model.layers[0].mlp.up_proj
+        base = layer.get_base_layer()
+        rounded = weight_of(base)
+        assert is_nf4(base) and rounded.dtype == dtype and not is_nf4(model.lm_head)
+        scale = before["model.layers.0.mlp.up_proj.weight"].abs().max()
+        assert 0 < (rounded - before["model.layers.0.mlp.up_proj.weight"]).abs().max() < 0.2 * scale
+        assert linear_parameters(model) == linear_parameters(masters) + sum(
+            p.numel() for p in trainable(model).values()
+        )
+        shake(model)
+        logits = model(input_ids=ids).logits.detach()
+        delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        student = dict(effective_parameters(model))
+        torch.testing.assert_close(student["model.layers.0.mlp.up_proj.weight"], rounded.float() + delta)
+        assert list(student) == list(before)
+    got = dict(masters.named_parameters())
+    torch.testing.assert_close(
+        got["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"] + delta
+    )
+    assert [name for name, _ in working.named_parameters()] == list(before) and not trainable(working)
+    assert not hasattr(working, "is_loaded_in_4bit") and not (exact == logits).all()
+    # Plain again: the working copy computes with the masters' weights, before its owner has brought it in step.
+    same = working_copy(masters, dtype)
+    assert torch.equal(working(input_ids=ids).logits, same(input_ids=ids).logits)
+
+
+def test_a_trial_in_four_bits_leaves_both_models_as_they_were() -> None:
+    masters, working, ids = tiny_model(), working_copy(tiny_model(), torch.float32), torch.arange(5, 25)[None]
+    before = working(input_ids=ids).logits
+    with pytest.raises(ZeroDivisionError), adapted(masters, working, config_of(lora_nf4=True), 0) as model:
+        shake(model)
+        1 / 0  # noqa: B018
+    assert torch.equal(working(input_ids=ids).logits, before)
+    assert torch.equal(masters(input_ids=ids).logits, before)
+
+
+def test_without_bitsandbytes_four_bits_are_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    masters = tiny_model()
+    working = working_copy(masters, torch.float32)
+    with pytest.raises(InputError, match=r"perdure\[nf4\]"), adapted(masters, working, config_of(lora_nf4=True), 0):
+        pass
+    assert [name for name, _ in working.named_parameters()] == [name for name, _ in masters.named_parameters()]
 
 
 def test_an_error_or_a_trial_leaves_the_masters_alone() -> None:
@@ -194,8 +247,20 @@ def test_a_stage_learns_with_adapters_and_ends_plain(tmp_path: Path, kind: str) 
     assert equal(dict(stage.working.named_parameters()), weights(stage))
 
 
-def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    config = config_of(steps=8, warm_start_steps=4, checkpoint_every=3, validate_every=4, learning_rate=1e-2)
+def test_a_stage_learns_above_four_bits(tmp_path: Path) -> None:
+    stage = make_stage(tmp_path)
+    config = config_of(lora_nf4=True, steps=60, warm_start_steps=40, validate_every=60, learning_rate=2e-2)
+    train(stage, config)
+    losses = [line["loss"] for line in steps(stage)]
+    assert sum(losses[30:40]) < 0.6 * sum(losses[:10])
+    assert equal(dict(stage.working.named_parameters()), weights(stage))
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, nf4: bool) -> None:
+    config = config_of(
+        lora_nf4=nf4, steps=8, warm_start_steps=4, checkpoint_every=3, validate_every=4, learning_rate=1e-2
+    )
     whole = make_stage(tmp_path / "whole", kind="ema")
     train(whole, config)
 
@@ -231,3 +296,7 @@ def test_the_optimizer_and_the_files_hold_only_the_adapters(tmp_path: Path) -> N
 def test_settings_without_an_adapter_are_refused() -> None:
     with pytest.raises(ValueError, match="lora_rank above 0"):
         TrainConfig(lora_dora=True)
+    with pytest.raises(ValueError, match="lora_rank above 0"):
+        TrainConfig(lora_nf4=True)
+    with pytest.raises(ValueError, match="leave it or lora_nf4 out"):
+        config_of("dora", lora_nf4=True)

@@ -31,7 +31,7 @@ HELD = TrainConfig(anchor_rehearsal=0.0)
     ("teacher", "ready", "taught", "other", "method", "settings"),
     [
         (1.0, True, 3, None, "sdft", {}),
-        (ABLE, True, 1, None, "sdft", {}),
+        (ABLE, True, 1, None, "sdft", {"train.demonstration_weight": 0.5}),
         (1.0, True, 0, None, "sft", {}),
         (0.5, True, 3, None, "sft", {}),
         (0.5, True, 3, 0.95, "sdft", {"train.teacher": "frozen"}),
@@ -54,6 +54,12 @@ def test_the_other_teacher_is_the_one_that_would_not_teach() -> None:
         config = HELD.model_copy(update={"teacher": teacher})
         assert recommend(lost, 3, config, 0.95).settings == {"train.teacher": "original"}
     assert "the champion on 95%" in recommend(lost, 3, HELD, 0.95).reasons[0]
+
+
+def test_a_teacher_that_errs_is_to_be_corrected_unless_it_is_already() -> None:
+    errs, corrected = replace(FOUND, teacher_accuracy=0.9), TrainConfig(anchor_rehearsal=0.0, demonstration_weight=0.3)
+    assert recommend(errs, 3, HELD).settings == {"train.demonstration_weight": 0.5}
+    assert recommend(errs, 3, corrected).settings == {} == recommend(FOUND, 3, HELD).settings
 
 
 def test_missing_anchors_change_the_rule() -> None:

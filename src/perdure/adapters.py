@@ -2,7 +2,8 @@
 
 One copy of the weights in the compute dtype serves as student, decoder and frozen teacher; the float32 masters do not
 take part (on a CPU, where both share one memory, they lie in a file) and get the product at the stage's end. A version
-is then plain: evaluation, versions and the next stage never see an adapter.
+is then plain: evaluation, versions and the next stage never see an adapter. With ``lora_nf4`` the layers below the
+adapters lie in 4 bits meanwhile; what the masters get is the product alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from perdure.config import TrainConfig
+from perdure.nf4 import in_nf4, is_nf4, weight_of
 from perdure.types import InputError
 
 
@@ -32,6 +34,14 @@ def adapted(masters: Any, working: Any, config: TrainConfig, seed: int, merge: b
     if not config.lora_rank:
         yield masters
         return
+    below = in_nf4(working, masters) if config.lora_nf4 else nullcontext()
+    with below, _with_adapters(masters, working, config, seed, merge, folder):
+        yield working
+
+
+@contextmanager
+def _with_adapters(masters: Any, working: Any, config: TrainConfig, seed: int, merge: bool,
+                   folder: Path | None) -> Iterator[None]:  # fmt: skip
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
@@ -56,7 +66,7 @@ def adapted(masters: Any, working: Any, config: TrainConfig, seed: int, merge: b
     aside = set_aside(masters, folder) if folder and working.device.type == "cpu" else nullcontext()
     try:
         with aside:
-            yield working
+            yield
         if merge:
             _merge(masters, working)
     finally:
@@ -143,13 +153,18 @@ def effective_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
         owner, inside, last = name.rpartition(".base_layer.")
         if inside:
             layer = layers[owner]
-            yield f"{owner}.{last}", _merged(layer, layer.get_base_layer().weight) if last == "weight" else parameter
+            yield (
+                f"{owner}.{last}",
+                _merged(layer, weight_of(layer.get_base_layer())) if last == "weight" else parameter,
+            )
         elif not any(name.startswith(f"{layer}.lora_") for layer in layers):
             yield name, parameter
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:
     """``weight`` with the layer's adapter, in float32. The layer's own weight is put back, not computed back."""
+    if is_nf4(layer.get_base_layer()):  # peft would merge into what 4 bits can say
+        return weight.detach().to(torch.float32) + layer.get_delta_weight("default").to(weight.device)
     base = layer.get_base_layer().weight
     kept = base.data
     base.data = weight.detach().to(kept.device, torch.float32, copy=True)

@@ -52,9 +52,9 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
             "fine-tuning needs no teacher, and the anchor rows hold the rest as well.",))  # fmt: skip
     able = f"The teacher is able ({accuracy})"
     if train.anchor_share == 0:
-        return Recommendation("sdft", (
+        return _corrected(found, train, (
             f"{able} and no anchor rows hold the rest: then self-distillation kept half of an earlier skill where "
-            "supervised fine-tuning kept nothing. Anchor rows keep more than either.",))  # fmt: skip
+            "supervised fine-tuning kept nothing. Anchor rows keep more than either."))  # fmt: skip
     if not taught:
         return Recommendation("sft", (
             f"{able}, but there is no earlier skill to keep: then supervised fine-tuning with anchors learned more in "
@@ -63,7 +63,16 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
         return Recommendation("sft", (
             f"{able}; but where earlier skills are rehearsed, supervised fine-tuning kept as much over six chains of "
             "six skills, learned 3.4 points more (95 %: 1.6 to 5.4), and took 70 % of the time.",))  # fmt: skip
-    return Recommendation("sdft", (
+    return _corrected(found, train, (
         f"{able}, and earlier skills are held by the model's own answers alone (anchor_rehearsal = 0): then "
         "self-distillation kept 92 % of six skills where supervised fine-tuning kept 84 % (8 more; 95 %: -2 to +18), "
-        "and learned 3 points less. Where the earlier demonstrations may be used, rehearse them.",))  # fmt: skip
+        "and learned 3 points less. Where the earlier demonstrations may be used, rehearse them."))  # fmt: skip
+
+
+def _corrected(found: Preflight, train: TrainConfig, reason: str) -> Recommendation:
+    """Self-distillation, and where its teacher is not always right, what keeps the student from learning that, too."""
+    if found.teacher_accuracy == 1 or train.demonstration_weight:
+        return Recommendation("sdft", (reason,))
+    return Recommendation("sdft", (
+        reason, "Where the teacher errs in spite of what it is shown, the demonstration can correct it: so a skill was "
+        "learned to 100 % that had stopped at 89 %.",), {"train.demonstration_weight": 0.5})  # fmt: skip

@@ -21,6 +21,7 @@ from perdure.contexts import Renderer, Template
 from perdure.fused import CHUNK_ELEMENTS
 from perdure.methods import METHODS
 from perdure.models import linear_parameters, load_tokenizer, resolve
+from perdure.nf4 import NF4_BYTES
 from perdure.types import Example, InputError
 
 GIGA = 1e9
@@ -147,7 +148,7 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
         "adapters": 4 * trained if train.lora_rank else 0,
         "gradients": 4 * trained / parts_of_student,
         "optimizer": 8 * trained / parts_of_student,
-        "working copy": width * shape.weights,
+        "working copy": width * shape.weights - ((width - NF4_BYTES) * shape.linear if train.lora_nf4 else 0),
         "weights as mixed precision casts them": 0 if train.lora_rank else _cast(shape, width, parts_of_student),
         "teacher": a_teacher * shape.weights,
         "activations": width * kept * tokens,

@@ -28,6 +28,7 @@ from perdure.attention import enable, is_enabled, packed_hidden
 from perdure.config import ModelConfig
 from perdure.files import file_sha256, package_folder
 from perdure.fused import Head
+from perdure.nf4 import weight_count
 from perdure.packing import pack
 from perdure.sharding import whole
 from perdure.types import Batch, InputError
@@ -182,7 +183,7 @@ def hidden_at_loss_positions(model: Any, batch: Batch) -> Tensor:
 def linear_parameters(model: Any) -> int:
     """Weights of the backbone's matrices: two operations a token each. Embeddings are looked up, not multiplied."""
     embedding = model.get_input_embeddings().weight
-    return sum(p.numel() for p in backbone(model).parameters() if p.ndim >= 2 and p is not embedding)
+    return sum(weight_count(p) for p in backbone(model).parameters() if p.ndim >= 2 and p is not embedding)
 
 
 def working_copy(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:

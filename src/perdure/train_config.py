@@ -110,6 +110,9 @@ class TrainConfig(SettingsSection):
     lora_rslora: bool = False
     lora_dora: bool = False
     """Weight-decomposed adapters: direction by the product, magnitude learned beside."""
+    lora_nf4: bool = False
+    """The layers below the adapters lie in 4 bits while a stage trains (QLoRA; bitsandbytes), a quarter of bfloat16's
+    memory. Versions are not rounded by it."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     validation_share: float = Field(default=0.1, ge=0, lt=1)
     validation_max: int = Field(default=32, ge=0)
@@ -174,7 +177,9 @@ class TrainConfig(SettingsSection):
             found.append("max_length_change is measured on validation rows: set validation_share and validation_max")
         if self.overlap and self.lora_rank:
             found.append("overlap needs a working copy beside what trains; adapters train on it: leave one of them out")
-        of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora")
+        if self.lora_nf4 and self.lora_dora:
+            found.append("lora_dora takes the norms of exact weights: leave it or lora_nf4 out")
+        of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora", "lora_nf4")
         return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
                         if self._changed(name) and not self.lora_rank]  # fmt: skip
 
