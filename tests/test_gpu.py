@@ -137,7 +137,8 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
 @gpu
 @pytest.mark.parametrize("teacher", ["frozen", "ema", "original"])
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "learning_rate": 1e-2}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "learning_rate": 1e-2}, {"activation_checkpointing": True},
+                                     {"lora_rank": 4, "lora_nf4": True, "learning_rate": 1e-2}])  # fmt: skip
 def test_a_whole_stage_on_the_device(tmp_path: Path, options: dict[str, Any], teacher: str) -> None:
     """Preflight to gate; with adapters the masters stay in the CPU's memory and still end as what was trained."""
     model = save_tiny_model(tmp_path / "model", copies=True)
