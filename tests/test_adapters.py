@@ -249,10 +249,9 @@ def test_a_stage_learns_with_adapters_and_ends_plain(tmp_path: Path, kind: str) 
 
 def test_a_stage_learns_above_four_bits(tmp_path: Path) -> None:
     stage = make_stage(tmp_path)
-    config = config_of(lora_nf4=True, steps=60, warm_start_steps=40, validate_every=60, learning_rate=2e-2)
-    train(stage, config)
+    train(stage, config_of(lora_nf4=True, method="sft", steps=60, validate_every=60, learning_rate=2e-2))
     losses = [line["loss"] for line in steps(stage)]
-    assert sum(losses[30:40]) < 0.6 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert equal(dict(stage.working.named_parameters()), weights(stage))
 
 
