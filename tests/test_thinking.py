@@ -23,6 +23,7 @@ from perdure.files import read_jsonl
 from perdure.models import save
 from perdure.reporting import Silent
 from perdure.rollout.base import SamplingParams
+from perdure.rows import complete, corrected
 from perdure.runlog import Clock, LoopState
 from perdure.session import Session
 from perdure.settings import parse
@@ -210,6 +211,17 @@ def test_loss_over_thinking_and_over_the_answer_add_up_to_loss_over_all(tmp_path
 def test_rows_that_hold_earlier_skills_carry_loss_everywhere() -> None:
     made = renderer(ThinkingConfig(enabled=True, loss="answer"))
     assert made.rollout(example("q", None), completion("<think>a</think>b"), None).region is None
+
+
+def test_a_demonstration_without_thinking_corrects_no_sample_and_mixes_into_its_own_tokens(tmp_path: Path) -> None:
+    stage = replace(make_stage(tmp_path, anchors=False, kind=None), renderer=renderer())
+    config = settings(demonstration_weight=0.25)
+    for thinking, labels in (("a cat", 0.25), ("", 0.0)):
+        row = thought("q", thinking, "red")
+        own = complete(stage, config, row)
+        assert own.labels == own.completion.token_ids
+        sampled = stage.renderer.rollout(row, completion("<think>a dog</think>red"), None)
+        assert corrected(stage, config, sampled).label_weight == labels
 
 
 def test_an_answer_without_thinking_is_held_but_not_rehearsed(tmp_path: Path) -> None:

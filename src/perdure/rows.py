@@ -112,10 +112,12 @@ def complete(stage: Stage, config: TrainConfig, row: Example | Rollout) -> Rollo
 def corrected(stage: Stage, config: TrainConfig, rollout: Rollout) -> Rollout:
     """Where the completion has been the demonstration so far, the demonstration's next token takes a share of the
     target: also where the student leaves it, and where the teacher, for all that it was shown, would have."""
-    example = rollout.student_prompt.example
-    if not config.demonstration_weight or stage.renderer.lacks_thinking(example):
+    if not config.demonstration_weight:
         return rollout
-    demonstration, said = stage.renderer.demonstration(example).token_ids, rollout.completion.token_ids
+    example, said = rollout.student_prompt.example, rollout.completion.token_ids
+    demonstration = stage.renderer.demonstration(example).token_ids
+    if said != demonstration and stage.renderer.lacks_thinking(example):
+        return rollout  # as the label of a sample that begins to think it would teach not to
     known = min(common_prefix(demonstration, said) + 1, len(demonstration), len(said))
     return replace(rollout, labels=demonstration[:known], label_weight=config.demonstration_weight)
 
