@@ -16,7 +16,7 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "settings", "train_config", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "processes", "sharding", "thinking", "contexts", "packing", "batching", "attention", "nf4", "adapters",
+        "files", "processes", "sharding", "thinking", "contexts", "packing", "attention", "batching", "nf4", "adapters",
         "models", "teacher", "likelihood",
     ],
     "F3 plug-ins": [

@@ -153,10 +153,8 @@ def effective_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
         owner, inside, last = name.rpartition(".base_layer.")
         if inside:
             layer = layers[owner]
-            yield (
-                f"{owner}.{last}",
-                _merged(layer, weight_of(layer.get_base_layer())) if last == "weight" else parameter,
-            )
+            plain = _merged(layer, weight_of(layer.get_base_layer())) if last == "weight" else parameter
+            yield f"{owner}.{last}", plain
         elif not any(name.startswith(f"{layer}.lora_") for layer in layers):
             yield name, parameter
 

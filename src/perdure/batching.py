@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from perdure.attention import is_enabled
 from perdure.packing import SHARED_TOKENS, common_prefix
 from perdure.types import Batch, Prompt, Rollout
 
@@ -50,6 +52,11 @@ def prompt_of(rollout: Rollout, role: str) -> Prompt:
 def token_rows(rollouts: Sequence[Rollout], role: str) -> list[tuple[int, ...]]:
     """Each rollout's prompt and completion in one, as a role reads them."""
     return [(*prompt_of(r, role).token_ids, *r.completion.token_ids) for r in rollouts]
+
+
+def passes(model: Any, rollouts: Sequence[Rollout], role: str, budget: int) -> list[list[int]]:
+    """The places of ``rollouts`` in groups, each for one forward pass of ``model`` as it runs: packed or padded."""
+    return micro_batches(token_rows(rollouts, role), budget, is_enabled(model))
 
 
 def micro_batches(rows: Sequence[tuple[int, ...]], budget: int, packed: bool) -> list[list[int]]:

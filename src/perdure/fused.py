@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -83,15 +83,7 @@ class LossInputs:
 
     def at(self, rows_C: Tensor) -> LossInputs:
         """The same at some of the positions."""
-
-        def chosen(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows_C]
-
-        return LossInputs(
-            self.student_hidden_NH[rows_C], chosen(self.teacher_hidden_NH), self.targets_N[rows_C],
-            self.weights_N[rows_C], self.demonstrated_N[rows_C], self.teacher_temperature,
-            chosen(self.label_weights_N), chosen(self.labels_N),
-        )  # fmt: skip
+        return replace(self, **{name: value[rows_C] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 METRICS = ("entropy", "target_probability", "demonstrated_target_probability", "demonstrated_tokens")

@@ -6,11 +6,11 @@ NF4 by bitsandbytes: 16 levels for blocks of 64 weights, a float32 scale each, s
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from perdure.types import InputError
@@ -27,11 +27,11 @@ def in_nf4(model: Any, masters: Any) -> Iterator[None]:
     Raises InputError where bitsandbytes is not installed."""
     bitsandbytes, head = _bitsandbytes(), model.get_output_embeddings()
     plain = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head}
-    for name, layer in plain.items():
-        model.set_submodule(name, _quantised(bitsandbytes, layer))
-        layer.weight.data = layer.weight.new_empty(0)
     model.is_loaded_in_4bit = True  # by this peft knows such layers
     try:
+        for name, layer in plain.items():
+            model.set_submodule(name, _quantised(bitsandbytes, layer))
+            layer.weight.data = layer.weight.new_empty(0)
         yield
     finally:
         del model.is_loaded_in_4bit
@@ -66,7 +66,7 @@ def weight_of(layer: Any) -> Tensor:
 def weight_count(parameter: Tensor) -> int:
     """How many weights a parameter holds: two a byte in 4 bits."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else torch.Size(state.shape).numel()
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def _bitsandbytes() -> Any:

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from perdure.attention import is_enabled
-from perdure.batching import collate, micro_batches, token_rows
+from perdure.batching import collate, passes
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
 from perdure.contexts import Template, names_the_example, parse_template
 from perdure.evaluate import evaluate
@@ -173,7 +172,7 @@ def _teacher_forced(subject: Subject, rollouts: Sequence[Rollout], budget: int) 
     kl = probability = count = 0.0
     models = {"student": subject.working, "teacher": subject.teaching[0]}
     heads, device = {role: head_of(model) for role, model in models.items()}, subject.working.device
-    for group in micro_batches(token_rows(rollouts, "teacher"), budget, is_enabled(subject.working)):
+    for group in passes(subject.working, rollouts, "teacher", budget):
         batches = {role: collate([rollouts[i] for i in group], role, subject.student.pad_id, device=device)
                    for role in ("student", "teacher")}  # fmt: skip
         hidden = {role: hidden_at_loss_positions(models[role], batch) for role, batch in batches.items()}
@@ -193,7 +192,7 @@ def _as_the_student_sees_it(subject: Subject, rows: Sequence[Example], budget: i
     """The student's mean probability of a demonstration token, and the demonstrations' style distance."""
     rollouts = _demonstrated(subject, rows, None)
     sums, nll, count = {"target_probability": 0.0, "entropy": 0.0}, 0.0, 0
-    for group in micro_batches(token_rows(rollouts, "student"), budget, is_enabled(subject.working)):
+    for group in passes(subject.working, rollouts, "student", budget):
         batch = collate([rollouts[i] for i in group], "student", subject.student.pad_id, device=subject.working.device)
         none, ones = torch.zeros_like(batch.weights_N), torch.ones_like(batch.weights_N)
         inputs = LossInputs(hidden_at_loss_positions(subject.working, batch), None, batch.targets_N, none,

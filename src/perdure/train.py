@@ -21,8 +21,7 @@ from torch import Tensor
 
 from perdure.adapters import adapted
 from perdure.ahead import Ahead
-from perdure.attention import is_enabled
-from perdure.batching import collate, micro_batches, token_rows
+from perdure.batching import collate, passes
 from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
 from perdure.config import TrainConfig
 from perdure.guidance import described
@@ -173,8 +172,8 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
     for demonstrated, places in together.items():
         teacher = stage.teacher_of(demonstrated)
         assert teacher is not None
-        rows, packed = [rollouts[i] for i in places], is_enabled(stage.student.model)
-        for group in micro_batches(token_rows(rows, "teacher"), config.micro_batch_tokens, packed):
+        rows = [rollouts[i] for i in places]
+        for group in passes(stage.student.model, rows, "teacher", config.micro_batch_tokens):
             scored = score_group(teacher, stage, config, [rows[i] for i in group], state)
             result |= zip([places[i] for i in group], scored, strict=True)
     return [result[i] for i in range(len(rollouts))]

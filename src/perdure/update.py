@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from perdure.adapters import trainable
-from perdure.attention import is_enabled
-from perdure.batching import collate, micro_batches, token_rows
+from perdure.batching import collate, passes
 from perdure.config import TrainConfig
 from perdure.fused import METRICS, LossInputs, chunked_loss, target_logprobs
 from perdure.guidance import observe
@@ -71,7 +70,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
     sums: dict[str, float] = dict.fromkeys(("loss", *METRICS), 0.0)
     held: list[tuple[str, float]] = []
-    for rows in _micro_batches(stage, rollouts, config):
+    for rows in _passes(stage, rollouts, config):
         teacher_NH = torch.cat([teacher_hidden[i] for i in rows]) if teacher_hidden is not None else None
         group = [rollouts[i] for i in rows]
         batch = collate(group, "student", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
@@ -104,9 +103,8 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     return found
 
 
-def _micro_batches(stage: Stage, rollouts: Sequence[Rollout], config: TrainConfig) -> list[list[int]]:
-    rows, packed = token_rows(rollouts, "student"), is_enabled(stage.student.model)
-    return micro_batches(rows, config.micro_batch_tokens, packed)
+def _passes(stage: Stage, rollouts: Sequence[Rollout], config: TrainConfig) -> list[list[int]]:
+    return passes(stage.student.model, rollouts, "student", config.micro_batch_tokens)
 
 
 def _pass(stage: Stage, config: TrainConfig, batch: Batch, teacher_NH: Tensor | None, scale: float,
@@ -155,10 +153,8 @@ def _sum_gradients(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout
     if is_sharded(stage.student.model):
         # The passes themselves sum, so each process must run as many: those with fewer rows add some of no weight.
         parts = [[every[i] for i in part] for part in dealt([row_tokens(r) for r in every])]
-        passes = max(len(_micro_batches(stage, part, config)) for part in parts) - len(
-            _micro_batches(stage, rollouts, config)
-        )
-        for _ in range(passes):
+        most = max(len(_passes(stage, part, config)) for part in parts)
+        for _ in range(most - len(_passes(stage, rollouts, config))):
             batch = collate(every[:1], "student", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
             _pass(stage, config, batch, None, 0.0, torch.zeros_like(batch.weights_N), Clock())
         return
