@@ -37,8 +37,9 @@ $(VENV)/.stamp-data: $(VENV)/.stamp-python requirements-data.txt
 demo: venv
 	$(BIN)/perdure demo
 
+# A worker a core, a file of tests to each: some of their fixtures train for half a minute.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile
 
 check: venv
 	$(BIN)/ruff check .

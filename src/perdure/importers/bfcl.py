@@ -1,15 +1,16 @@
 """Tool calls: a function's signature and a request -> one JSON call, from the Berkeley Function Calling Leaderboard.
 
-``build`` makes rows where the function fits; ``build_mixed`` adds rows where it does not and no call is right.
-Signatures are written in one line, so that prompts stay short enough for a small model on a laptop. The split is by
-function: no function of the test rows occurs in a training row.
+``build`` makes rows where the function fits. ``build_mixed`` tests on the same rows and on some where it does not and no
+call is right, trains on more functions, and shows the values that an argument may have. Signatures are written in one
+line, so that prompts stay short enough for a small model on a laptop. The split is by function: no function of the test
+rows occurs in a training row.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ FILES = {
                  "244e00ce9395df948bcafc7bee64e8f9c87ef70887587d83cae45b13699f3047"),
 }  # fmt: skip
 """Category -> sha256 of its questions and of its answers."""
+MORE = {
+    "live_multiple": ("fd8ccfad4d911420d0e3341dbe2fff77d1d341da934248b9bb2bda24ab3a10c8",
+                      "97e90d59c5bd76c55a2920ce93e5566e9046307d3f558578f085f9d3a56c3084"),
+}  # fmt: skip
+"""The same of what ``build_mixed`` trains on besides."""
 IRRELEVANCE = ("data/BFCL_v4_irrelevance.json", "2b6ed4c2e992cdcf5f1678a701851f944bef7550ee026ed1ddb89efed5be01a6")
 """Requests that the function at hand cannot serve, and their sha256."""
 SYSTEM = "Answer with one tool call."
@@ -53,12 +59,16 @@ def build(target: Path, seed: int = 0, train_rows: int = 480, test_rows: int = 1
     return write_skill(target, SETTINGS, train[:train_rows], test[:test_rows])
 
 
-def build_mixed(target: Path, seed: int = 0, train_rows: int = 600, test_rows: int = 160) -> Path:
-    """Write a skill folder in which a fifth of the training rows, and a quarter of the test rows, want no call.
+def build_mixed(target: Path, seed: int = 0, train_rows: int = 1200, test_rows: int = 160) -> Path:
+    """Write a skill folder in which a sixth of the training rows, and a quarter of the test rows, want no call.
 
     Raises InputError when the package is missing."""
-    few, fewer = train_rows // 5, test_rows // 4
-    train, test = _calls(seed, test_rows - fewer)
+    few, fewer = train_rows // 6, test_rows // 4
+    train, test = _calls(seed, test_rows - fewer, choices=True)
+    held_out = set(map(_function, test))
+    train = _without_twins([*train, *(row for name, sums in MORE.items() for row in _rows(name, sums, choices=True))])
+    train = [row for row in train if _function(row) not in held_out]
+    random.Random(f"{seed}/bfcl more").shuffle(train)
     random.Random(f"{seed}/bfcl mixed").shuffle(none := _irrelevant())
     train, test = train[: train_rows - few], test[: test_rows - fewer]
     test += [row for row in none if _function(row) not in set(map(_function, train))][:fewer]
@@ -84,20 +94,16 @@ def _irrelevant() -> list[Row]:
         question = json.loads(line)
         (turn,), (function,) = question["question"][0], question["function"]
         rows.append({"id": f"none-{question['id'].rpartition('_')[2]}",
-                     "prompt": f"{signature(function)}\n{turn['content'].strip()}", "completion": NO_CALL,
+                     "prompt": f"{signature(function, choices=True)}\n{turn['content'].strip()}", "completion": NO_CALL,
                      "metadata": {"ground_truth": [], "kind": "no call"}})  # fmt: skip
     return rows
 
 
-def _calls(seed: int, test_rows: int) -> tuple[list[Row], list[Row]]:
+def _calls(seed: int, test_rows: int, choices: bool = False) -> tuple[list[Row], list[Row]]:
     """Training rows, and at least ``test_rows`` test rows of other functions."""
     by_function: dict[str, list[Row]] = {}
-    prompts: set[str] = set()
-    for category in FILES:
-        for function, row in _rows(category):
-            if row["prompt"] not in prompts:
-                prompts.add(row["prompt"])
-                by_function.setdefault(function, []).append(row)
+    for row in _without_twins(row for category, sums in FILES.items() for row in _rows(category, sums, choices)):
+        by_function.setdefault(_function(row), []).append(row)
     names = sorted(by_function)
     random.Random(f"{seed}/bfcl").shuffle(names)
     test: list[Row] = []
@@ -106,12 +112,20 @@ def _calls(seed: int, test_rows: int) -> tuple[list[Row], list[Row]]:
     return [row for name in names for row in by_function[name]], test
 
 
-def _rows(category: str) -> Iterator[tuple[str, Row]]:
-    """(function, row) for every question that fits: one user turn, plain argument values, short."""
+def _without_twins(rows: Iterable[Row]) -> list[Row]:
+    """The first row of each prompt."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row["prompt"], row)
+    return list(first.values())
+
+
+def _rows(category: str, sums: tuple[str, str], choices: bool) -> Iterator[Row]:
+    """A row for every question that fits: one user turn, plain argument values, short."""
     file = f"BFCL_v4_{category}.json"
     questions, answers = (
         [json.loads(line) for line in package_file(PACKAGE, "bfcl_eval", path, sha256).read_text("utf-8").splitlines()]
-        for path, sha256 in zip((f"data/{file}", f"data/possible_answer/{file}"), FILES[category], strict=True)
+        for path, sha256 in zip((f"data/{file}", f"data/possible_answer/{file}"), sums, strict=True)
     )
     truth = {answer["id"]: answer["ground_truth"] for answer in answers}
     for question in questions:
@@ -124,19 +138,24 @@ def _rows(category: str) -> Iterator[tuple[str, Row]]:
             continue
         call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
         function = next(f for f in question["function"] if f["name"] == name)
-        row: Row = {"prompt": f"{signature(function)}\n{turns[0]}", "completion": call,
+        row: Row = {"prompt": f"{signature(function, choices)}\n{turns[0]}", "completion": call,
                     "metadata": {"ground_truth": wanted, "kind": "call"}}  # fmt: skip
         if len(json.dumps(arguments)) <= MAX_ARGUMENTS and _is_right(row):
-            yield name, row
+            yield row
 
 
-def signature(function: dict[str, Any]) -> str:
-    """``name(required: type, optional?: type)``."""
+def signature(function: dict[str, Any], choices: bool = False) -> str:
+    """``name(required: type, optional?: type)``; with ``choices`` an argument's values, where its schema lists them, in
+    the place of its type: ``unit: "celsius" | "fahrenheit"``."""
+
+    def kind(schema: dict[str, Any]) -> str:
+        if choices and "enum" in schema:
+            return " | ".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
+        return schema.get("type", "any")
+
     required = function["parameters"].get("required", [])
-    parts = (
-        f"{key}{'' if key in required else '?'}: {value.get('type', 'any')}"
-        for key, value in function["parameters"]["properties"].items()
-    )
+    arguments = function["parameters"]["properties"]
+    parts = (f"{key}{'' if key in required else '?'}: {kind(schema)}" for key, schema in arguments.items())
     return f"{function['name']}({', '.join(parts)})"
 
 
