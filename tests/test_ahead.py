@@ -20,7 +20,7 @@ from perdure.models import head_of, hidden_at_loss_positions
 from perdure.rollout.base import SamplingParams
 from perdure.runlog import Clock, LoopState
 from perdure.train import train
-from perdure.types import Completion, InputError
+from perdure.types import Completion, InputError, Rollout
 from perdure.update import importance, make_optimizer, optimise
 from test_train import equal, lines, make_stage, settings, steps, weights
 
@@ -83,7 +83,7 @@ def test_target_logprobs_are_those_of_the_whole_distribution(monkeypatch: pytest
     assert target_logprobs(head, hidden_NH[:0], targets_N[:0]).shape == (0,)
 
 
-def test_a_lagging_token_weighs_what_it_has_become_likelier_up_to_a_limit(tmp_path: Path) -> None:
+def test_a_lagging_token_weighs_on_the_next_position_what_it_has_become_likelier_up_to_a_limit(tmp_path: Path) -> None:
     stage, config = make_stage(tmp_path, tiny_model(), anchors=False), settings(anchor_share=0.0, max_importance=1.5,
                                                                                  overlap=True)  # fmt: skip
     made = renderer()
@@ -98,11 +98,31 @@ def test_a_lagging_token_weighs_what_it_has_become_likelier_up_to_a_limit(tmp_pa
     found = importance(stage, config, both, hidden_at_loss_positions(stage.student.model, both)).tolist()
     count = len(batch.targets_N)
     assert found[:count] == [1.0] * count
+    assert count >= 3 and found[count:] == pytest.approx([1.0, 0.5, 1.2, 1.5][:count], rel=1e-4)
+    own = settings(anchor_share=0.0, max_importance=1.5, overlap=True, support="sampled", divergence="reverse_kl",
+                   warm_start_steps=0)  # fmt: skip
+    found = importance(stage, own, both, hidden_at_loss_positions(stage.student.model, both)).tolist()
     assert found[count:] == pytest.approx([0.5, 1.2, 1.5, 1.0][:count], rel=1e-4)
 
 
+def test_the_last_factor_of_the_weight_makes_the_mean_right_where_the_own_ratio_does_not() -> None:
+    """By enumeration, vocabulary 5: the mean divergence at the second position, under what the student samples now,
+    from samples of what it was."""
+    generator = torch.Generator().manual_seed(0)
+    now_V, then_V = (torch.randn(5, generator=generator).softmax(-1) for _ in range(2))
+    now_VV, then_VV = (torch.randn(5, 5, generator=generator).softmax(-1) for _ in range(2))
+    divergence_V = torch.rand(5, generator=generator)  # after each first token
+    wanted = now_V @ divergence_V
+    samples_VV = then_V[:, None] * then_VV
+    own = (samples_VV * now_VV / then_VV * divergence_V[:, None]).sum()
+    before = (samples_VV * (now_V / then_V * divergence_V)[:, None]).sum()
+    torch.testing.assert_close(before, wanted)
+    torch.testing.assert_close(own, then_V @ divergence_V)  # as if it were not weighted
+    assert abs(own - wanted) > 0.01
+
+
 def test_the_weights_multiply_the_loss(tmp_path: Path) -> None:
-    """Tokens half as likely now as when they were sampled count half."""
+    """After tokens half as likely now as when they were sampled a loss counts half."""
     stage, config = make_stage(tmp_path, tiny_model(), anchors=False), settings(anchor_share=0.0, overlap=True)
     made = renderer()
     row = made.rollout(example("q", "red"), made.demonstration(example("q", "red")), stage.template)
@@ -113,12 +133,19 @@ def test_the_weights_multiply_the_loss(tmp_path: Path) -> None:
     lagging = replace(row, completion=replace(row.completion, sampler_logprobs=then), lagging=True)
     assert stage.teacher
     scored = [stage.teacher.score(collate([row], "teacher", 0))]
-    losses = []
-    for rollout in (row, lagging):
-        optimizer = make_optimizer(stage, config)
+
+    def loss(rollout: Rollout, skip: int = 0) -> float:
+        """Summed over the positions."""
+        skipping = config.model_copy(update={"skip_first_tokens": skip})
+        optimizer = make_optimizer(stage, skipping)
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
-        losses.append(optimise(stage, config, optimizer, [rollout], scored, "on_policy", Clock(), LoopState())["loss"])
-    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-4)
+        of_part = [scored[0][skip:]]
+        found = optimise(stage, skipping, optimizer, [rollout], of_part, "on_policy", Clock(), LoopState())
+        return found["loss"] * found["loss_tokens"]
+
+    first = loss(row) - loss(row, skip=1)
+    assert first > 0 and loss(row, skip=1) > 0
+    assert loss(lagging) == pytest.approx(first + loss(row, skip=1) / 2, rel=1e-4)
 
 
 # The loop

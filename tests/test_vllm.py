@@ -22,6 +22,7 @@ from perdure.rollout.vllm import VllmEngine
 from perdure.rows import batch_rows, sample
 from perdure.runlog import LoopState
 from perdure.settings import parse
+from perdure.train import train
 from perdure.types import InputError, Prompt
 from test_train import make_stage, settings
 
@@ -107,6 +108,25 @@ def test_weights_travel_when_they_have_changed_whoever_changed_them(tmp_path: Pa
     server.version = "default"  # it was started anew
     said(engine)
     assert server.reloads == 5 and {path.name for path in tmp_path.iterdir()} == {"model.safetensors"}
+
+
+def test_weights_travel_after_a_step_of_adapters_that_train_on_the_working_copy(tmp_path: Path) -> None:
+    server, stage = Server(), make_stage(tmp_path / "stage", tiny_model(seed=1), anchors=False)
+    config = settings(
+        lora_rank=2, anchor_share=0.0, steps=3, warm_start_steps=1, warm_start_until=1.0, learning_rate=0.05
+    )
+    served = RolloutConfig(engine="vllm", url="http://fake", weights_folder=str(tmp_path / "weights"), concurrency=1)
+    engine = VllmEngine(stage.student, stage.working, served, httpx2.MockTransport(server))
+    train(replace(stage, engine=engine), config)
+    assert server.reloads >= 2  # in the on-policy steps, of which each follows a change
+
+
+def test_a_server_samples_from_the_plain_distribution_whatever_the_model_folder_says(tmp_path: Path) -> None:
+    server = Server()
+    engine_on(server, tmp_path).generate(PROMPTS, SamplingParams(3, 1.0), [0] * 4)
+    for body in server.requests:
+        assert (body["min_p"], body["repetition_penalty"]) == (0.0, 1.0)
+        assert (body["presence_penalty"], body["frequency_penalty"]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,8 @@ def _divergence(spec: LossSpec, student_BV: Tensor, probabilities_BV: Tensor, te
                 wants: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if spec.support == "sampled":  # losses.sampled_reverse_kl: value * d log p_s(y) / dz
         value_B = pick(student_BV, targets_B) - pick(teacher_BV, targets_B)
-        _, grad_BV = _nll(student_BV, probabilities_BV, targets_B, wants)
+        # A copy: a label's loss on the same positions needs the probabilities, too.
+        _, grad_BV = _nll(student_BV, probabilities_BV.clone() if wants else probabilities_BV, targets_B, wants)
         return value_B, None if grad_BV is None else grad_BV.mul_(-value_B[:, None])
     forms = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "generalized_jsd": _jsd(spec.jsd_beta)}
     form = forms[spec.divergence]

@@ -160,7 +160,7 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
         if rollout.weight == 0:
             # Its loss does not look at the teacher; the zeros only hold the place.
             result[index] = torch.zeros(
-                loss_tokens(rollout, config), width, dtype=stage.dtype, device=stage.student.device
+                loss_tokens(rollout, config), width, dtype=stage.dtype, device=stage.working.device
             )
         elif not teacher.moves and not fresh and recurs(stage, config, rollout):
             key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
@@ -182,7 +182,7 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
 def score_group(teacher: Teacher, stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout],
                 state: LoopState) -> list[Tensor]:  # fmt: skip
     """One forward pass of a teacher; the hidden states of each rollout."""
-    batch = collate(rollouts, "teacher", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
+    batch = collate(rollouts, "teacher", stage.student.pad_id, config.skip_first_tokens, stage.working.device)
     state.tokens["teacher"] += int(batch.attention_mask_BT.sum())
     return list(teacher.score(batch).split([loss_tokens(r, config) for r in rollouts]))
 

@@ -81,8 +81,8 @@ class TrainConfig(SettingsSection):
     """sdft with rollout.engine = "vllm" only: steps between updates of the server's weights. A resumed stage updates
     them at once, so above 1 it is not the uninterrupted one to the bit."""
     max_importance: float = Field(default=2.0, gt=1)
-    """overlap or update_sampler_every only: p(token) now over p(token) when it was sampled weighs its loss, at most so
-    much."""
+    """overlap or update_sampler_every only: p(token) now over p(token) when it was sampled weighs the loss at the next
+    position (support = "sampled": its own), at most so much."""
     kl_weight: float = Field(default=0.5, ge=0)
     """sft_kl only: weight of the divergence from the last version on the rows to learn."""
     reinvoke_steps: int = Field(default=20, ge=1)

@@ -73,7 +73,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     for rows in _passes(stage, rollouts, config):
         teacher_NH = torch.cat([teacher_hidden[i] for i in rows]) if teacher_hidden is not None else None
         group = [rollouts[i] for i in rows]
-        batch = collate(group, "student", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
+        batch = collate(group, "student", stage.student.pad_id, config.skip_first_tokens, stage.working.device)
         divergence_N = torch.zeros_like(batch.weights_N)
         loss, metrics = _pass(stage, config, batch, teacher_NH, 1 / count, divergence_N, clock)
         taken = divergence_N.split([loss_tokens(row, config) for row in group])
@@ -88,6 +88,8 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
         raise InputError(f"the loss is not finite at step {state.step + 1}: lower train.learning_rate")
     optimizer.step()
+    # The fused optimizer changes weights without counting their versions up, by which an engine knows what is new.
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
     optimizer.zero_grad(set_to_none=True)
     observe(state.held, [pair for _, pairs in parts for pair in pairs])
     found = {
@@ -119,7 +121,7 @@ def _pass(stage: Stage, config: TrainConfig, batch: Batch, teacher_NH: Tensor | 
     sharpness = config.teacher_temperature if method.shows else 1.0
 
     def forward() -> tuple[Tensor, dict[str, float]]:
-        with autocast(stage.dtype, stage.student.device):
+        with autocast(stage.dtype, stage.working.device):
             student_NH = hidden_at_loss_positions(stage.student.model, batch).to(stage.dtype)
         clock.lap("forward")
         weights_N = batch.weights_N * importance(stage, config, batch, student_NH) * scale
@@ -136,13 +138,21 @@ def _pass(stage: Stage, config: TrainConfig, batch: Batch, teacher_NH: Tensor | 
 
 @torch.no_grad()
 def importance(stage: Stage, config: TrainConfig, batch: Batch, student_NH: Tensor) -> Tensor:
-    """float32 [N]: of tokens that earlier weights sampled min(p now / p then, ``max_importance``), both at the sampling
-    temperature; 1 elsewhere. Truncated importance sampling, Ionides 2008, by token."""
+    """float32 [N]: min(p now / p then, ``max_importance``) of a token that earlier weights sampled, both at the
+    sampling temperature; 1 elsewhere. Truncated importance sampling (Ionides 2008).
+
+    A divergence over the vocabulary depends on the tokens before its position, not on the one there, whose own ratio
+    would be noise: it is weighted by the ratio of the token before it, the last factor of the exact weight. (All
+    factors together vary too much on long answers.) The estimate from the sampled token takes that token's."""
     lagging_N = ~batch.sampler_logprobs_N.isnan()
     if not lagging_N.any():
         return torch.ones_like(batch.weights_N)
     now_N = target_logprobs(head_of(stage.student.model), student_NH, batch.targets_N, config.sampling_temperature)
     ratio_N = (now_N - batch.sampler_logprobs_N).exp().clamp(max=config.max_importance)
+    if config.support != "sampled":
+        goes_on_N = batch.loss_rows_N == batch.loss_rows_N.roll(1)
+        goes_on_N[0] = False
+        ratio_N = torch.where(goes_on_N, ratio_N.roll(1), 1.0)
     return torch.where(lagging_N, ratio_N, 1.0)
 
 
@@ -155,7 +165,7 @@ def _sum_gradients(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout
         parts = [[every[i] for i in part] for part in dealt([row_tokens(r) for r in every])]
         most = max(len(_passes(stage, part, config)) for part in parts)
         for _ in range(most - len(_passes(stage, rollouts, config))):
-            batch = collate(every[:1], "student", stage.student.pad_id, config.skip_first_tokens, stage.student.device)
+            batch = collate(every[:1], "student", stage.student.pad_id, config.skip_first_tokens, stage.working.device)
             _pass(stage, config, batch, None, 0.0, torch.zeros_like(batch.weights_N), Clock())
         return
     parameters = list(trainable(stage.student.model).values())

@@ -1,9 +1,9 @@
 """Tool calls: a function's signature and a request -> one JSON call, from the Berkeley Function Calling Leaderboard.
 
-``build`` makes rows where the function fits. ``build_mixed`` tests on the same rows and on some where it does not and no
-call is right, trains on more functions, and shows the values that an argument may have. Signatures are written in one
-line, so that prompts stay short enough for a small model on a laptop. The split is by function: no function of the test
-rows occurs in a training row.
+``build`` makes rows where the function fits. ``build_mixed`` tests on the same rows and on some where it does not and
+no call is right, trains on more functions, and shows the values that an argument may have. Signatures are written in
+one line, so that prompts stay short enough for a small model on a laptop. The split is by function: no function of the
+test rows occurs in a training row.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ from perdure.rollout.base import Progress, SamplingParams, references_of
 from perdure.types import Completion, InputError, Prompt, Rollout
 
 HEAD = "lm_head.weight"
+NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""What a server would otherwise take from the model's generation_config.json: samples of another distribution."""
 PROBE = SamplingParams(16, temperature=0.5)
 PARITY = 0.2
 """Most nats a token, on average over a probe, by which both sides may differ: bfloat16 alone makes about 0.05."""
@@ -81,6 +83,7 @@ class VllmEngine:
             "model": self.config.model, "prompt": list(token_ids), "max_tokens": params.max_new_tokens,
             "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k or -1,
             "seed": seed, "logprobs": 0, "return_token_ids": True, "stop_token_ids": self.end_ids,
+            **NEUTRAL,
         })["choices"][0]  # fmt: skip
         tokens, logprobs = answer["token_ids"], answer["logprobs"]["token_logprobs"]
         return Completion(tuple(tokens), tuple(logprobs), bool(tokens) and tokens[-1] in self.end_ids)
