@@ -81,13 +81,16 @@ class FakeWorkspace:
     def candidate(self, stage: str, right: Right, prior: Right | None = None, *, decision: str = "promoted",
                   reasons: Sequence[str] = ("it is better.",), teacher: float | None = 0.9,
                   table: Sequence[dict[str, Any]] = (), seconds: float = 100, promote: bool | None = None,
-                  changed: Mapping[str, list[dict[str, Any]]] | None = None) -> str:  # fmt: skip
-        """Finish a stage with a version; ``changed`` replaces the items of a skill. Returns the version's name."""
+                  changed: Mapping[str, list[dict[str, Any]]] | None = None, parent: str | None = None,
+                  branch: str | None = None) -> str:  # fmt: skip
+        """Finish a stage with a version, on a ``branch`` of ``parent`` or of the champion; ``changed`` replaces the
+        items of a skill. Returns the version's name."""
         workspace, name = self.workspace, self.workspace.next_version()
         skill = stage.split("-", 1)[1]
         cost = {"seconds": {"preflight": seconds / 10, "train": seconds, "evaluate": seconds / 4, "probe": seconds / 5},
                 "tokens": {"rollout": 1000, "teacher": 3000, "student": 4000, "evaluate": 500}}  # fmt: skip
-        info = {"version": name, "parent": workspace.aliases()["champion"], "stage": stage, "skill": skill,
+        info = {"version": name, "parent": parent or workspace.aliases()["champion"], "stage": stage, "skill": skill,
+                "branch": branch,
                 "method": self.method, "created": "2026-11-25T04:30:00Z", "seed": 0,
                 "config": workspace.config().model_dump(mode="json"),
                 "hashes": {"base": "b" * 64, "skill": "c" * 64, "config": "d" * 64, "code": "e" * 40},

@@ -1,16 +1,26 @@
-"""Scores in parts: the accuracy of each kind of test rows, and what is said of facts that changed."""
+"""Scores in parts, by kind of test rows and for facts that changed; and which scores can stand beside each other."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from fakes import ScriptedEngine, renderer, toy_skill
+from perdure.compare import compare
+from perdure.config import RunConfig
 from perdure.evaluate import evaluate
-from perdure.measure import said_of_kinds, score_json
+from perdure.files import write_jsonl
+from perdure.measure import Way, guards, known_scores, said_of_kinds, score_json, unmeasured, way_of
 from perdure.skills.base import Skill, load_skill
 from perdure.types import Example
+from perdure.workspace import Workspace
+from toy_versions import CONFIG, info
 
+WAY = way_of(CONFIG)
 OLD = {"cat": ["black", "grey"], "dog": ["white"]}
 
 
@@ -28,7 +38,7 @@ def skill(folder: Path) -> Skill:
 
 def scored(found: Skill, **answers: str) -> dict:
     engine = ScriptedEngine(lambda prompt: answers[prompt.example.messages[-1]["content"].split()[-1]])
-    return score_json(evaluate(engine, renderer(), "colours", found.test, found.grade, 8), found)
+    return score_json(evaluate(engine, renderer(), "colours", found.test, found.grade, 8), found, WAY)
 
 
 def test_a_score_holds_its_kinds_and_what_became_of_outdated_answers(tmp_path: Path) -> None:
@@ -49,3 +59,89 @@ def test_a_skill_of_one_kind_has_nothing_to_say(tmp_path: Path) -> None:
     score = scored(found, cat="red", dog="white", cow="green", hen="blue")
     assert "kinds" not in score and "changed" not in score
     assert said_of_kinds(score, score) == []
+
+
+def test_metadata_that_means_something_else_to_its_owner_is_left_alone(tmp_path: Path) -> None:
+    found = skill(tmp_path)
+    for old in (2019, True, "black", ["black", 3]):
+        rows = tuple(replace(row, metadata={"old": old}) for row in found.test)
+        assert "changed" not in scored(replace(found, test=rows), cat="black", dog="a", cow="b", hen="2")
+
+
+# Which scores can stand beside each other
+
+
+def add(workspace: Workspace, rights: dict[str, int], content: str = "c", way: Way = WAY, n: int = 10,
+        test_rows: int = 10, seed: int = 3) -> str:  # fmt: skip
+    """A promoted version that has so many of the first ``n`` test rows of each skill right, and of two prior tasks."""
+    name, parent = workspace.next_version(), workspace.resolve("champion")
+    scores = {skill: {"accuracy": right / n, "n": n, "test_rows": test_rows, "skill_hash": content,
+                      "measured_with": way.skills} for skill, right in rights.items()}  # fmt: skip
+    tasks = {"piqa": {"accuracy": 1.0, "n": 2}}
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(name.encode())
+        for skill, right in rights.items():
+            rows = [{"id": f"test-{place}", "score": float(place <= right)} for place in range(1, n + 1)]
+            write_jsonl(folder / "evaluation" / f"{skill}.jsonl", rows)
+        items = [{"task": "piqa", "id": f"{seed}/{place}", "correct": True} for place in range(2)]
+        write_jsonl(folder / "evaluation" / "probe.jsonl", items)
+
+    probed = {"average": 1.0, "tasks": tasks, "measured_with": way.probe}
+    entry = info(name, parent, next(iter(rights)), scores=scores, probe=probed, config={}, cost={"seconds": {}})
+    workspace.add_version(entry, write)
+    workspace.promote(name, "learned")
+    return name
+
+
+OTHER_WAYS: list[dict[str, Any]] = [
+    {"context": {"student_switches": {"enable_thinking": False}}},
+    {"thinking": {"enabled": True}},
+    {"model": {"compute_dtype": "bfloat16"}},
+    {"rollout": {"engine": "vllm", "url": "http://x"}},
+]
+
+
+@pytest.mark.parametrize("changed", OTHER_WAYS, ids=lambda changed: next(iter(changed)))
+def test_what_was_measured_under_other_settings_is_measured_again(changed: dict[str, Any], workspace: Workspace,
+                                                                  tmp_path: Path) -> None:  # fmt: skip
+    made = load_skill(toy_skill(tmp_path / "colours"))
+    as_before = {"probe": {"tasks": ["piqa"]}, "seed": 3, "model": {"compute_dtype": "float32"}}
+    same, other = (RunConfig.model_validate(as_before | further) for further in ({}, changed))
+    add(workspace, {"colours": 5}, made.content_hash, way_of(same), n=len(made.test), test_rows=len(made.test))
+    assert unmeasured(known_scores(workspace, "v001", way_of(same)), [made], same) == ([], False)
+    missing, wants_probe = unmeasured(known_scores(workspace, "v001", way_of(other)), [made], other)
+    assert missing == [made] and wants_probe == ("model" in changed)
+
+
+@pytest.mark.parametrize("changed", [{"seed": 4}, {"probe": {"tasks": ["piqa"], "rows": 7}}], ids=["seed", "rows"])
+def test_prior_tasks_on_other_items_are_measured_again(changed: dict[str, Any], workspace: Workspace) -> None:
+    add(workspace, {"colours": 5})
+    config = RunConfig.model_validate({"probe": {"tasks": ["piqa"]}, "seed": 3} | changed)
+    assert unmeasured(known_scores(workspace, "v001", way_of(config)), [], config) == ([], True)
+
+
+def test_scores_of_a_few_rows_do_not_take_the_place_of_those_of_all(workspace: Workspace) -> None:
+    add(workspace, {"colours": 9})
+    folder = workspace.run_folder("s02-colours")
+    few = {"accuracy": 1.0, "n": 4, "test_rows": 10, "skill_hash": "c", "measured_with": WAY.skills}
+    entry = {"version": "v001", "probe": None, "scores": {"colours": few}}
+    write_jsonl(folder / "baseline" / "colours.jsonl", [{"id": f"test-{place}", "score": 1.0} for place in range(4)])
+    (folder / "baseline.json").write_text(json.dumps(entry))
+    (folder / "stage.json").write_text("{}")
+    for rows, found in ((0, 10), (10, 10), (99, 10), (4, 4)):
+        assert len(known_scores(workspace, "v001", replace(WAY, rows=rows)).items["colours"]) == found
+    assert "colours" not in known_scores(workspace, "v001", replace(WAY, rows=5)).items
+
+
+def test_rows_of_another_content_are_not_the_same_rows_whatever_their_ids(workspace: Workspace, tmp_path: Path) -> None:
+    """The skill was taught again with other rows: its best before is no measure for what it is now."""
+    made = load_skill(toy_skill(tmp_path / "colours"))
+    for right, content in ((10, "old"), (7, "new"), (6, "new")):
+        add(workspace, {"colours": right}, content)
+    before = known_scores(workspace, "v003", WAY)
+    found = guards(workspace, "v003", before, {"colours": made}, CONFIG, WAY)
+    best = [guard for guard in found if guard.kind == "best ever"]
+    assert [(guard.reference, sum(guard.before.values())) for guard in best if guard.before] == [("v002", 7)]
+    assert compare(workspace, "v001", "v003")["scores"]["colours"] is None
+    assert compare(workspace, "v002", "v003")["scores"]["colours"]["change"] == pytest.approx(-0.1)

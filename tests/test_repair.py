@@ -16,7 +16,10 @@ from perdure.config import RunConfig
 from perdure.curriculum import learn
 from perdure.forgetting import forget
 from perdure.reporting import Silent
-from perdure.stages import create_workspace
+from perdure.running import open_version
+from perdure.session import base_as_teacher
+from perdure.skills.base import load_skill
+from perdure.stages import Outcome, create_workspace
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -184,7 +187,7 @@ def test_forgetting_gives_the_weights_that_were_never_taught_the_skill(tmp_path:
     assert list(workspace.taught()) == ["numbers"] and workspace.lineage() == ["v000", "v003"]
     events = [event["event"] for event in workspace.ledger()][-5:]
     assert events == ["candidate", "verdict", "accept", "forget", "promote"]
-    workspace.rollback("v002")  # and nothing is lost
+    assert workspace.rollback() == "v002"  # and nothing is lost
     assert list(workspace.taught()) == ["colours", "numbers"]
 
 
@@ -193,6 +196,40 @@ def test_forgetting_the_last_skill_needs_no_training(tmp_path: Path, made: Setup
     done = forget(workspace, "numbers", workspace.config(), Silent())
     assert done.version == "v001" and workspace.versions() == ["v000", "v001", "v002"]
     assert list(workspace.taught()) == ["colours"]
+
+
+def test_where_the_gate_is_off_what_is_served_is_called_promoted(tmp_path: Path, made: Setup):
+    workspace = taught(tmp_path / "bot", made, enforce=False)
+    done = forget(workspace, "numbers", workspace.config(), Silent())
+    assert done.decision == "promoted" and workspace.resolve("champion") == done.version == "v001"
+
+
+def test_another_base_model_than_the_ledger_says_is_refused(repaired: Workspace, tmp_path: Path):
+    other = save_tiny_model(tmp_path / "other", copies=False)
+    moved = settings(other)
+    with pytest.raises(InputError, match=r"other is not the base model that this workspace was made with"):
+        open_version(repaired, "v000", moved)
+    session = open_version(repaired, "v001", moved)  # has weights of its own
+    with pytest.raises(InputError, match="is not the base model"):
+        base_as_teacher(moved, session)
+
+
+def test_what_a_command_brings_for_a_later_stage_does_not_stand_for_what_was_taught(
+    tmp_path: Path, made: Setup, repaired: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    """colours was taught, and comes again with other rows after a third skill: that one has to keep the old rows."""
+    changed = toy_skill(tmp_path / "colours", {"cat": "black", "dog": "green"})
+    third = toy_skill(tmp_path / "third", NUMBERS)
+    scopes: dict[str, dict[str, str]] = {}
+
+    def seen(workspace: Workspace, skill: Any, scope: Any, *_: Any, **__: Any) -> Outcome:
+        scopes[skill.name] = {name: content.content_hash for name, content in scope.items()}
+        return Outcome(skill.name, "s", None, "refused", ())
+
+    monkeypatch.setattr("perdure.curriculum.learn_one", seen)
+    learn(Workspace(shutil.copytree(repaired.folder, tmp_path / "bot")), [third, changed], repaired.config(), Silent())
+    old, new = load_skill(made[1][0]).content_hash, load_skill(changed).content_hash
+    assert scopes["third"]["colours"] == old and scopes["colours"]["colours"] == new
 
 
 def test_what_was_not_taught_cannot_be_forgotten(repaired: Workspace):

@@ -108,6 +108,16 @@ def test_rollback_takes_the_last_row_back(chain):
     assert "rolled back" in page_of(chain)
 
 
+def test_a_replay_leaves_the_champion_what_it_was_until_its_end(chain):
+    for parent in ("v001", "v004"):
+        stage = chain.start("c")
+        chain.candidate(stage, {"a": 8, "c": 6}, promote=False, parent=parent, branch="forget b, instead of v003")
+    chain.workspace.promote("v005", "without b")
+    found = summary(chain.folder)
+    assert found["rows"] == ["v000", "v001", "v002", "v003", "v003", "v005"]
+    assert [stage["in_force"] for stage in found["stages"]] == [True, True, True, False, True]
+
+
 def test_a_verdict_that_was_not_enforced(tmp_path):
     fake = FakeWorkspace(tmp_path / "bot", enforce=False)
     add_stage(fake, "a", {"a": 9}, base={"a": 0}, decision="refused", promote=True)
@@ -236,7 +246,7 @@ def test_changed_content_is_said(chain):
 rights = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10), st.booleans()), min_size=1, max_size=4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rights)
 def test_any_chain_has_clean_numbers(tmp_path_factory, stages):
     fake = FakeWorkspace(tmp_path_factory.mktemp("w") / "bot")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from perdure.config import RunConfig
 from perdure.skills.base import Skill
@@ -99,3 +100,28 @@ def test_all_skills_are_validated_before_anything_runs(tmp_path: Path):
     good = write_skill(tmp_path / "good")
     with pytest.raises(InputError, match=r"(?s)nowhere.*given twice: toy"):
         load_all([good, tmp_path / "nowhere", good])
+
+
+def test_a_version_that_was_killed_before_its_promotion_waits_where_the_champion_is_another_by_now(
+    workspace: Workspace, skill: Skill
+):
+    """Its gate compared it with its parent, and that was rolled back meanwhile."""
+    settle(workspace, add(workspace, skill, "promoted"))
+    late = add(workspace, skill, "promoted")
+    workspace.rollback()
+    assert not settle(workspace, late)
+    assert workspace.aliases() == {"champion": "v000", "previous": "v001", "candidate": late}
+    assert "perdure promote v002" in workspace.ledger()[-1]["reason"]
+    lines = len(workspace.ledger())
+    assert not settle(workspace, late) and len(workspace.ledger()) == lines
+
+
+def test_an_unfinished_stage_does_not_change_its_precision(
+    workspace: Workspace, skill: Skill, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("perdure.stages.compute_dtype", lambda _: torch.bfloat16)
+    begin(workspace, skill, CONFIG, restart=False, parent="v000")
+    monkeypatch.setattr("perdure.stages.compute_dtype", lambda _: torch.float32)
+    with pytest.raises(InputError, match=r"computes in bfloat16, and here float32 was.*--restart"):
+        begin(workspace, skill, CONFIG, restart=False, parent="v000")
+    assert begin(workspace, skill, CONFIG, restart=True, parent="v000") == ("s01-toy", False)

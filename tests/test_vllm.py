@@ -36,6 +36,7 @@ class Server:
         self.model, self.raw, self.dev, self.ignores = tiny_model(seed=5, tied=False), raw, dev, ignores
         self.engine = LocalEngine(loaded(self.model), self.model)
         self.version, self.reloads, self.requests = "default", 0, []
+        self.caches_old_weights = False
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         path, body = request.url.path, json.loads(request.content or b"{}")
@@ -48,8 +49,11 @@ class Server:
         if path == "/update_weight_version":
             self.version = body["new_version"]
             return httpx2.Response(200, json={})
+        if path == "/reset_prefix_cache":
+            self.caches_old_weights = False
+            return httpx2.Response(200)
         assert path == "/collective_rpc" and body["method"] == "reload_weights"
-        self.reloads += 1
+        self.reloads, self.caches_old_weights = self.reloads + 1, True
         found = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -58,6 +62,7 @@ class Server:
         return httpx2.Response(200)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert not self.caches_old_weights
         self.requests.append(body)
         params = SamplingParams(body["max_tokens"], body["temperature"], max(0, body["top_k"]), body["top_p"])
         prompt = Prompt(PROMPTS[0].example, tuple(body["prompt"]))

@@ -51,6 +51,15 @@ def test_promote_and_roll_back(grown):
         grown.rollback("v000")
 
 
+def test_going_back_from_a_replay_is_to_what_was_served_before_it(grown):
+    """Its last version has a parent that never was the champion."""
+    grown.add_version(info("v004", "v001", "skill3", branch="forget skill2, instead of v002"), write_weights)
+    grown.add_version(info("v005", "v004", "skill4", branch="forget skill2, instead of v002"), write_weights)
+    grown.promote("v005", "without skill2")
+    assert grown.rollback() == "v002"
+    assert grown.rollback() == "v001"
+
+
 def test_only_a_promoted_version_can_be_rolled_back_to(grown):
     with pytest.raises(InputError, match="v003 was never promoted"):
         grown.rollback("v003")

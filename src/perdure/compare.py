@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from perdure.gates import Items
-from perdure.measure import known_scores
+from perdure.measure import Scores, known_scores
 from perdure.stats import paired_difference
 from perdure.workspace import Workspace
 
@@ -19,14 +18,16 @@ def compare(workspace: Workspace, first: str, second: str) -> dict[str, Any]:
     Raises InputError for a name that is no version."""
     names = [workspace.resolve(name) for name in (first, second)]
     records = [workspace.version(name) for name in names]
-    scores = [known_scores(workspace, name).items for name in names]
-    measured = sorted(scores[0].keys() | scores[1].keys(), key=lambda name: (name.startswith("probe"), name))
+    scores = [known_scores(workspace, name) for name in names]
+    measured = sorted(
+        scores[0].items.keys() | scores[1].items.keys(), key=lambda name: (name.startswith("probe"), name)
+    )
     before, after = (flat(record["config"]) for record in records)
     return {
         "first": names[0],
         "second": names[1],
         "between": _between(workspace, *names),
-        "scores": {name: _difference(*(items.get(name) for items in scores)) for name in measured},
+        "scores": {name: _difference(name, *scores) for name in measured},
         "config": {key: [before.get(key), after.get(key)] for key in sorted(before.keys() | after.keys())
                    if before.get(key) != after.get(key)},
         "weights": [record["hashes"].get("weights") for record in records],
@@ -42,8 +43,9 @@ def _between(workspace: Workspace, first: str, second: str) -> list[str] | None:
     return None
 
 
-def _difference(before: Items | None, after: Items | None) -> dict[str, Any] | None:
-    if not before or not after or before.keys() != after.keys():
+def _difference(name: str, first: Scores, second: Scores) -> dict[str, Any] | None:
+    before, after = first.items.get(name), second.items.get(name)
+    if not before or not after or before.keys() != after.keys() or first.taken(name) != second.taken(name):
         return None
     return asdict(paired_difference(list(before.values()), [after[item] for item in before]))
 

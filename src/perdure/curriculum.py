@@ -11,7 +11,7 @@ from perdure.files import read_json
 from perdure.footprint import estimate, lengths_renderer, parse_hardware, shape_of, work_of
 from perdure.gates import USUAL_NOISE, least_budget
 from perdure.judging import judge, judge_again
-from perdure.measure import measure_probe, measure_skill, probe_json, score_json
+from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of
 from perdure.methods import METHODS
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
@@ -43,7 +43,9 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
             continue
         reporter.stage(f"Skill {number} of {len(kept)}: {skill.name} ({METHODS[config.train.method].label})")
         taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}
-        outcomes.append(learn_one(workspace, skill, taught | kept, config, reporter,
+        # What was taught is guarded and rehearsed as it was taught, though this command may bring other rows for it.
+        scope = kept | taught | {skill.name: skill}
+        outcomes.append(learn_one(workspace, skill, scope, config, reporter,
                                   parent=workspace.resolve("champion"), force=force, restart=restart))  # fmt: skip
     return outcomes
 
@@ -117,6 +119,7 @@ def evaluate_version(workspace: Workspace, version: str, folders: Sequence[Path]
     if not skills and not with_probe:
         raise InputError(f"{name}: no skill was taught yet; name one with --skill FOLDER, or ask for --probe")
     session = open_version(workspace, name, config)
-    scores = {s.name: score_json(measure_skill(session, s, config, reporter, name), s) for s in skills}
+    way = way_of(config)
+    scores = {s.name: score_json(measure_skill(session, s, config, reporter, name), s, way) for s in skills}
     probed = measure_probe(session, config, reporter, name) if with_probe else None
-    return {"version": name, "scores": scores, "probe": probe_json(probed)}
+    return {"version": name, "scores": scores, "probe": probe_json(probed, way)}

@@ -16,13 +16,14 @@ from perdure.adapters import adapted
 from perdure.anchors import answered, general_prompts
 from perdure.config import CostConfig, RunConfig, TrainConfig
 from perdure.evaluate import evaluate
-from perdure.measure import known_scores, unmeasured
+from perdure.measure import known_scores, unmeasured, way_of
 from perdure.methods import METHODS
 from perdure.preflight import Preflight
 from perdure.probe import probe
 from perdure.rows import batch_rows, completed, row_counts
 from perdure.runlog import Clock, LoopState
 from perdure.session import Session
+from perdure.sharding import recomputed
 from perdure.skills.base import Skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
@@ -40,15 +41,18 @@ STEPS = 2
 
 def forecast(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
              config: RunConfig, found: Preflight) -> dict[str, Any]:  # fmt: skip
-    """``seconds`` of each phase that follows the preflight, ``tokens`` of training at most, and ``priced`` (see there).
+    """``seconds`` of each phase that follows the preflight (none with train.fsdp, where a step takes several
+    processes), ``tokens`` of training at most, and ``priced`` (see there).
 
     ``scope``: every skill that will be measured. The session's student is used and comes back bit by bit as it was."""
     earlier = [scope[name] for name in workspace.taught(parent) if name in scope and name != skill.name]
-    seconds = {
-        "train": _train(session, skill, earlier, config, found),
-        "evaluate": _evaluate(workspace, parent, session, skill, scope, config),
-        "probe": _probe(workspace, parent, session, config),
-    }
+    seconds = {}
+    if not config.train.fsdp:  # a model that has to be divided cannot be trained by this process alone
+        seconds = {
+            "train": _train(session, skill, earlier, config, found),
+            "evaluate": _evaluate(workspace, parent, session, skill, scope, config),
+            "probe": _probe(workspace, parent, session, config),
+        }
     seconds = {phase: round(value, 1) for phase, value in seconds.items() if value}
     return {"seconds": seconds, "tokens": expected_tokens(session, skill, config.train, found, len(earlier)),
             "priced": priced(config.cost, sum(seconds.values()))}  # fmt: skip
@@ -84,7 +88,10 @@ def _decoded(train: TrainConfig, demonstrations: int, rows: int) -> int:
 
 def _step_seconds(stage: Any, train: TrainConfig) -> float:
     """One step on demonstrations and anchors, timed with the loop's own parts at a learning rate of zero."""
-    with adapted(stage.student.model, stage.working, train, stage.seed, merge=False) as student:
+    with (
+        adapted(stage.student.model, stage.working, train, stage.seed, merge=False) as student,
+        recomputed(student, train.activation_checkpointing),
+    ):
         return _timed_steps(replace(stage, student=replace(stage.student, model=student)), train)
 
 
@@ -108,7 +115,7 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
 def _evaluate(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
               config: RunConfig) -> float:  # fmt: skip
     """The candidate on every skill, and the parent on those that it was not measured on yet."""
-    missing, _ = unmeasured(known_scores(workspace, parent), scope.values(), config)
+    missing, _ = unmeasured(known_scores(workspace, parent, way_of(config)), scope.values(), config)
     rows = {name: len(other.test[: config.eval.rows or None]) for name, other in scope.items()}
     few = skill.train[:EVALUATED]
     start = time.perf_counter()
@@ -121,7 +128,7 @@ def _probe(workspace: Workspace, parent: str, session: Session, config: RunConfi
     tasks = config.probe.tasks
     if not tasks:
         return 0.0
-    _, before = unmeasured(known_scores(workspace, parent), (), config)
+    _, before = unmeasured(known_scores(workspace, parent, way_of(config)), (), config)
     taken = []
     for rows in (1, PROBE_ROWS):  # the first one loads data and warms up
         start = time.perf_counter()

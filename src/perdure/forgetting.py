@@ -20,6 +20,7 @@ from perdure.measure import (
     probe_items,
     skill_items,
     unmeasured,
+    way_of,
 )
 from perdure.reporting import Reporter
 from perdure.running import open_version
@@ -82,21 +83,23 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
            reporter: Reporter) -> Forgotten:  # fmt: skip
     others = {skill: content for skill, content in taught.items() if skill != name}
     before, after = (_scores(workspace, who, taught, config, reporter) for who in (champion, version))
-    verdict: Verdict = decide_kept(config.gate, after.items, guards(workspace, champion, before, others, config))
+    kept = guards(workspace, champion, before, others, config, way_of(config))
+    verdict: Verdict = decide_kept(config.gate, after.items, kept)
     accuracies = [sum(s.items[name].values()) / len(s.items[name]) for s in (before, after)]
     key = {"event": "forget", "version": version, "parent": champion, "skill": name}
     if not any(event | key == event for event in workspace.ledger()):  # else killed before its promotion
         workspace.append(**key, before=accuracies[0], after=accuracies[1], decision=verdict.decision,
                          reasons=list(verdict.reasons))  # fmt: skip
-    if verdict.decision == "promoted" or not config.gate.enforce:
+    decision = verdict.decision if config.gate.enforce else "promoted"
+    if decision == "promoted":
         workspace.promote(version, f"without {name}")
-    return Forgotten(name, version, verdict.decision, verdict.reasons, *accuracies, n=len(before.items[name]))
+    return Forgotten(name, version, decision, verdict.reasons, *accuracies, n=len(before.items[name]))
 
 
 def _scores(workspace: Workspace, version: str, skills: dict[str, Skill], config: RunConfig,
             reporter: Reporter) -> Scores:  # fmt: skip
     """What ``version`` scores on ``skills`` and the prior tasks; measured now where no file says it."""
-    scores = known_scores(workspace, version)
+    scores = known_scores(workspace, version, way_of(config))
     missing, wants_probe = unmeasured(scores, skills.values(), config)
     if missing or wants_probe:
         session = open_version(workspace, version, config)

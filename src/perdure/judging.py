@@ -12,7 +12,17 @@ from perdure.config import RunConfig
 from perdure.files import code_state, environment, now
 from perdure.forecast import priced
 from perdure.gates import decide
-from perdure.measure import Scores, guards, known_scores, probe_json, said_of_kinds, score_json, write_items
+from perdure.measure import (
+    Scores,
+    Way,
+    guards,
+    known_scores,
+    probe_json,
+    said_of_kinds,
+    score_json,
+    way_of,
+    write_items,
+)
 from perdure.models import save
 from perdure.repair import repair, worth_repairing
 from perdure.reporting import Reporter
@@ -27,13 +37,14 @@ from perdure.workspace import BASE, Workspace
 def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopState) -> Outcome:
     """Bring a trained stage to its version; ``before`` holds the parent's scores."""
     workspace, config, name = run.workspace, run.config, run.workspace.next_version()
-    kept = guards(workspace, run.parent, before, run.earlier, config)
+    way = way_of(config)
+    kept = guards(workspace, run.parent, before, run.earlier, config, way)
     candidate = measure_candidate(run, before, kept, name)
     if config.gate.repair and worth_repairing(candidate.verdict):
         candidate = repair(run, before, kept, check, name, candidate.verdict, state.best_step) or candidate
     info = _describe(run, name, check, state, candidate.verdict) | {
-        "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in candidate.scores},
-        "probe": probe_json(candidate.probed),
+        "scores": {s.skill: score_json(s, run.scope[s.skill], way) for s in candidate.scores},
+        "probe": probe_json(candidate.probed, way),
     }
 
     def write(folder: Path) -> None:
@@ -85,8 +96,12 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
     earlier = {
         taught: load_skill(folder) for taught, folder in workspace.taught(parent).items() if taught != skill.name
     }
-    before, after = known_scores(workspace, parent), known_scores(workspace, name)
-    kept = guards(workspace, parent, before, earlier, config)
+    after = known_scores(workspace, name)
+    # As the candidate was measured then: this machine may choose another precision.
+    way = Way(after.skills[skill.name].get("measured_with", ""), (after.probe or {}).get("measured_with", ""),
+              config.eval.rows)  # fmt: skip
+    before = known_scores(workspace, parent, way)
+    kept = guards(workspace, parent, before, earlier, config, way)
     return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept)
 
 

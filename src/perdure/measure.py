@@ -6,8 +6,10 @@ A version's scores lie in its ``version.json``; what a parent scored before a st
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from perdure.config import RunConfig
 from perdure.evaluate import evaluate
 from perdure.files import read_json, read_jsonl, write_jsonl
 from perdure.gates import Guard, Items
+from perdure.models import compute_dtype, device_of
 from perdure.probe import ProbeResult, probe
 from perdure.reporting import Reporter
 from perdure.session import Session
@@ -24,6 +27,35 @@ from perdure.types import SkillScore
 from perdure.workspace import BASE, Workspace
 
 PROBE = "probe"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How scores are taken. Between two ways a difference says nothing of the versions."""
+
+    skills: str
+    """Hash of what answers depend on beside weights and rows: precision, prompt switches, thinking, engine."""
+    probe: str
+    """The same of the prior tasks, with their rows and the seed that draws them."""
+    rows: int
+    """``eval.rows``."""
+
+    def fits(self, score: Mapping[str, Any]) -> bool:
+        """Whether a skill's score was taken this way."""
+        whole = score["n"] == score.get("test_rows") and not 0 < self.rows < score["n"]
+        return score.get("measured_with") == self.skills and (whole or score["n"] == self.rows)
+
+
+def way_of(config: RunConfig) -> Way:
+    """How scores are taken under these settings on this machine."""
+    model = config.model.model_dump(mode="json") | {"compute_dtype": str(compute_dtype(config.model)),
+                                                    "device": device_of(config.model).type}  # fmt: skip
+    answers = [model, config.context.student_switches, config.thinking.model_dump(mode="json"), config.rollout.engine]
+    return Way(_hash(answers), _hash([model, config.probe.rows, config.seed]), config.eval.rows)
+
+
+def _hash(settings: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measure_skill(session: Session, skill: Skill, config: RunConfig, reporter: Reporter, who: str) -> SkillScore:
@@ -54,10 +86,10 @@ def measure_probe(session: Session, config: RunConfig, reporter: Reporter, who: 
         )  # fmt: skip
 
 
-def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
-    """A score without its items, as version.json and baseline.json hold it, with the hash of what was measured on;
-    where test rows have a ``metadata.kind``, the accuracy of each kind; where they have a ``metadata.old``, how many
-    answers give one of these outdated texts."""
+def score_json(score: SkillScore, skill: Skill, way: Way) -> dict[str, Any]:
+    """A score without its items, as version.json and baseline.json hold it, with the hashes of what was measured on and
+    how; where test rows have a ``metadata.kind``, the accuracy of each kind; where they have a list of texts as
+    ``metadata.old``, how many answers give one of these outdated texts."""
     numbers = {key: value for key, value in asdict(score).items() if key not in ("skill", "items")}
     kinds: dict[str, list[bool]] = {}
     changed: list[tuple[bool, bool]] = []
@@ -66,10 +98,10 @@ def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
         metadata, right = of_row.get(item.id, {}), item.score >= 1
         if isinstance(kind := metadata.get("kind"), str):
             kinds.setdefault(kind, []).append(right)
-        if metadata.get("old"):
-            outdated = any(contains.occurs(old, item.completion, whole_words=True) for old in metadata["old"])
+        if old := _texts(metadata.get("old")):
+            outdated = any(contains.occurs(text, item.completion, whole_words=True) for text in old)
             changed.append((right, not right and outdated))
-    found = numbers | {"skill_hash": skill.content_hash}
+    found = numbers | {"skill_hash": skill.content_hash, "test_rows": len(skill.test), "measured_with": way.skills}
     if kinds:
         found["kinds"] = {kind: {"accuracy": sum(bits) / len(bits), "n": len(bits)} for kind, bits in kinds.items()}
     if changed:
@@ -79,6 +111,11 @@ def score_json(score: SkillScore, skill: Skill) -> dict[str, Any]:
             "old": sum(old for _, old in changed),
         }
     return found
+
+
+def _texts(value: Any) -> list[str]:
+    """Metadata is the user's own: what is no list of texts means something else to them."""
+    return value if isinstance(value, list) and all(isinstance(text, str) and text for text in value) else []
 
 
 def said_of_kinds(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -96,8 +133,9 @@ def said_of_kinds(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[s
     return said
 
 
-def probe_json(result: ProbeResult | None) -> dict[str, Any] | None:
-    return result and {"average": result.average, "tasks": {name: asdict(task) for name, task in result.tasks.items()}}
+def probe_json(result: ProbeResult | None, way: Way) -> dict[str, Any] | None:
+    tasks = {name: asdict(task) for name, task in result.tasks.items()} if result else {}
+    return result and {"average": result.average, "tasks": tasks, "measured_with": way.probe}
 
 
 def write_items(folder: Path, scores: Sequence[SkillScore], probed: ProbeResult | None) -> None:
@@ -131,30 +169,39 @@ class Scores:
         self.items: dict[str, Items] = {}
         """Skill name, or ``probe/<task>`` -> item id -> right."""
 
-    def read(self, entry: Mapping[str, Any], folder: Path) -> None:
-        """Add the scores of a version.json or baseline.json whose items lie in ``folder``."""
+    def read(self, entry: Mapping[str, Any], folder: Path, way: Way | None = None) -> None:
+        """Add the scores of a version.json or baseline.json whose items lie in ``folder``, those taken in this ``way``
+        where one is given."""
         for name, score in entry["scores"].items():
+            if way and not way.fits(score):
+                continue
             self.skills[name] = score
             self.items[name] = {row["id"]: row["score"] >= 1 for row in read_jsonl(folder / f"{name}.jsonl")}
-        if entry["probe"]:
+        if entry["probe"] and (way is None or entry["probe"].get("measured_with") == way.probe):
             self.probe = entry["probe"]
             self.items = {name: items for name, items in self.items.items() if name.split("/")[0] != PROBE}
             self.items |= probe_items(read_jsonl(folder / f"{PROBE}.jsonl"))
 
+    def taken(self, name: str) -> tuple[Any, ...]:
+        """On which content and in which way the items of ``name`` were taken."""
+        score = (self.probe if name.split("/")[0] == PROBE else self.skills.get(name)) or {}
+        return score.get("skill_hash"), score.get("measured_with")
 
-def known_scores(workspace: Workspace, version: str) -> Scores:
-    """Everything measured of ``version``: in its own folder, then in the baselines of stages that began at it.
+
+def known_scores(workspace: Workspace, version: str, way: Way | None = None) -> Scores:
+    """Everything measured of ``version`` (in this ``way``): in its own folder, then in the baselines of stages that
+    began at it.
 
     A baseline is measured later, where the version's own score is missing or of other rows, so it counts."""
     scores = Scores()
     if version != BASE:
-        scores.read(workspace.version(version), workspace.version_folder(version) / "evaluation")
+        scores.read(workspace.version(version), workspace.version_folder(version) / "evaluation", way)
     for stage in workspace.stages():
         folder = workspace.run_folder(stage)
         if (folder / "baseline.json").is_file():
             entry = read_json(folder / "baseline.json")
             if entry["version"] == version:
-                scores.read(entry, folder / "baseline")
+                scores.read(entry, folder / "baseline", way)
     return scores
 
 
@@ -173,18 +220,20 @@ def unmeasured(scores: Scores, skills: Iterable[Skill], config: RunConfig) -> tu
 
 
 def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[str, Skill],
-           config: RunConfig) -> list[Guard]:  # fmt: skip
+           config: RunConfig, way: Way) -> list[Guard]:  # fmt: skip
     """What a candidate that follows ``parent`` must keep: each of the earlier ``skills``, against the parent and
     against its best ever on the same rows; each prior task, and all of them together."""
     gate, found = config.gate, []
-    ancestors = {name: known_scores(workspace, name) for name in workspace.lineage(parent) if name != parent}
+    ancestors = {name: known_scores(workspace, name, way) for name in workspace.lineage(parent) if name != parent}
     for name, skill in skills.items():
         items = before.items.get(name)
         budget = skill.settings.retention_budget or gate.budget
         found.append(Guard(name, "skill", parent, items, budget))
         if not items:
             continue
-        known = {version: scores.items.get(name, {}) for version, scores in ancestors.items()}
+        content = before.skills.get(name, {}).get("skill_hash")  # rows of another content may have the same ids
+        known = {version: scores.items[name] for version, scores in ancestors.items()
+                 if name in scores.skills and scores.skills[name].get("skill_hash") == content}  # fmt: skip
         right = {version: sum(those.values()) for version, those in known.items() if those.keys() == items.keys()}
         best = max(right, key=lambda version: right[version], default=parent)
         if right.get(best, 0) > sum(items.values()):

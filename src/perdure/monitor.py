@@ -15,6 +15,7 @@ from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
 from perdure.models import head_of, hidden_at_loss_positions
+from perdure.processes import from_lead
 from perdure.rows import says_demonstration
 from perdure.runlog import LoopState, RunLog
 from perdure.stage import Stage
@@ -56,8 +57,9 @@ def log_sample(stage: Stage, log: RunLog, rollouts: Sequence[Rollout], state: Lo
 
 def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, Any]:
     """Accuracy on the validation rows, drift on the general anchors; the best weights so far are kept on disk."""
-    result = evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader, stage.max_new_tokens,
-                      acting=stage.acting)  # fmt: skip
+    # Each process grades, and one that graded otherwise (a judge by a model) would save where the others do not.
+    result = from_lead(evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader,
+                                stage.max_new_tokens, acting=stage.acting))  # fmt: skip
     state.tokens["evaluate"] += sum(item.tokens for item in result.items)
     line = {"step": state.step, "validation_accuracy": result.accuracy, "validation_n": result.n}
     if measures_start(stage, config):

@@ -1,6 +1,6 @@
 """A candidate that learned its skill but hurt something is not the end: a few attempts to keep both.
 
-In order, until one passes: the stage's last checkpoint, where that is earlier than the weights it ended with; the
+In order, until one passes: checkpoints of the stage from before the weights it ended with; the
 weights blended back towards the parent (three shares); a second training with more anchors; a third with a smaller
 learning rate. Several attempts are several chances to pass by luck, so the gate is strict with them: no observed loss
 beyond a budget, significant or not. The ledger holds every attempt and is what a resumed stage goes by.
@@ -47,7 +47,8 @@ def repair(
     when none of ``gate.repair`` attempts does."""
     run.reporter.note(f"Refused so far: {harmed.reasons[0]}")
     student = run.session.loaded.model
-    trained = {key: value.detach().clone() for key, value in student.named_parameters()}
+    # Blended in the CPU's memory: a GPU that holds masters and working copy has no room for two more sets.
+    trained = {key: value.detach().to("cpu", copy=True) for key, value in student.named_parameters()}
     parent = _parent_weights(run)
     tries: dict[str, Callable[[], None]] = {}
     for folder in checkpoints(run.folder):
@@ -83,7 +84,7 @@ def repair(
 
 def _parent_weights(run: Run) -> Weights:
     folder = None if run.parent == BASE else run.workspace.version_folder(run.parent)
-    return dict(load(run.config.model, folder).model.named_parameters())
+    return dict(load(run.config.model, folder, torch.device("cpu")).model.named_parameters())
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from perdure.measure import (
     probe_json,
     score_json,
     unmeasured,
+    way_of,
     write_items,
 )
 from perdure.methods import METHODS
@@ -86,8 +87,11 @@ class Run:
 
 
 def open_version(workspace: Workspace, name: str, config: RunConfig) -> Session:
-    """Load a version by its full name; the base model has no weights of its own here."""
-    return open_session(config, None if name == BASE else workspace.version_folder(name))
+    """Load a version by its full name; the base model has no weights of its own here.
+
+    Raises InputError where the base model is not the one that the workspace was made with."""
+    base = workspace.version(BASE)["hashes"]["base"]
+    return open_session(config, None if name == BASE else workspace.version_folder(name), base)
 
 
 def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
@@ -166,7 +170,8 @@ def describe_preflight(check: dict[str, Any]) -> str:
 
 def baseline(run: Run) -> Scores:
     """What the parent scores on everything in scope; measured now where it is not known yet."""
-    scores = known_scores(run.workspace, run.parent)
+    way = way_of(run.config)
+    scores = known_scores(run.workspace, run.parent, way)
     missing, wants_probe = unmeasured(scores, run.scope.values(), run.config)
     folder = run.folder / "baseline"
     if missing or wants_probe:
@@ -175,10 +180,10 @@ def baseline(run: Run) -> Scores:
         with run.timed("probe"):
             probed = measure_probe(run.session, run.config, run.reporter, run.parent) if wants_probe else None
         write_items(folder, measured, probed)
-        entry = {"version": run.parent, "probe": probe_json(probed),
-                 "scores": {s.skill: score_json(s, run.scope[s.skill]) for s in measured}}  # fmt: skip
+        entry = {"version": run.parent, "probe": probe_json(probed, way),
+                 "scores": {s.skill: score_json(s, run.scope[s.skill], way) for s in measured}}  # fmt: skip
         replace_text(run.folder / "baseline.json", json.dumps(entry, indent=1) + "\n")
-        scores = known_scores(run.workspace, run.parent)
+        scores = known_scores(run.workspace, run.parent, way)
     return scores
 
 

@@ -22,7 +22,7 @@ from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.rollout.generate import GenerateEngine
 from perdure.rollout.local import LocalEngine
 from perdure.rollout.split import SplitEngine
-from perdure.types import Prompt
+from perdure.types import InputError, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Session:
     """By which the other processes of the run know it."""
     is_base: bool = False
     """The base model itself, not a version of it."""
+    base_sha256: str | None = None
+    """What the base model's weights have to be (``weights_sha256``), where that is known."""
 
     def publish(self) -> None:
         """Bring the working copy, and the other processes, in step with the masters."""
@@ -55,18 +57,29 @@ FOLLOWED: dict[int, Session] = {}
 """In a process that follows: its own twin of each of the lead's sessions."""
 
 
-def open_session(config: RunConfig, folder: Path | None = None) -> Session:
+def open_session(config: RunConfig, folder: Path | None = None, base_sha256: str | None = None) -> Session:
     """Load the version in ``folder``, or the configured base model, in every process. Raises InputError when it cannot
-    be loaded."""
+    be loaded, or when the base model has other weights than ``base_sha256`` says."""
     key = next(_KEYS)
-    with together("open", key, config, folder):
-        return _open(key, config, folder)
+    with together("open", key, config, folder, base_sha256):
+        return _open(key, config, folder, base_sha256)
 
 
-def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
+def _check_base(model: Any, config: RunConfig, wanted: str | None) -> None:
+    """Raises InputError where ``wanted`` is given and these are other weights."""
+    if wanted is not None and (found := weights_sha256(model)) != wanted:
+        raise InputError(
+            f"model.source: {config.model.source} is not the base model that this workspace was made with (weights "
+            f"{found[:12]}, in the ledger {wanted[:12]}); bring that one back, or make a new workspace for this one"
+        )
+
+
+def _open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | None) -> Session:
     device = device_of(config.model)
     # Masters of adapters take no part in training: they leave a GPU's memory to the working copy.
     loaded = load(config.model, folder, torch.device("cpu") if config.train.lora_rank else device)
+    if folder is None:
+        _check_base(loaded.model, config, base_sha256)
     dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
     working = working_copy(loaded.model, dtype, device)
     remote = config.rollout.engine == "vllm"
@@ -74,7 +87,7 @@ def _open(key: int, config: RunConfig, folder: Path | None) -> Session:
     if GROUP.count > 1:
         engine = SplitEngine(engine, key, alone=remote)  # one server: the lead asks it
     renderer = Renderer(loaded.tokenizer, loaded.end_ids, loaded.window, config.context, config.thinking)
-    return Session(loaded, working, engine, renderer, dtype, key, is_base=folder is None)
+    return Session(loaded, working, engine, renderer, dtype, key, folder is None, base_sha256)
 
 
 def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngine:
@@ -84,8 +97,8 @@ def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngi
 
 
 @followed_by("open")
-def _follow_open(key: int, config: RunConfig, folder: Path | None) -> None:
-    FOLLOWED[key] = _open(key, config, folder)
+def _follow_open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | None) -> None:
+    FOLLOWED[key] = _open(key, config, folder, base_sha256)
 
 
 @followed_by("drop")
@@ -110,15 +123,19 @@ def _follow_publish(key: int) -> None:
     copy_from_lead([*session.loaded.model.parameters(), *session.working.parameters()])
 
 
-def base_model(config: RunConfig) -> Any:
-    """The configured base model by itself, in float32, in the CPU's memory: for a copy to be made of."""
-    return load(config.model, None, torch.device("cpu")).model
+def base_model(config: RunConfig, session: Session) -> Any:
+    """The configured base model by itself, in float32, in the CPU's memory: for a copy to be made of.
+
+    Raises InputError where it is not the base model that the session knows of."""
+    model = load(config.model, None, torch.device("cpu")).model
+    _check_base(model, config, session.base_sha256)
+    return model
 
 
 def base_as_teacher(config: RunConfig, session: Session) -> tuple[Any, RolloutEngine]:
     """A working copy of the base model beside ``session``'s, and an engine on it: this process's own, whoever answers
     for the student. The float32 weights that it was made of are let go."""
-    working = working_copy(base_model(config), session.dtype, session.working.device)
+    working = working_copy(base_model(config, session), session.dtype, session.working.device)
     return working, make_engine(session.loaded, working, config.eval.batch_tokens)
 
 

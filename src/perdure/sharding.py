@@ -24,7 +24,8 @@ _RUN = "perdure_run"
 @contextmanager
 def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False) -> Iterator[Any]:
     """Within the context a twin of ``model`` whose parameters are divided; ``model`` itself holds nothing meanwhile and
-    has the twin's weights afterwards. The model as it is, where nothing is to be divided.
+    has the twin's weights afterwards, unless an error ended the context. The model as it is, where nothing is to be
+    divided.
 
     Products run in ``dtype``; gradients are summed over the processes in float32. ``offload`` keeps what is divided in
     the CPU's memory."""
@@ -51,12 +52,11 @@ def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False)
         part.set_force_sum_reduction_for_comms(True)
     setattr(twin, _RUN, _call.__get__(twin))
     register_forward(twin, _RUN)
-    try:
-        yield twin
-    finally:
-        divided = dict(twin.named_parameters())
-        for name, mine in pairs:
-            mine.data = whole(divided[name].detach()).to(device)
+    yield twin
+    # Not after an error: the processes that had none would not take part, and both would wait.
+    divided = dict(twin.named_parameters())
+    for name, mine in pairs:
+        mine.data = whole(divided[name].detach()).to(device)
 
 
 def _call(self: Any, function: Callable[[], T]) -> T:

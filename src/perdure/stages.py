@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perdure.checkpoint import checkpoints, drop_training_state
 from perdure.config import RunConfig
 from perdure.files import check_free, now, read_json, replace_text
-from perdure.models import load
+from perdure.models import compute_dtype, load
 from perdure.session import weights_sha256
 from perdure.skills.base import Skill, load_skill
 from perdure.types import InputError
@@ -40,7 +42,7 @@ def create_workspace(folder: Path, config: RunConfig) -> Workspace:
 
     Raises InputError for a model that cannot be loaded or a folder that is not empty; nothing is left behind then."""
     check_free(folder)  # before the model is loaded
-    return Workspace.create(folder, config, weights_sha256(load(config.model).model))
+    return Workspace.create(folder, config, weights_sha256(load(config.model, None, torch.device("cpu")).model))
 
 
 def load_all(folders: Sequence[Path]) -> list[Skill]:
@@ -79,24 +81,31 @@ def settle(workspace: Workspace, name: str) -> bool:
     Repeating it adds nothing, so it also mends a stage that was killed between its version and its promotion."""
     info = workspace.version(name)
     verdict, known = info["verdict"], {event["event"] for event in workspace.ledger() if event.get("version") == name}
+    accepted = bool(known & {"promote", "accept"})
     about = {"parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
     if "candidate" not in known:
         workspace.append("candidate", version=name, **about)
     if "verdict" not in known:
         workspace.append("verdict", version=name, decision=verdict["decision"], reasons=verdict["reasons"])
     if not known & SETTLED:
-        follow(workspace, info, verdict, info["config"]["gate"]["enforce"])
+        accepted = follow(workspace, info, verdict, info["config"]["gate"]["enforce"]).decision == "promoted"
     drop_training_state(workspace.run_folder(info["stage"]))
-    return verdict["decision"] == "promoted" or not info["config"]["gate"]["enforce"]
+    return accepted
 
 
 def follow(workspace: Workspace, info: dict[str, Any], verdict: dict[str, Any], enforce: bool) -> Outcome:
-    """Do what a verdict on the version ``info`` asks for, or promote it all the same where it is not enforced."""
+    """Do what a verdict on the version ``info`` asks for, or promote it all the same where it is not enforced. The gate
+    compared it with its parent: where that is not the champion any more, it is held for a person."""
     name, decision, reason = info["version"], verdict["decision"], verdict["reasons"][0]
     about = {"parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
     accepted = decision == "promoted"
     if (accepted or not enforce) and info.get("branch"):
         workspace.append("accept", version=name, **about, branch=info["branch"], reason=reason)
+    elif (accepted or not enforce) and (champion := workspace.resolve("champion")) != info["parent"]:
+        reason = (f"it was judged against {info['parent']}, and {champion} is the champion by now; to serve it: "
+                  f"perdure promote {name}")  # fmt: skip
+        workspace.hold(name, **about, reason=reason)
+        return Outcome(info["skill"], info["stage"], name, "held", (reason, *verdict["reasons"]))
     elif accepted or not enforce:
         workspace.promote(name, reason if accepted else f"{decision}, but gate.enforce is off")
     elif decision == "held":
@@ -134,7 +143,7 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
 def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, parent: str,
           branch: str | None = None) -> tuple[str, bool]:  # fmt: skip
     """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
-    closed = workspace.closed_stages()
+    closed, precision = workspace.closed_stages(), str(compute_dtype(config.model)).removeprefix("torch.")
     for stage in workspace.stages():
         folder = workspace.run_folder(stage)
         if stage in closed or not (folder / "stage.json").is_file():
@@ -145,6 +154,12 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
         if restart:
             workspace.remove_run(stage)
         elif info["config"] == config.model_dump(mode="json"):
+            if (began := info.get("compute_dtype", precision)) != precision:
+                raise InputError(
+                    f"{folder}: this unfinished run of {skill.name} computes in {began}, and here {precision} was "
+                    "measured to be faster (model.compute_dtype, by machine and number of threads); go on where it "
+                    "began, or --restart to begin anew"
+                )
             return stage, True
         else:
             raise InputError(
@@ -156,6 +171,6 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
     folder.mkdir(parents=True, exist_ok=True)
     info = {"stage": name, "skill": skill.name, "skill_hash": skill.content_hash, "method": config.train.method,
             "parent": parent, "branch": branch, "seed": config.seed, "created": now(),
-            "config": config.model_dump(mode="json")}  # fmt: skip
+            "compute_dtype": precision, "config": config.model_dump(mode="json")}  # fmt: skip
     replace_text(folder / "stage.json", json.dumps(info, indent=1) + "\n")
     return name, False

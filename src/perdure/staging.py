@@ -86,7 +86,7 @@ def _teacher(session: Session, config: RunConfig, anchored: bool) -> Teacher | N
     kind = config.train.teacher if method.shows else "frozen"
     if kind == "original" and session.is_base:
         kind = "frozen"  # the same weights, and one copy fewer
-    original = base_model(config) if kind == "original" else None
+    original = base_model(config, session) if kind == "original" else None
     return make_teacher(kind, student=session.loaded.model, working=session.working, original=original,
                         dtype=session.dtype, teacher_update_rate=config.train.teacher_update_rate,
-                        adapters=bool(config.train.lora_rank))  # fmt: skip
+                        adapters=bool(config.train.lora_rank), divided=config.train.fsdp)  # fmt: skip

@@ -104,14 +104,14 @@ class EmaTeacher(FixedTeacher):
 
     moves = True
 
-    def __init__(
-        self, student: Any, dtype: torch.dtype, teacher_update_rate: float, device: torch.device | None = None
-    ):
+    def __init__(self, student: Any, dtype: torch.dtype, teacher_update_rate: float,
+                 device: torch.device | None = None, divided: bool = False):  # fmt: skip
         there = device or student.device
         super().__init__(working_copy(student, dtype, there))
         self.rate = teacher_update_rate
+        begin = torch.device("cpu") if divided else there  # whole, they may be more than one device holds
         self.average = {
-            name: p.detach().to(there, torch.float32, copy=True) for name, p in effective_parameters(student)
+            name: p.detach().to(begin, torch.float32, copy=True) for name, p in effective_parameters(student)
         }
 
     def follow(self, student: Any) -> None:
@@ -145,14 +145,14 @@ def start_teacher(student: Any, working: Any, dtype: torch.dtype, adapters: bool
 
 
 def make_teacher(kind: str, *, student: Any, working: Any, original: Any | None, dtype: torch.dtype,
-                 teacher_update_rate: float, adapters: bool = False) -> Teacher:  # fmt: skip
+                 teacher_update_rate: float, adapters: bool = False, divided: bool = False) -> Teacher:  # fmt: skip
     """The teacher of a stage. ``student`` is the version promoted last, before its first step; ``working`` is the
-    copy of it that is kept in step while it trains, or that trains itself, with ``adapters``. Raises ValueError for an
-    unknown kind."""
+    copy of it that is kept in step while it trains, or that trains itself, with ``adapters``. ``divided``: the student
+    will be, over processes. Raises ValueError for an unknown kind."""
     if kind == "frozen":
         return start_teacher(student, working, dtype, adapters)
     if kind == "ema":
-        return EmaTeacher(student, dtype, teacher_update_rate, working.device)
+        return EmaTeacher(student, dtype, teacher_update_rate, working.device, divided)
     if kind == "live":
         return LiveTeacher(working)
     if kind == "original":

@@ -192,12 +192,12 @@ class Workspace:
         self._write_aliases()
 
     def rollback(self, name: str | None = None) -> str:
-        """Go back to ``name``, or to the champion's parent; returns the new champion.
+        """Go back to ``name``, or to what was the champion before this one; returns the new champion.
 
         Raises InputError when there is nothing to go back to, or when ``name`` was never the champion."""
         champion = self.aliases()["champion"]
         assert champion is not None
-        target = self.resolve(name) if name else self.version(champion)["parent"]
+        target = self.resolve(name) if name else self._replaced_by(champion)
         if target is None:
             raise InputError(f"{self.folder}: the champion is the base model; there is nothing before it")
         if target == champion:
@@ -207,6 +207,12 @@ class Workspace:
         self.append("rollback", version=target, parent=champion)
         self._write_aliases()
         return target
+
+    def _replaced_by(self, name: str) -> str | None:
+        """The champion in whose place ``name`` was promoted last: its parent, but after a replay or a promotion by
+        hand. None for the base model."""
+        promoted = [event for event in self.ledger() if event["event"] == "promote" and event["version"] == name]
+        return promoted[-1]["parent"] if promoted else None
 
     def hold(self, name: str, **fields: Any) -> None:
         """Record that a version waits for a person: it becomes the ``candidate`` until the champion changes."""

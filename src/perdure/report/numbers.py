@@ -93,10 +93,22 @@ def _champions(record: Record, candidates: Sequence[Version]) -> list[str]:
     """The champion of each row, [S + 1]: what the next stage started from is what a stage left behind."""
     if not candidates:
         return [BASE]
-    later = [version.parent or BASE for version in candidates[1:]]
+    served = _champion_at_its_time(record)
+    later = [served.get(v.version, BASE) if v.branch else v.parent or BASE for v in candidates[1:]]
     if unknown := [name for name in later if name not in record.versions]:
         raise InputError(f"{record.folder}: damaged, a version's parent {unknown[0]!r} does not exist")
     return [BASE, *later, record.champion]
+
+
+def _champion_at_its_time(record: Record) -> dict[str, str]:
+    """Version -> the champion when it was made. Of a replay's versions that is not their parent."""
+    champion, found = BASE, {}
+    for line in record.ledger:
+        if line.get("event") in ("init", "promote", "rollback"):
+            champion = str(line.get("version"))
+        elif line.get("event") == "candidate":
+            found[str(line.get("version"))] = champion
+    return found
 
 
 def _skills(record: Record, candidates: Sequence[Version]) -> list[str]:

@@ -74,6 +74,8 @@ class Version(_Record):
     version: str
     parent: str | None = None
     stage: str | None = None
+    branch: str | None = None
+    """Set for a version of a replay."""
     skill: str | None = None
     method: str | None = None
     created: str = ""

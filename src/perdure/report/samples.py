@@ -62,7 +62,8 @@ def _of_skill(record: Record, skill: str, taught_by: str | None, tried: str) -> 
     parent = record.versions[taught_by or tried].parent or BASE
     before = BASE if record.items(BASE, skill) else parent
     old, new = record.items(before, skill), record.items(after, skill)
-    pairs = [_sample(old[key], new[key]) for key in new if key in old]
+    # Another content of the skill may use the same ids.
+    pairs = [_sample(old[key], new[key]) for key in new if key in old and old[key].prompt == new[key].prompt]
     if not pairs:
         return None
     counts = {kind: sum(pair.change == kind for pair in pairs) for kind, _ in SHARES}

@@ -3,7 +3,7 @@
 Start it in an environment of its own, with the base model of the workspace, and name it in ``rollout.url``:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --served-model-name perdure --logprobs-mode processed_logprobs \\
-      --hf-overrides '{"tie_word_embeddings": false}'
+      --generation-config vllm --hf-overrides '{"tie_word_embeddings": false}'
 
 Development mode is what offers the reloading of weights; keep such a server on a network of your own. The override is
 for models whose head is their embedding: vLLM does not reload a tied head, so it gets one of its own. Weights travel
@@ -102,6 +102,7 @@ class VllmEngine:
         os.replace(beside, folder / "model.safetensors")
         arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._ask("POST", "/collective_rpc", arguments)
+        self._ask("POST", "/reset_prefix_cache")  # it holds keys and values of the weights before
         self._ask("POST", "/update_weight_version", {"new_version": version})
         return True
 
