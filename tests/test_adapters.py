@@ -179,6 +179,12 @@ def test_only_the_named_layers_get_one() -> None:
         adapted(masters, working, config_of(lora_targets=("nothing",)), 0),
     ):
         pass
+    for outside in ("lm_head", "embed_tokens"):  # loss and decode read these as plain matrices
+        with (
+            pytest.raises(InputError, match=f"lora_targets: '{outside}' is no layer inside"),
+            adapted(masters, working, config_of(lora_targets=("q_proj", outside)), 0),
+        ):
+            pass
     with adapted(masters, working, settings(), 0) as model:
         assert model is masters
 

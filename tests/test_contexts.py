@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from fakes import END, example, renderer, tiny_tokenizer
 from perdure.batching import collate, micro_batches
+from perdure.config import ContextConfig
 from perdure.contexts import Renderer, names_the_example, parse_template
 from perdure.packing import pack
 from perdure.types import Completion, Example, InputError
@@ -221,11 +223,26 @@ def test_tokens_are_those_of_the_whole_text() -> None:
         def decode(self, ids: list[int], **options: Any) -> str:
             return "".join(map(chr, ids))
 
-        def apply_chat_template(self, messages, tools, add_generation_prompt: bool, tokenize: bool) -> str:
+        def get_chat_template(self, tools: Any) -> str:
+            return ""
+
+        def apply_chat_template(self, messages, tools, **options: Any) -> str:
             return "".join(f"{m['content']}#" for m in messages)
 
     completion = Renderer(Spacing(), (ord("#"),), 100).demonstration(example("q", "yes"))
     assert "".join(map(chr, completion.token_ids)) == "yes#"
+
+
+def test_a_template_that_prints_the_date_prints_the_settings_one() -> None:
+    """Else a stage that is resumed tomorrow would have other prompts."""
+    tokenizer = tiny_tokenizer()
+    today = "{% if strftime_now is defined %}{{ strftime_now('%-d %B %Y, %Y-%m-%d') }}{% endif %}\n"
+    tokenizer.chat_template = f"\n{today}{tokenizer.chat_template}"
+    made = [Renderer(tokenizer, (1,), 200, context) for context in (None, ContextConfig(date=date(2031, 12, 5)))]
+    first, second = (tokenizer.decode(each.student_prompt(plain()).token_ids) for each in made)
+    assert first.startswith("\n1 January 2026, 2026-01-01") and second == first.replace(
+        "1 January 2026, 2026-01-01", "5 December 2031, 2031-12-05"
+    )
 
 
 def test_a_template_that_drops_the_demonstration_is_an_error() -> None:

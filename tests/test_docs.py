@@ -13,7 +13,7 @@ from fakes import renderer
 from perdure.config import ContextConfig
 from perdure.contexts import parse_template
 from perdure.importers import run_importer
-from perdure.importers.docs import build, read_questions
+from perdure.importers.docs import build, holding, read_questions
 from perdure.importers.passages import MAX_WORDS, OVERLAP_WORDS, read_passages
 from perdure.skills.base import Skill, load_skill
 from perdure.subject import candidates
@@ -76,6 +76,18 @@ def test_passages_of_every_kind_with_their_places(documents: Path) -> None:
     assert "The pump line runs since May 2026" in found[1].text
     assert "alert" not in found[1].text and "color" not in found[1].text
     assert found[2].text == "# Staff\nThe plant in Brno is led by Jana Novak, who came from Oslo."
+
+
+def test_inline_elements_of_a_page_end_no_word(tmp_path: Path) -> None:
+    page = (
+        '<p>Born in <a href="/p">Paris</a>, <a>France</a>; CO<sub>2</sub> rose.</p><ul><li>One</li><li>Two</li></ul>'
+        "<table><tr><td>Oslo</td><td>12</td></tr><tr><td>Brno</td><td>7</td></tr></table>First<br>second"
+    )
+    (tmp_path / "page.html").write_text(page)
+    (found,) = read_passages(tmp_path / "page.html")
+    assert found.text == "Born in Paris, France; CO2 rose.\nOne\nTwo\nOslo 12\nBrno 7\nFirst second"
+    for answer in ("Paris, France", "CO2", "Oslo 12"):
+        assert holding({"question": "?", "answer": answer}, [found])
 
 
 def test_long_documents_are_cut_between_paragraphs_with_some_overlap(tmp_path: Path) -> None:

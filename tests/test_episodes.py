@@ -233,6 +233,17 @@ def test_recorded_turns_and_own_ones_are_training_rows(skill: Skill, tmp_path: P
     assert state.tokens["rollout"] == sum(len(r.completion.token_ids) for r in own)
 
 
+def test_a_conversation_ends_where_the_teacher_could_not_score_the_next_turn(skill: Skill, tmp_path: Path) -> None:
+    """It sees the recorded conversation before: there a student that keeps calling reaches the window first."""
+    stage = make_stage(tmp_path, engine=ScriptedEngine(lambda prompt: call("cat")), anchors=False)
+    stage = replace(stage, examples=skill.train, acting=skill.acting, max_new_tokens=50, renderer=renderer(window=330))
+    assert skill.acting
+    (alone,) = play(stage.engine, stage.renderer, skill.train[:1], skill.acting, SamplingParams(50), lambda *_: 0)
+    own = acted(stage, settings(anchor_share=0.0), skill.train[:1], LoopState())
+    assert 1 <= len(own) < len(alone.turns)
+    assert all(len(row.teacher_prompt.token_ids) + 50 <= 330 for row in own)
+
+
 def config_of(tmp_path: Path, **train: Any) -> RunConfig:
     model = {"source": str(save_tiny_model(tmp_path / "model", copies=True)), "compute_dtype": "float32"}
     options = {"steps": 4, "batch_size": 6, "warm_start_steps": 2, "warm_start_until": 1.0, "anchor_general_tokens": 2}

@@ -1,10 +1,12 @@
 """Graders: (grader, options, completion, expected, score), and answers that try to break them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from perdure.skills.graders import GRADERS, make_grader
+from perdure.skills.graders.text import expected_text
 from perdure.types import Example, InputError
 
 CALL = {"function": {"name": "light", "arguments": {"on": True, "room": "hall"}}}
@@ -198,11 +200,35 @@ def quality(completion: str, example: Example, strict: bool = False) -> float:
     return {"good": 1, "fair": 0.0 if strict else 0.5}.get(completion, 2)
 
 
+def failing(completion: str, example: Example) -> float:
+    """A user's grader that trips over what a model may write; ``python:test_graders:failing``."""
+    return float(json.loads(completion)["score"])
+
+
+def test_a_python_grader_that_fails_is_named_with_the_row():
+    grade = make_grader("python:test_graders:failing", {}, "")
+    assert grade('{"score": 1}', example("x")) == 1
+    for answer in ("not json", "[1]", "{}"):
+        with pytest.raises(InputError, match=r"t:1: the grader 'python:test_graders:failing' failed on an answer"):
+            grade(answer, example("x"))
+
+
+def test_a_text_beside_the_demonstrated_calls_is_no_call():
+    """The usual form of an agent's turn: it says what it does, and calls."""
+    calls = [{"type": "function", "function": {"name": "light", "arguments": '{"on": true}'}}]
+    row = example("x")
+    row = replace(row, demonstration={"role": "assistant", "content": "Let me see [1].", "tool_calls": calls})
+    grade = make_grader("tool_call", {}, "")
+    assert grade('{"name": "light", "arguments": {"on": true}}', row) == 1
+    assert grade("I cannot know.", row) == 0
+    assert grade(expected_text(row), row) == 1
+
+
 def test_python_graders():
     grade = make_grader("python:test_graders:quality", {}, "")
     assert grade("good", example("x")) == 1.0 and grade("fair", example("x")) == 0.5
     assert make_grader("python:test_graders:quality", {"strict": True}, "")("fair", example("x")) == 0
-    with pytest.raises(ValueError, match=r"t:1: .*gave 2\.0, expected a score from 0 to 1"):
+    with pytest.raises(InputError, match=r"t:1: .*gave 2\.0, expected a score from 0 to 1"):
         grade("bad", example("x"))
     with pytest.raises(InputError, match="must be true or false"):
         make_grader("python:test_graders:quality", {"strict": "yes"}, "skill.toml")

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from fakes import (
     COLOURS,
@@ -332,6 +333,10 @@ def short_answers(config: TrainConfig) -> TrainConfig:
         ({"kl_weight": 0.1}, "sft_kl"),
         ({"anchor_focus": 0.9, "method": "sft_replay"}, "anchor_focus goes by a divergence"),
         ({"anchor_rehearsal": 0.5, "method": "sft_replay"}, "what all of these rows carry"),
+        ({"method": "sft", "teacher": "ema"}, 'teacher = "ema" has no effect with method = "sft"'),
+        ({"method": "sft", "teacher_temperature": 0.7}, "teacher_temperature has no effect"),
+        ({"method": "dft", "sampling_temperature": 0.7}, "sampling_temperature has no effect"),
+        ({"method": "sft", "anchor_share": 0.0, "divergence": "reverse_kl"}, "divergence has no effect.*without anch"),
         ({"anchor_rehearsal": 0.5, "anchor_share": 0.0}, "anchor_rehearsal has an effect only with rows of earlier"),
         ({"anchor_focus": 0.9, "anchor_share": 0.0}, "anchor_focus has an effect only with rows of earlier"),
         ({"anchor_per_skill": 2, "anchor_earlier_share": 0.0}, "anchor_per_skill has an effect only with rows"),
@@ -350,6 +355,21 @@ def test_a_colour_is_what_the_toy_rows_ask_for() -> None:
     """The scripted answers above lean on it."""
     assert COLOURS["cat"] == "red" and example("say", "red").demonstration == {"role": "assistant", "content": "red"}
     assert Completion((1,), (), True).sampler_logprobs == ()
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    """Gemma and Llama have seen no text without their begin token; an end token would end the document."""
+    stage, config = documented(make_stage(tmp_path)), settings(method="cpt", anchor_share=0.0)
+    (row, *_) = batch_rows(stage, config, LoopState())
+    bare = complete(stage, config, row)
+    tokenizer = stage.renderer.tokenizer
+    end = tokenizer.eos_token
+    tokenizer.bos_token = "<|user|>"
+    special = [("<|user|>", tokenizer.bos_token_id), (end, tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(f"<|user|> $A {end}", special_tokens=special)
+    made = complete(stage, config, row)
+    assert made.student_prompt.token_ids == (tokenizer.bos_token_id,)
+    assert made.completion.token_ids == (*bare.student_prompt.token_ids, *bare.completion.token_ids)
 
 
 def test_continued_pre_training_reads_the_document_as_plain_text(tmp_path: Path) -> None:

@@ -123,6 +123,15 @@ def test_every_row_that_does_not_fit_is_named():
     assert "the window holds 50" in lines[1] and "the demonstration has 6 tokens, max_new_tokens is 4" in lines[4]
 
 
+def test_test_rows_that_no_answer_can_reach_are_named_as_well():
+    tests = (example("cat", "red", origin="test:1"), example("cat", "x" * 5, origin="test:2"),
+             example("x" * 60, "red", origin="test:3"))  # fmt: skip
+    checked = replace(subject([example("cat", "red")], window=50), tests=tests)
+    with pytest.raises(InputError) as caught:
+        check_windows(checked, [parse_template("turns:1")])
+    assert [line[:8] for line in str(caught.value).split("\n")[1:]] == ["  test:3", "  test:2"]
+
+
 def test_no_template_left_gives_a_reason_for_each():
     ends_in_tool = replace(example("cat", "red"), messages=({"role": "user", "content": "cat"},
                                                             {"role": "tool", "content": "x"}))  # fmt: skip

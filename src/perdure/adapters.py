@@ -8,7 +8,7 @@ adapters lie in 4 bits meanwhile; what the masters get is the product alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
@@ -45,6 +45,7 @@ def _with_adapters(masters: Any, working: Any, config: TrainConfig, seed: int, m
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
+    _check_targets(working, config.lora_targets)
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft divides it, whatever number it is
@@ -72,6 +73,14 @@ def _with_adapters(masters: Any, working: Any, config: TrainConfig, seed: int, m
     finally:
         tuner.unload()
         working.requires_grad_(False)
+
+
+def _check_targets(model: Any, targets: Sequence[str]) -> None:
+    """Raises InputError for the head and the embedding: their matrices are read as they are, without an adapter."""
+    outside = [model.get_output_embeddings(), model.get_input_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is one for one in outside)]
+    if wrong := [target for target in targets if any(f".{name}".endswith(f".{target}") for name in names)]:
+        raise InputError(f"train.lora_targets: {wrong[0]!r} is no layer inside the model's blocks; leave it out")
 
 
 def _exact_magnitudes(masters: Any, working: Any) -> None:

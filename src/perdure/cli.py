@@ -20,6 +20,9 @@ COMMANDS = (cli_learn, cli_versions, cli_bench)
 _BY_SIGNAL = 130
 """What typer exits with when Ctrl-C reaches it."""
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+"""No room, or no right to write: another attempt may do."""
+_PATH_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+"""A path that cannot be what it is given as."""
 
 
 def main() -> None:
@@ -35,9 +38,11 @@ def main() -> None:
     except InputError as error:
         _fail(str(error), BAD_INPUT)
     except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        if error.errno in _PATH_ERRORS:
+            _fail(f"{place}{error.strerror}; name another path", BAD_INPUT)
         if error.errno not in _PLACE_ERRORS:
             raise
-        place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror}. Nothing was half-written; make room or choose another place, then repeat the "
               "command.", BAD_INPUT)  # fmt: skip
     except SystemExit as stop:

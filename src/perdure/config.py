@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class ContextConfig(SettingsSection):
     (``enable_thinking``, ``reasoning_effort``...)."""
     teacher_switches: dict[str, Any] = Field(default_factory=dict)
     """The same for the teacher's prompts. Where they make the two begin the answer differently, the run is refused."""
+    date: datetime.date = datetime.date(2026, 1, 1)
+    """Today, for chat templates that print it: a prompt is the same tomorrow."""
 
     @model_validator(mode="after")
     def _possible(self) -> ContextConfig:

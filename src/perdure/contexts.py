@@ -7,10 +7,12 @@ construction. Nothing is truncated: a row that does not fit is an InputError tha
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,7 @@ class Renderer:
         self.window = window
         context, thinking = context or ContextConfig(), thinking or ThinkingConfig()
         self.switches = {"student": context.student_switches, "teacher": context.teacher_switches}
+        self.date = context.date
         self.part: Part = thinking.loss
         self.hesitations = thinking.hesitations
         self.marks: Marks | None = None
@@ -246,10 +249,13 @@ class Renderer:
         return Rollout(student, teacher, completion, region=region)
 
     def document_row(self, example: Example) -> Rollout:
-        """The row's document as plain text, without the chat template: its first token is the prompt of the others.
+        """The row's document as plain text, without the chat template but with the begin token that the tokenizer puts
+        before a text: the first token is the prompt of the others.
 
         Raises InputError for a row without a document and for one that does not fit the window."""
-        ids = tuple(self._encode(example.document or ""))
+        begin = self.tokenizer("")["input_ids"][:1]  # some tokenizers end a text, too: the model goes on here
+        begin = begin if begin == [self.tokenizer.bos_token_id] else []
+        ids = (*begin, *self._encode(example.document or ""))
         if len(ids) < 2:
             raise InputError(f'{example.origin}: continued pre-training needs a "document" in every row')
         prompt = Prompt(example, ids[:1])
@@ -290,10 +296,12 @@ class Renderer:
         return Prompt(example, tuple(self._encode(self._text(example, messages, generate=True, role=role))))
 
     def _text(self, example: Example, messages: tuple[Message, ...], generate: bool, role: str = "student") -> str:
+        tools = list(example.tools) or None
         try:
             return self.tokenizer.apply_chat_template(
                 [_with_objects(message) for message in messages],
-                tools=list(example.tools) or None,
+                tools=tools,
+                chat_template=on_date(self.tokenizer.get_chat_template(tools=tools), self.date),
                 add_generation_prompt=generate,
                 tokenize=False,
                 **self.switches[role],
@@ -311,6 +319,18 @@ class Renderer:
     def _encode(self, text: str) -> list[int]:
         # The template writes every special token itself; the tokenizer must not add another begin token.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@lru_cache
+def on_date(chat_template: str, date: datetime.date) -> str:
+    """The chat template, in which today is ``date`` where it prints today's date."""
+    if "strftime_now" not in chat_template:
+        return chat_template
+    replaced = "".join(
+        f"|replace('%{sign}', '{date.strftime('%' + sign)}')" for sign in ("-d", "-m", *"aAbBcdjmuUwWxyY")
+    )
+    # A macro stands before the function of the same name that transformers gives; "+" keeps what follows as it is.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro +%}}{chat_template}"
 
 
 def _with_objects(message: Message) -> Message:

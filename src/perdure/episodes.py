@@ -30,18 +30,19 @@ class Episode:
 
 
 def play(engine: RolloutEngine, renderer: Renderer, examples: Sequence[Example], acting: Acting, params: SamplingParams,
-         seeds: Callable[[int, int], int], template: Template | None = None,
-         progress: Progress | None = None) -> list[Episode]:  # fmt: skip
+         seeds: Callable[[int, int], int], template: Template | None = None, progress: Progress | None = None,
+         scored_by: Template | None = None) -> list[Episode]:  # fmt: skip
     """Let the model act from each example's prompt until it makes no more calls, as the teacher where there is a
     ``template``. ``seeds``: of (place of the example, number of the turn).
 
     A conversation ends, too, after ``acting.max_turns``, at an answer cut off by the length limit, and where the next
-    turn would not fit the window. Raises InputError when the environment fails, or with several processes."""
+    turn would not fit the window, also not for a teacher who is to score it under ``scored_by``.
+    Raises InputError when the environment fails, or with several processes."""
     if GROUP.count > 1:
         raise InputError("an environment is played in one process: start the command without torchrun")
     episodes = [Episode(example, acting.begin(example), messages=example.messages) for example in examples]
     for number in range(acting.max_turns):
-        asked = _prompts(renderer, episodes, params.max_new_tokens, template, number)
+        asked = _prompts(renderer, episodes, params.max_new_tokens, template, scored_by, number)
         references = [_recorded(renderer, episodes[place].example, number) for place in asked]
         completions = engine.generate(list(asked.values()), params, [seeds(place, number) for place in asked], None,
                                       references) if asked else []  # fmt: skip
@@ -54,7 +55,7 @@ def play(engine: RolloutEngine, renderer: Renderer, examples: Sequence[Example],
 
 
 def _prompts(renderer: Renderer, episodes: Sequence[Episode], most: int, template: Template | None,
-             number: int) -> dict[int, Prompt]:  # fmt: skip
+             scored_by: Template | None, number: int) -> dict[int, Prompt]:  # fmt: skip
     """Place -> prompt of the next turn, of every conversation that goes on; those that have grown too long end."""
     found = {}
     for place, episode in enumerate(episodes):
@@ -62,7 +63,9 @@ def _prompts(renderer: Renderer, episodes: Sequence[Episode], most: int, templat
             continue
         now = replace(episode.example, messages=episode.messages)
         prompt = renderer.teacher_prompt(now, template) if template else renderer.student_prompt(now)
-        episode.open = not number or len(prompt.token_ids) + most <= renderer.window
+        scored = renderer.teacher_prompt(now, scored_by) if scored_by else prompt
+        longest = max(len(prompt.token_ids), len(scored.token_ids))
+        episode.open = not number or longest + most <= renderer.window
         if episode.open:
             renderer.check_window(prompt, most, "acting")
             found[place] = prompt

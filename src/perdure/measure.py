@@ -50,7 +50,13 @@ def way_of(config: RunConfig) -> Way:
     """How scores are taken under these settings on this machine."""
     model = config.model.model_dump(mode="json") | {"compute_dtype": str(compute_dtype(config.model)),
                                                     "device": device_of(config.model).type}  # fmt: skip
-    answers = [model, config.context.student_switches, config.thinking.model_dump(mode="json"), config.rollout.engine]
+    answers = [
+        model,
+        config.context.student_switches,
+        str(config.context.date),
+        config.thinking.model_dump(mode="json"),
+        config.rollout.engine,
+    ]
     return Way(_hash(answers), _hash([model, config.probe.rows, config.seed]), config.eval.rows)
 
 

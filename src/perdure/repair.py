@@ -1,9 +1,9 @@
 """A candidate that learned its skill but hurt something is not the end: a few attempts to keep both.
 
-In order, until one passes: checkpoints of the stage from before the weights it ended with; the
-weights blended back towards the parent (three shares); a second training with more anchors; a third with a smaller
-learning rate. Several attempts are several chances to pass by luck, so the gate is strict with them: no observed loss
-beyond a budget, significant or not. The ledger holds every attempt and is what a resumed stage goes by.
+In order, until one passes: checkpoints of the stage from before the weights it ended with; the weights blended back
+towards the parent (three shares); a second training with more anchors; a third with a smaller learning rate. Several
+attempts are several chances to pass by luck, so the gate is strict with them: no observed loss beyond a budget,
+significant or not. The ledger holds every attempt and is what a resumed stage goes by.
 """
 
 from __future__ import annotations

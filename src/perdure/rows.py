@@ -192,7 +192,8 @@ def acted(stage: Stage, config: TrainConfig, examples: Sequence[Example], state:
     assert stage.acting
     params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
     episodes = play(stage.engine, stage.renderer, examples, stage.acting, params,
-                    lambda place, turn: derive_seed(stage.seed, "rollout", state.step, place, turn))  # fmt: skip
+                    lambda place, turn: derive_seed(stage.seed, "rollout", state.step, place, turn),
+                    scored_by=stage.template)  # fmt: skip
     turns = [turn for episode in episodes for turn in episode.turns]
     state.tokens["rollout"] += sum(len(completion.token_ids) for _, completion in turns)
     return [stage.renderer.rollout(example, completion, stage.template) for example, completion in turns]

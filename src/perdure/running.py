@@ -99,7 +99,7 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
     """The teacher gap of ``skill``, and what teaching it to ``parent`` will cost: preflight.json."""
     with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
         original = base_as_teacher(config, session) if config.train.teacher == "original" and parent != BASE else None
-        found = preflight(subject_of(session, skill, original), config.context, config.preflight, config.train,
+        found = preflight(subject_of(session, skill, config, original), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
     advice = {"recommended": _advised(workspace, parent, session, skill, config, found, reporter).to_json()}
     if not config.preflight.forecast:
@@ -117,17 +117,19 @@ def _advised(workspace: Workspace, parent: str, session: Session, skill: Skill, 
         original = config.train.teacher != "original"
         who = "the original model" if original else "the champion"
         with reporter.phase(f"preflight: {who} as the teacher", 0, "rows"):
-            subject = subject_of(session, skill, base_as_teacher(config, session) if original else None)
+            subject = subject_of(session, skill, config, base_as_teacher(config, session) if original else None)
             other = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template)
     taught = len(workspace.taught(parent).keys() - {skill.name})
     return recommend(found, taught, config.train, other)
 
 
-def subject_of(session: Session, skill: Skill, original: tuple[Any, RolloutEngine] | None = None) -> Subject:
+def subject_of(
+    session: Session, skill: Skill, config: RunConfig, original: tuple[Any, RolloutEngine] | None = None
+) -> Subject:
     """What the preflight looks at; ``original``: working copy and engine of the base model, where that is to teach."""
     return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
                    session.working, session.engine, session.renderer, session.dtype,
-                   original, skill.acting)  # fmt: skip
+                   original, skill.acting, skill.test[: config.eval.rows or None])  # fmt: skip
 
 
 def check_before(run: Run) -> dict[str, Any] | None:
@@ -139,7 +141,7 @@ def check_before(run: Run) -> dict[str, Any] | None:
         )
     if not METHODS[run.config.train.method].shows:
         check_thinking(run.session.renderer, run.skill.train, run.config.train)
-        check_windows(subject_of(run.session, run.skill), [])
+        check_windows(subject_of(run.session, run.skill, run.config), [])
         for row in run.skill.train if METHODS[run.config.train.method].completions == "document" else ():
             run.session.renderer.document_row(row)
         return None

@@ -36,6 +36,8 @@ class Subject:
 
     acting: Acting | None = None
     """Where the rows are conversations that are played."""
+    tests: tuple[Example, ...] = ()
+    """Test rows that will be answered: an answer to them must fit, too."""
 
     @property
     def teaching(self) -> tuple[Any, RolloutEngine]:
@@ -84,21 +86,28 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
         )
 
 
+def _lengths(renderer: Renderer, rows: Sequence[Example], most: int) -> tuple[list[int], list[int], list[str]]:
+    """Tokens of each row's prompt as the student sees it, the room that its answer needs, and what does not fit."""
+    completions = [len(renderer.demonstration(e).token_ids) for e in rows]
+    room = [max(length, most) for length in completions]
+    prompts = [len(renderer.student_prompt(e).token_ids) for e in rows]
+    problems = [f"  {e.origin}: prompt and answer take {p + r} tokens, the window holds {renderer.window}"
+                for e, p, r in zip(rows, prompts, room, strict=True) if p + r > renderer.window]  # fmt: skip
+    problems += [f"  {e.origin}: the demonstration has {length} tokens, max_new_tokens is {most}"
+                 for e, length in zip(rows, completions, strict=True) if length > most]  # fmt: skip
+    return prompts, room, problems
+
+
 def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict[str, Any], list[Template]]:
     """Lengths of every training row under every role (tokens, with room for the answer), and the templates that all
     rows can be written in and fit under.
 
-    Raises InputError listing each row that does not fit even without a demonstration, or whose demonstration is longer
-    than an answer may be; else, when no template is left, one reason for each of them."""
+    Raises InputError listing each row, of training or test, that does not fit even without a demonstration, or whose
+    demonstration is longer than an answer may be; else, when no template is left, one reason for each of them."""
     renderer, limit, most = subject.renderer, subject.renderer.window, subject.max_new_tokens
     rows = renderer.each_turn(subject.examples)
-    completions = [len(renderer.demonstration(e).token_ids) for e in rows]
-    room = [max(length, most) for length in completions]
-    prompts = [len(renderer.student_prompt(e).token_ids) for e in rows]
-    problems = [f"  {e.origin}: prompt and answer take {p + r} tokens, the window holds {limit}"
-                for e, p, r in zip(rows, prompts, room, strict=True) if p + r > limit]  # fmt: skip
-    problems += [f"  {e.origin}: the demonstration has {length} tokens, max_new_tokens is {most}"
-                 for e, length in zip(rows, completions, strict=True) if length > most]  # fmt: skip
+    prompts, room, problems = _lengths(renderer, rows, most)
+    problems += _lengths(renderer, renderer.each_turn(subject.tests), most)[2]
     if problems:
         raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens "
                          "(skill.toml) or model.max_window:\n" + "\n".join(problems))  # fmt: skip

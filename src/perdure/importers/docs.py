@@ -160,4 +160,5 @@ def holding(row: dict[str, Any], passages: Sequence[Passage]) -> Passage | None:
 @lru_cache(8192)  # every question looks through the same passages
 def plain(text: str) -> str:
     """Lower case, without punctuation at the ends of words, single spaces: how a quotation is looked for."""
-    return " ".join(word.strip(".,;:!?\"'()[]") for word in text.casefold().split()).strip()
+    words = (word.strip(".,;:!?\"'()[]") for word in text.casefold().split())
+    return " ".join(word for word in words if word)

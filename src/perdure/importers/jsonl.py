@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from perdure.importers.base import Row, skill_name, write_skill
+from perdure.settings import parse
 from perdure.skills.base import prompt_key
 from perdure.skills.reading import read_rows
 from perdure.skills.settings import SkillSettings
@@ -26,7 +27,9 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     data = file.read_bytes()
-    of_rows = SkillSettings(name=name, grader=grader, max_new_tokens=4096, turns=turns)
+    of_rows = parse(
+        SkillSettings, {"name": name, "grader": grader, "max_new_tokens": 4096, "turns": turns}, str(target)
+    )
     examples = read_rows(file, of_rows, problems, data)
     if problems:
         raise InputError(f"{file}: {len(problems)} problems:\n" + "\n".join(problems))

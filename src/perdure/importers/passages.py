@@ -92,6 +92,14 @@ def _text(file: Path, name: str) -> Iterator[tuple[str, str]]:
             block = []
 
 
+BLOCKS = ("p", "div", "section", "article", "main", "header", "footer", "aside", "h1", "h2", "h3", "h4", "h5", "h6",
+          "ul", "ol", "li", "dl", "dt", "dd", "table", "tr", "blockquote", "pre", "figure", "figcaption", "form",
+          "title")  # fmt: skip
+"""Elements of a page that stand by themselves."""
+APART = ("td", "th", "br")
+"""Elements that end a word, but no block."""
+
+
 def _html(file: Path, name: str) -> Iterator[tuple[str, str]]:
     try:
         from bs4 import BeautifulSoup
@@ -100,8 +108,14 @@ def _html(file: Path, name: str) -> Iterator[tuple[str, str]]:
     page = BeautifulSoup(_decoded(file), "html.parser")
     for unread in page(["script", "style", "noscript", "template", "nav"]):
         unread.decompose()
-    for number, block in enumerate(page.get_text("\n").split("\n\n"), 1):
-        yield " ".join(block.split()), f"{name} block {number}"
+    for parts, gap in ((BLOCKS, "\n\n"), (APART, " ")):
+        for part in page(parts):
+            part.insert_before(gap)
+            part.insert_after(gap)
+    # Nothing between the pieces of a line: a link or a subscript in the middle of a word ends no word.
+    blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", page.get_text()))
+    for number, block in enumerate(filter(None, blocks), 1):
+        yield block, f"{name} block {number}"
 
 
 def _pdf(file: Path, name: str) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Graders: one file each, ``grade(completion, example, **options) -> 0..1``. This dict is the registry.
 
 A grader never raises over what a model wrote. It raises ValueError over a row that it cannot grade; the skill's
-validation finds those before anything runs.
+validation finds those before anything runs. What a user's own grader raises becomes an InputError that names the row.
 """
 
 from __future__ import annotations
@@ -35,13 +35,20 @@ def make_grader(name: str, options: dict[str, Any], where: str) -> Callable[[str
     function = _find(name)
 
     def grade(completion: str, example: Example) -> float:
-        """0..1. Raises ValueError for a row that cannot be graded or a score that is none."""
-        score = float(function(completion, example, **options))
+        """0..1. Raises ValueError for a row that cannot be graded."""
+        return float(function(completion, example, **options))
+
+    def by_the_user(completion: str, example: Example) -> float:
+        """0..1. Raises InputError for whatever happens in code that is not ours, naming the row."""
+        try:
+            score = grade(completion, example)
+        except Exception as error:
+            raise InputError(f"{example.origin}: the grader {name!r} failed on an answer to it: {error!r}") from error
         if not 0 <= score <= 1:
-            raise ValueError(f"{example.origin}: the grader {name!r} gave {score}, expected a score from 0 to 1")
+            raise InputError(f"{example.origin}: the grader {name!r} gave {score}, expected a score from 0 to 1")
         return score
 
-    return grade
+    return grade if name in GRADERS else by_the_user
 
 
 def grader_problems(name: str, options: dict[str, Any]) -> list[tuple[str, str]]:

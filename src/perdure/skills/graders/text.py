@@ -13,11 +13,13 @@ from perdure.types import Example
 
 
 def expected_text(example: Example) -> str:
-    """The demonstration's text; its tool calls as compact JSON where it has no text."""
+    """The demonstration's text, and its tool calls as compact JSON."""
     assert example.demonstration is not None
-    if content := example.demonstration.get("content"):
+    content, calls = example.demonstration.get("content") or "", example.demonstration.get("tool_calls")
+    if content and not calls:
         return content
-    return json.dumps(example.demonstration.get("tool_calls", []), separators=(",", ":"))
+    written = json.dumps(calls or [], separators=(",", ":"))
+    return f"{content}\n{written}" if content else written
 
 
 def whole_json(text: str) -> Any:

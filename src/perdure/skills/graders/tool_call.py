@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ def grade(completion: str, example: Example) -> float:
     if "ground_truth" in example.metadata:
         wanted = _ground_truth(example.metadata["ground_truth"])
     else:
-        right = calls_in(expected_text(example))
+        said = example.demonstration or {}
+        # Beside calls a text is what is said while they run; it holds none of them.
+        right = calls_in(json.dumps(said["tool_calls"]) if said.get("tool_calls") else expected_text(example))
         wanted = [(name, {key: [value] for key, value in arguments.items()}) for name, arguments in right]
     return float(_match(calls_in(completion), wanted))
 
