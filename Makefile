@@ -39,7 +39,7 @@ demo: venv
 
 # A worker a core, a file of tests to each: some of their fixtures train for half a minute.
 test: check
-	$(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 check: venv
 	$(BIN)/ruff check .

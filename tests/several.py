@@ -1,6 +1,9 @@
-"""What several processes do together, run by torchrun from test_processes.py; prints JSON lines of process 0.
+"""What several processes do together, run by torchrun from test_processes.py.
 
-torchrun --nproc-per-node 2 tests/several.py FOLDER CASE
+torchrun --nproc-per-node 2 tests/several.py FOLDER NAME:CASE:KIND ...
+
+The jobs run in turn, each in a folder of its own, FOLDER/NAME; process 0 prints a JSON line when one is through. The
+first that fails ends the run, for the processes no longer stand at the same point.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "offline": {"method": "offline"},
     "on policy": {"warm_start_steps": 0, "steps": 6, "sampling_temperature": 0.05},
 }
+DIE_AFTER = "PERDURE_TEST_DIE_AFTER"
+"""Of the environment: the steps after which process 1 kills itself."""
 
 
 def settings(model: Path, train: dict[str, Any]) -> RunConfig:
@@ -80,7 +85,7 @@ def _die_after(steps: int) -> None:
     torch.optim.AdamW.step = step
 
 
-def answers(folder: Path) -> None:
+def answers(folder: Path) -> dict[str, Any]:
     """What the engine says to the skill's prompts, and what is left after the session is gone."""
     session = open_session(settings(folder / "model", {}))
     skill = load_skill(folder / "numbers")
@@ -96,13 +101,11 @@ def answers(folder: Path) -> None:
     told: list[int] = []
     scored = score_pairs(session.working, pairs, batch_tokens=64, advance=told.append, key=session.key)
     assert sum(told) == sum(map(length, pairs))
-    say(
-        {
-            "scored": [[round(value, 3), same] for value, same in scored],
-            "sampled": [c.token_ids for c in found],
-            "turned": [c.token_ids for c in turned],
-        }
-    )
+    return {
+        "scored": [[round(value, 3), same] for value, same in scored],
+        "sampled": [c.token_ids for c in found],
+        "turned": [c.token_ids for c in turned],
+    }
 
 
 def say(what: Any) -> None:
@@ -111,21 +114,21 @@ def say(what: Any) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, case, *rest = Path(sys.argv[1]), *sys.argv[2:]
+    folder, jobs = Path(sys.argv[1]), sys.argv[2:]
     processes.start()
     if not GROUP.lead:
-        if len(rest) > 2:
-            _die_after(int(rest[2]))
+        if steps := os.environ.get(DIE_AFTER):
+            _die_after(int(steps))
         try:
             processes.follow()
         except processes.ProcessLost:
             sys.exit(3)
         return
     try:
-        if case == "answers":
-            answers(folder)
-        else:
-            chain(folder, rest[0], case, rest[1] == "shard")
+        for job in jobs:
+            name, case, kind = job.split(":")
+            said = answers(folder) if case == "answers" else chain(folder, name, case, kind == "shard")
+            say({"job": job, "said": said})
     except processes.ProcessLost as error:
         say({"lost": str(error)})
         sys.exit(3)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from fake_workspace import FakeWorkspace
 from fakes import COLOURS, save_tiny_model, toy_skill
 from perdure.cli import app
 from perdure.config import load_config
+from perdure.types import InputError
 from perdure.workspace import Workspace
 
 SURFACE = {
@@ -103,12 +106,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", copies=True)
 
 
-@pytest.fixture
-def bot(tmp_path: Path, model: Path) -> Path:
-    done = perdure("init", tmp_path / "bot", "--model", model, "--set", "probe.tasks=[]",
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A workspace as the command makes it, which loads the model: once for all tests, to copy."""
+    folder = tmp_path_factory.mktemp("new") / "bot"
+    done = perdure("init", folder, "--model", model, "--set", "probe.tasks=[]",
                    "--set", "model.compute_dtype=float32")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return tmp_path / "bot"
+    return folder
+
+
+@pytest.fixture
+def bot(tmp_path: Path, new: Path) -> Path:
+    return shutil.copytree(new, tmp_path / "bot")
 
 
 def assert_one_error(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
@@ -117,6 +127,14 @@ def assert_one_error(done: subprocess.CompletedProcess[str], code: int, *parts: 
     assert done.stderr.count("error: ") == 1
     for part in parts:
         assert part in done.stderr
+
+
+def assert_refused(words: Sequence[str | Path], *parts: str) -> None:
+    """The command's own error, in this process: what becomes of each such error is seen in processes of their own."""
+    with pytest.raises(InputError) as caught:
+        app([*map(str, words)], standalone_mode=False)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def test_help_and_version_need_no_torch(tmp_path: Path):
@@ -140,8 +158,17 @@ def test_help_and_version_need_no_torch(tmp_path: Path):
 def test_bad_rows_name_file_and_line(bot: Path, tmp_path: Path, content: bytes, parts: tuple[str, ...]):
     skill = toy_skill(tmp_path / "toy")
     (skill / "train.jsonl").write_bytes(content)
-    assert_one_error(perdure("learn", skill, "-w", bot), 2, *parts)
+    assert_refused(("learn", skill, "-w", bot), *parts)
     assert not (bot / "runs").exists()
+
+
+def test_bad_input_is_one_error_and_exit_code_2(bot: Path, tmp_path: Path):
+    """Of a skill, in bytes that are no text, and of the command's settings."""
+    skill = toy_skill(tmp_path / "toy")
+    (skill / "train.jsonl").write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
+    assert_one_error(perdure("learn", skill, "-w", bot), 2, "train.jsonl:1", "UTF-8")
+    assert not (bot / "runs").exists()
+    assert_one_error(perdure("learn", skill, "-w", bot, "--set", "train.stepz=3"), 2, "stepz")
 
 
 def test_a_prompt_longer_than_the_window_is_named(bot: Path, tmp_path: Path):
@@ -149,7 +176,7 @@ def test_a_prompt_longer_than_the_window_is_named(bot: Path, tmp_path: Path):
     with (skill / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x" * 3000, "completion": "red"}) + "\n")
     line = 5 * len(COLOURS) + 1
-    assert_one_error(perdure("check", skill, "-w", bot), 2, f"train.jsonl:{line}", "window")
+    assert_refused(("check", skill, "-w", bot), f"train.jsonl:{line}", "window")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +188,7 @@ def test_a_prompt_longer_than_the_window_is_named(bot: Path, tmp_path: Path):
     ],
 )
 def test_bad_skill_settings_are_named(bot: Path, tmp_path: Path, change: dict, parts: tuple[str, ...]):
-    assert_one_error(perdure("learn", toy_skill(tmp_path / "toy", **change), "-w", bot), 2, *parts)
+    assert_refused(("learn", toy_skill(tmp_path / "toy", **change), "-w", bot), *parts)
 
 
 def test_init_from_a_settings_file(tmp_path: Path, model: Path):
@@ -171,9 +198,9 @@ def test_init_from_a_settings_file(tmp_path: Path, model: Path):
     assert done.returncode == 0, done.stderr
     train = Workspace.open(tmp_path / "bot").config().train
     assert (train.steps, train.lora_rank) == (77, 4)
-    assert_one_error(perdure("init", tmp_path / "new", "--config", tmp_path / "none.toml"), 2, "none.toml")
+    assert_refused(("init", tmp_path / "new", "--config", tmp_path / "none.toml"), "none.toml")
     file.write_text("[train]\nsteps = 0\n")
-    assert_one_error(perdure("init", tmp_path / "new", "--config", file), 2, "settings.toml", "steps")
+    assert_refused(("init", tmp_path / "new", "--config", file), "settings.toml", "steps")
     assert not (tmp_path / "new").exists()
 
 
@@ -187,8 +214,7 @@ def test_every_recipe_is_settings_that_can_be_used(recipe: Path):
 
 def test_a_model_folder_that_is_no_model(tmp_path: Path):
     (tmp_path / "model").mkdir()
-    done = perdure("init", tmp_path / "bot", "--model", tmp_path / "model")
-    assert_one_error(done, 2, "not a model folder", "config.json")
+    assert_refused(("init", tmp_path / "bot", "--model", tmp_path / "model"), "not a model folder", "config.json")
     assert not (tmp_path / "bot").exists()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert_one_error(perdure("init", tmp_path / "bot", "--model", tmp_path / "model"), 2, "cannot be loaded")
@@ -200,7 +226,7 @@ def test_a_model_folder_that_is_no_model(tmp_path: Path):
     [("train.stepz=3", "stepz"), ("train.steps", "key=value"), ("trian.steps=3", "trian"), ("train.steps=-1", "steps")],
 )
 def test_bad_settings_are_named(bot: Path, tmp_path: Path, setting: str, part: str):
-    assert_one_error(perdure("learn", toy_skill(tmp_path / "toy"), "-w", bot, "--set", setting), 2, part)
+    assert_refused(("learn", toy_skill(tmp_path / "toy"), "-w", bot, "--set", setting), part)
 
 
 def test_unknown_options_workspaces_and_sources(bot: Path, tmp_path: Path):
@@ -228,12 +254,11 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp
     assert json.loads(perdure("status", bot, "--json").stdout)["champion"] == "v000"
 
 
-def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, tmp_path: Path, model: Path):
+def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, tmp_path: Path, new: Path):
     # Twelve steps are over in half a second.
     longer = (*FAST, "--set", "train.steps=40", "--set", "train.patience=99")
     skill = toy_skill(tmp_path / "toy")
-    straight = tmp_path / "straight"
-    perdure("init", straight, "--model", model, "--set", "probe.tasks=[]", "--set", "model.compute_dtype=float32")
+    straight = shutil.copytree(new, tmp_path / "straight")
     assert perdure("learn", skill, "-w", straight, *longer).returncode in (0, 1)
 
     run = bot / "runs" / "s01-toy"
@@ -287,17 +312,18 @@ def test_what_the_gate_held_is_promoted_only_by_force_and_with_a_reason(held: Pa
     assert perdure("promote", "v001", "-w", held).returncode == 0  # passed once: no force
 
 
-def test_diff_compares_on_the_same_items(held: Path):
+def test_diff_compares_on_the_same_items(held: Path, capsys: pytest.CaptureFixture[str]):
     found = json.loads(perdure("diff", "v1", "v2", "-w", held, "--json").stdout)
     assert (found["first"], found["second"], found["between"]) == ("v001", "v002", ["v001", "v002"])
     colours = found["scores"]["colours"]
     assert (colours["before"], colours["after"], colours["lost"], colours["gained"]) == (0.9, 0.5, 4, 0)
     assert colours["p_worse"] == 1 / 16 and colours["low"] <= -0.4 <= colours["high"]
     assert found["scores"]["numbers"] is None and found["config"] == {}
-    text = perdure("diff", "v1", "v2", "-w", held).stdout
+    app(["diff", "v1", "v2", "-w", str(held)], standalone_mode=False)
+    text = capsys.readouterr().out
     assert "−40.0" in text and "v001 > v002" in text
 
 
 def test_what_diff_forget_and_sync_cannot_do(held: Path):
-    assert_one_error(perdure("diff", "v1", "v9", "-w", held), 2, "no version 'v9'")
-    assert_one_error(perdure("sync", "wandb", "-w", held), 2, "no tracker 'wandb'")
+    assert_refused(("diff", "v1", "v9", "-w", held), "no version 'v9'")
+    assert_refused(("sync", "wandb", "-w", held), "no tracker 'wandb'")

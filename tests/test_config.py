@@ -1,7 +1,7 @@
 """Settings: what round-trips, what is refused, and in which words."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perdure.config import ContextConfig, GateConfig, ModelConfig, RunConfig, TrainConfig, load_config, to_toml
@@ -31,7 +31,6 @@ def test_toml_round_trip_of_changed_settings(tmp_path):
     assert load_config(path) != RunConfig()
 
 
-@settings(deadline=None)
 @given(
     rate=st.floats(1e-12, 1.0), steps=st.integers(1, 10**9), share=st.floats(0, 0.9), seed=st.integers(-(2**62), 2**62)
 )

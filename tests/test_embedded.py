@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 
 SETTINGS = {
     "context": {"template": "turns:2"},
-    "train": {"steps": 8, "batch_size": 8, "learning_rate": 1e-4, "warm_start_steps": 6, "warmup_steps": 1,
-              "validation_max": 8, "validate_every": 8, "anchor_general_tokens": 4},
-    "preflight": {"rows": 12},
+    "train": {"steps": 4, "batch_size": 8, "learning_rate": 1e-4, "warm_start_steps": 3, "warmup_steps": 1,
+              "validation_max": 8, "validate_every": 4, "anchor_general_tokens": 4},
+    "preflight": {"rows": 12, "forecast": False},
     "eval": {"rows": 12},
     "probe": {"tasks": ["piqa"], "rows": 6},
 }  # fmt: skip

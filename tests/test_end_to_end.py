@@ -8,21 +8,36 @@ from pathlib import Path
 import pytest
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
+from perdure.cli import app
+from perdure.report.numbers import summary
 from test_cli import perdure
 
 TRAIN = ("--set", "train.learning_rate=3e-3", "--set", "train.steps=40", "--set", "train.warm_start_steps=20",
          "--set", "train.anchor_general_tokens=4")  # fmt: skip
 
 
-def run(folder: Path, *settings: str) -> Path:
+def init(folder: Path) -> tuple[str | Path, ...]:
     model = save_tiny_model(folder / "model", copies=True)
+    return ("init", folder / "bot", "--model", model, "--set", "probe.tasks=[]",
+            "--set", "model.compute_dtype=float32")  # fmt: skip
+
+
+def run(folder: Path, *settings: str) -> Path:
     skills = [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
     bot = folder / "bot"
-    done = perdure("init", bot, "--model", model, "--set", "probe.tasks=[]", "--set", "model.compute_dtype=float32")
+    done = perdure(*init(folder))
     assert done.returncode == 0, done.stderr
     done = perdure("learn", *skills, "-w", bot, "--force", *TRAIN, *settings)
     assert done.returncode in (0, 1), done.stderr
     assert "Traceback" not in done.stderr
+    return bot
+
+
+def run_here(folder: Path, *settings: str) -> Path:
+    """The first skill by the same commands, in this process."""
+    bot, skill = folder / "bot", toy_skill(folder / "colours")
+    for words in (init(folder), ("learn", skill, "-w", bot, "--force", *TRAIN, *settings)):
+        assert app([*map(str, words)], standalone_mode=False) in (None, 0, 1)
     return bot
 
 
@@ -57,10 +72,12 @@ def test_the_same_seed_gives_the_same_metrics_and_weights(bot: Path, tmp_path: P
         assert ours["hashes"]["weights"] == theirs["hashes"]["weights"]
 
 
-def test_another_seed_gives_another_run(bot: Path, tmp_path: Path):
-    other = run(tmp_path, "--set", "seed=1")
-    stage = "runs/s01-colours/metrics.jsonl"
-    assert (bot / stage).read_bytes() != (other / stage).read_bytes()
+def test_another_seed_gives_another_run(tmp_path: Path):
+    """Two steps of it: one on demonstrations, one on the student's own answers."""
+    few = ("--set", "train.steps=2", "--set", "train.warm_start_steps=1")
+    runs = [run_here(tmp_path / name, *few, "--set", f"seed={seed}") for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    first, again, other = ((bot / "runs/s01-colours/metrics.jsonl").read_bytes() for bot in runs)
+    assert first == again != other
 
 
 def test_the_ledger_the_report_and_the_training_state_are_as_promised(bot: Path):
@@ -93,9 +110,8 @@ def test_rollback_and_promote_move_the_champion_only(bot: Path):
 
 
 def test_sft_is_the_same_loop(tmp_path: Path):
-    bot = run(tmp_path, "--set", "train.method=sft", "--set", "gate.enforce=false")
-    numbers = json.loads(perdure("report", bot, "--json").stdout)
-    assert numbers["accuracy_matrix"][1][0] >= 0.75
+    bot = run_here(tmp_path, "--set", "train.method=sft", "--set", "gate.enforce=false")
+    assert summary(bot)["accuracy_matrix"][1][0] >= 0.75
     lines = [json.loads(line) for line in (bot / "runs/s01-colours/metrics.jsonl").read_text().splitlines()]
     assert {line["phase"] for line in lines if "phase" in line} == {"sft"}
     assert not (bot / "runs/s01-colours/preflight.json").exists()

@@ -22,7 +22,7 @@ from perdure.stages import create_workspace
 from perdure.types import InputError
 from perdure.workspace import Workspace
 from several import settings
-from test_cli import assert_one_error, perdure
+from test_cli import assert_refused, perdure
 
 IDS = torch.arange(5, 25)[None]
 
@@ -123,7 +123,7 @@ def test_the_command(adapted: Workspace, tmp_path: Path) -> None:
     here = ("-w", adapted.folder)
     done = perdure("export", "v2", tmp_path / "adapter", "--adapter", "--since", "v1", *here)
     assert done.returncode == 0 and "adapter of rank 2 on v001" in done.stdout, done.stderr
-    assert_one_error(perdure("export", "v2", tmp_path / "adapter", *here), 2, "already there and not empty")
+    assert_refused(("export", "v2", tmp_path / "adapter", *here), "already there and not empty")
 
 
 @pytest.mark.parametrize(

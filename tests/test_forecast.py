@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
+from perdure.anchors import general_prompts
 from perdure.config import CostConfig, RunConfig
 from perdure.forecast import expected_tokens, forecast, priced
 from perdure.preflight import preflight
@@ -45,14 +47,30 @@ def test_the_student_comes_back_bit_by_bit(tmp_path: Path, skill: Skill, train: 
     assert set(cost["seconds"]) == {"train", "evaluate"} and cost["priced"] == {}
 
 
-def test_more_work_is_predicted_to_take_longer(tmp_path: Path, skill: Skill):
+class Ticks:
+    """A clock that is a second later whenever it is read."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def test_more_work_is_predicted_to_take_longer(tmp_path: Path, skill: Skill, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is timed takes a second here, two general anchors or two steps; an answer takes two."""
+    monkeypatch.setattr("perdure.forecast.time", Ticks())
     config = config_of(tmp_path)
     workspace = create_workspace(tmp_path / "bot", config)
     session = open_version(workspace, "v000", config)
     found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, 0)
-    few = forecast(workspace, "v000", session, skill, {"colours": skill}, config, found)["seconds"]["train"]
-    long = config.model_copy(update={"train": config.train.model_copy(update={"steps": 300})})
-    assert forecast(workspace, "v000", session, skill, {"colours": skill}, long, found)["seconds"]["train"] > 3 * few
+    found = replace(found, row_seconds={"student": 1.0, "teacher": 2.0})
+    # Two of 20 rows validate, every 20 steps and at the end.
+    for steps, validations in ((10, 1), (300, 15)):
+        longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+        taken = forecast(workspace, "v000", session, skill, {"colours": skill}, longer, found)["seconds"]
+        answers = (steps - 4) * 7 + 2 * validations  # after four of warm start, 7 rows of 8 are taught
+        assert taken["train"] == len(general_prompts()) / 2 + steps / 2 + 2 * answers
 
 
 def test_expected_tokens(tmp_path: Path, skill: Skill):

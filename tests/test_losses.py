@@ -74,7 +74,7 @@ def test_nll_picks_the_target() -> None:
 distributions = st.tuples(st.integers(0, 2**31), st.integers(2, 12), st.floats(0.1, 8.0))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(distributions, st.integers(0, 2**31), st.floats(0.01, 0.99), st.integers(1, 12))
 def test_divergences_are_never_negative_and_zero_at_equality(shape, other: int, beta: float, k: int) -> None:
     seed, v, scale = shape

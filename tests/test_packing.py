@@ -121,7 +121,7 @@ def test_shared_tokens_are_computed_once() -> None:
     assert sum(len(s.tokens) for s in segments) == 32 < sum(map(len, ROWS))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12), st.integers(1, 6))
 def test_every_row_finds_its_own_tokens(rows: list[list[int]], shared_tokens: int) -> None:
     layout = pack(rows, shared_tokens=shared_tokens)

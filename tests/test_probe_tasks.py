@@ -5,7 +5,7 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import perdure.probe_tasks
@@ -53,7 +53,6 @@ def test_numbered_choices_of_arc():
     assert LOCAL_TASKS["arc_easy"].word("0", record).gold == 1
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 400), st.integers(0, 400), st.integers(), st.text(max_size=8))
 def test_a_bigger_sample_contains_the_smaller(size, few, more, seed, name):
     small, big = (sample_indices(size, rows, seed, name) for rows in sorted((few, more)))

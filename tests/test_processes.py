@@ -15,16 +15,30 @@ import torch
 from perdure.processes import GROUP, add_up, barrier, copy_from_lead, dealt, from_lead, gather, together
 from perdure.verify import verify
 from perdure.workspace import Workspace
-from several import CASES, answers, chain, prepare
+from several import CASES, DIE_AFTER, answers, chain, prepare
 
 HERE = Path(__file__).parent
 
 
-def torchrun(folder: Path, *arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone",
-               str(HERE / "several.py"), str(folder), *arguments]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+def kinds(case: str) -> tuple[str, ...]:
+    """How the case is run: divided (FSDP2) or not."""
+    return {"ema": ("shard",), "plain": ("plain", "shard")}.get(case, ("plain",))
+
+
+def job(case: str, kind: str = "plain") -> str:
+    return f"{case.replace(' ', '-')}-{kind}:{case}:{kind}"
+
+
+JOBS = [job("answers"), *(job(case, kind) for case in CASES for kind in kinds(case))]
+"""What shares a launch."""
+
+
+def torchrun(folder: Path, *jobs: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(HERE / "several.py"), str(folder), *jobs]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment
+    timeout = 240 + 60 * len(jobs)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +48,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def said(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> dict[str, dict[str, Any]]:
+    """What came of each of JOBS. A launch takes longer than most of them, so they share one. A job that ends it has
+    failed, with all that the launch said; those behind it get another launch."""
+    found: dict[str, dict[str, Any]] = {}
+    left = JOBS
+    while left:
+        done = torchrun(folder, *left)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"job"')]
+        assert [line["job"] for line in lines] == left[: len(lines)]
+        found |= {line["job"]: line for line in lines}
+        left = left[len(lines) :]
+        if left:
+            found[left[0]] = {"error": done.stdout + done.stderr}
+        else:
+            assert done.returncode == 0, done.stderr
+        left = left[1:]
+    return found
+
+
+def said(launched: dict[str, dict[str, Any]], job: str) -> Any:
+    assert "said" in launched[job], launched[job]["error"]
+    return launched[job]["said"]
+
+
+def alone(folder: Path, case: str) -> str:
+    """The name of the case's chain by one process, this one."""
+    name = f"{case}-1".replace(" ", "-")
+    if not (folder / name).exists():
+        chain(folder, name, case)
+    return name
 
 
 def losses(folder: Path, name: str) -> list[tuple[str, int, float, float, int, dict[str, float]]]:
@@ -91,35 +134,29 @@ def test_rows_are_dealt_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_one_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answers(folder)
-    alone = json.loads(capsys.readouterr().out)
-    done = torchrun(folder, "answers")
-    assert done.returncode == 0, done.stderr
-    assert said(done) == alone and alone["sampled"] != alone["turned"]
+def test_answers_are_those_of_one_process(folder: Path, launched: dict[str, dict[str, Any]]) -> None:
+    mine = json.loads(json.dumps(answers(folder)))
+    assert said(launched, job("answers")) == mine and mine["sampled"] != mine["turned"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one(folder: Path, case: str) -> None:
+def test_two_processes_train_as_one(folder: Path, launched: dict[str, dict[str, Any]], case: str) -> None:
     """Divided (FSDP2) or not, in every way that the loop differs."""
-    name = case.replace(" ", "-")
-    chain(folder, f"{name}-1", case)
-    for kind in ("shard",) if case == "ema" else ("plain", "shard") if case == "plain" else ("plain",):
-        done = torchrun(folder, case, f"{name}-{kind}", kind)
-        assert done.returncode == 0, done.stderr
-        assert_same(folder, f"{name}-1", f"{name}-{kind}")
-        assert not verify(folder / f"{name}-{kind}")
+    one = alone(folder, case)
+    for kind in kinds(case):
+        said(launched, job(case, kind))
+        name = job(case, kind).split(":")[0]
+        assert_same(folder, one, name)
+        assert not verify(folder / name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "shard"])
 def test_a_killed_process_ends_the_run_clearly_and_any_number_goes_on(folder: Path, kind: str) -> None:
     """Process 1 dies after 14 of 20 steps: in the second stage, behind its first checkpoint."""
-    if not (folder / "whole").exists():
-        chain(folder, "whole", "plain")
-    name = f"killed-{kind}"
-    done = torchrun(folder, "plain", name, kind, "14")
+    whole, name = alone(folder, "plain"), f"killed-{kind}"
+    done = torchrun(folder, f"{name}:plain:{kind}", **{DIE_AFTER: "14"})
     assert done.returncode != 0
     assert '{"lost": "another process of this run is gone' in done.stdout or "SIGTERM" in done.stderr
     stage = folder / name / "runs" / "s02-numbers"
@@ -128,7 +165,7 @@ def test_a_killed_process_ends_the_run_clearly_and_any_number_goes_on(folder: Pa
     if kind == "shard":
         chain(folder, name, "plain", shard=True)  # one process alone
     else:
-        done = torchrun(folder, "plain", name, kind)
+        done = torchrun(folder, f"{name}:plain:{kind}")
         assert done.returncode == 0, done.stderr
-    assert_same(folder, "whole", name)
+    assert_same(folder, whole, name)
     assert not verify(folder / name)

@@ -14,6 +14,7 @@ import pytest
 
 from fakes import ScriptedEngine, renderer, save_tiny_model
 from perdure.cli import app
+from perdure.config import RunConfig
 from perdure.contexts import DOCUMENT_LEAD
 from perdure.importers.docs import Questions, build, read_questions
 from perdure.importers.passages import Passage
@@ -21,6 +22,7 @@ from perdure.question_writers import KEY, Endpoint, Fact, conversation, parse
 from perdure.questions import MAX_ANSWER_WORDS, Student, pretest, write_questions
 from perdure.reporting import Silent
 from perdure.skills.base import load_skill
+from perdure.stages import create_workspace
 from perdure.types import InputError, Prompt
 from test_cli import assert_one_error, perdure
 
@@ -374,8 +376,8 @@ def test_the_command_leaves_out_what_is_known(model: Path, document: Path, tmp_p
     ]
     questions, saved = tmp_path / "q.jsonl", tmp_path / "left.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = perdure("init", tmp_path / "bot", "--model", model, "--set", "model.compute_dtype=float32")
-    assert done.returncode == 0, done.stderr
+    settings = {"model": {"source": str(model), "compute_dtype": "float32"}}
+    create_workspace(tmp_path / "bot", RunConfig.model_validate(settings))
     done = perdure("import", "docs", tmp_path / "cats", "--file", document, "--questions", questions, "--pretest",
                    "-w", tmp_path / "bot", "--save-questions", saved)  # fmt: skip
     assert done.returncode == 0, done.stderr

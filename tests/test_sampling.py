@@ -40,7 +40,7 @@ def test_it_is_what_a_plain_cumulative_sum_chooses(vocabulary: int, temperature:
     torch.testing.assert_close(logprobs, wanted, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.floats(0, 1, exclude_max=True))
 def test_what_has_no_weight_is_never_chosen(seed: int, uniform: float) -> None:
     """Most of three blocks is -inf, both ends included; the number may lie on any edge."""

@@ -25,7 +25,6 @@ def test_wilson_known_value():
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
 
 
-@settings(deadline=None)  # the first call loads scipy
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
 def test_wilson_is_the_formula_and_holds_the_share(pair, confidence):
     k, n = pair
@@ -62,7 +61,6 @@ def test_mcnemar_without_a_change_says_nothing():
     assert mcnemar_one_sided([True, False], [True, False]) == 1.0
 
 
-@settings(deadline=None)
 @given(bools)
 def test_mcnemar_is_the_binomial_tail_and_symmetric(items):
     before, after = zip(*items, strict=True)
@@ -85,7 +83,7 @@ def test_bootstrap_is_near_the_normal_interval_and_repeats():
     assert (low, high) != paired_bootstrap_difference(before, after, seed=2, confidence=0.95, resamples=4000)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(bools, st.integers(0, 2**32 - 1))
 def test_paired_difference_agrees_with_itself(items, seed):
     before, after = zip(*items, strict=True)

@@ -97,7 +97,7 @@ def check_hardware(
     shape, renderer = shape_of(config.model), lengths_renderer(config.model)
     return [
         {"skill": skill.name, **estimate(shape, work_of(renderer, skill.train, candidates(config.context, skill.train),
-                                                        config.train), config.train, target)}
+                                                        config.train, config.eval.batch_tokens), config.train, target)}
         for skill in skills
     ]  # fmt: skip
 

@@ -77,6 +77,8 @@ class Work:
     prompt: float
     completion: float
     teacher_prompt: float
+    batch_tokens: int = 65536
+    """Most tokens whose keys and values are held at once while answers are written (``eval.batch_tokens``)."""
 
 
 def parse_hardware(text: str) -> Hardware:
@@ -112,7 +114,7 @@ def lengths_renderer(config: ModelConfig) -> Renderer:
 
 
 def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence[Template],
-            train: TrainConfig) -> Work:  # fmt: skip
+            train: TrainConfig, batch_tokens: int = 65536) -> Work:  # fmt: skip
     """Mean lengths of the rows, rendered as training renders them; of several templates the longest counts."""
     turns = renderer.each_turn(examples)
     rows = train.batch_size * len(turns) // len(examples)
@@ -122,14 +124,15 @@ def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence
     if METHODS[train.method].shows:
         teachers = [sum(len(renderer.teacher_prompt(e, t).token_ids) for e in turns) / len(turns) for t in templates]
     prompt, answer = (sum(lengths) / len(lengths) for lengths in (prompts, answers))
-    return Work(rows, prompt, answer, max(teachers))
+    return Work(rows, prompt, answer, max(teachers), batch_tokens)
 
 
 def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1) -> dict[str, float]:
     """Bytes by part on each of ``devices`` while a stage trains. ``width``: bytes of a number in the compute dtype."""
     rows, parts_of_student = -(-work.rows // devices), devices if train.fsdp else 1
     trained = shape.weights if not train.lora_rank else adapter_weights(shape, train.lora_rank)
-    tokens = min(train.micro_batch_tokens, rows * (work.prompt + work.completion))
+    length = work.prompt + work.completion
+    tokens = min(train.micro_batch_tokens, rows * length)
     of_layer = 6 * shape.hidden + 2 * shape.keys + 3 * shape.mlp
     kept = shape.layers * of_layer
     if train.activation_checkpointing:  # each layer's input, and one layer whole while it is computed again
@@ -153,7 +156,7 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
         "teacher": a_teacher * shape.weights,
         "activations": width * kept * tokens,
         "loss": 2 * width * CHUNK_ELEMENTS + whole,
-        "keys and values": 2 * width * shape.keys * shape.layers * rows * (work.prompt + work.completion),
+        "keys and values": 2 * width * shape.keys * shape.layers * min(rows * length, max(length, work.batch_tokens)),
     }
     return {part: float(size) for part, size in parts.items() if size}
 
