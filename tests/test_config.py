@@ -123,3 +123,15 @@ def test_other_encodings_and_missing_files_are_refused(tmp_path):
 def test_settings_cannot_be_changed_after_the_check():
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().train.steps = 3  # type: ignore[misc]
+
+
+def test_a_settings_file_says_what_each_setting_means():
+    text = to_toml(RunConfig())
+    assert "# Rows a step, anchors included.\nbatch_size = 16\n" in text
+    assert "# What a candidate must keep to become the champion (docs/gate.md).\n[gate]\n" in text
+    assert max(map(len, text.splitlines())) <= 110 and "``" not in text
+    sections = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
+    for section in sections:
+        before = text.partition(f"\n[{section}]\n")[0]
+        assert before.splitlines()[-1].startswith("# "), section
+        assert "A part of a settings file" not in text

@@ -150,6 +150,18 @@ def test_all_problems_of_all_files_come_at_once(tmp_path):
     assert found[0].endswith(f": {len(expected)} problems:")
 
 
+def test_what_thousands_of_rows_have_in_common_is_said_of_the_first(tmp_path):
+    train = rows(*[{"prompt": "q", "completion": {"a": 1}}] * 2000, {"x": 1})
+    found = problems(write(tmp_path / "s", 'name = "s"\n', train, rows({"prompt": "z", "completion": "a"})))
+    assert found[0].endswith("2001 problems:")
+    assert [line.rpartition("/")[2].split(":")[:2] for line in found[1:4]] == [
+        ["train.jsonl", str(n)] for n in (1, 2, 3)
+    ]
+    assert "JSON is written as its text" in found[1]
+    assert found[4].startswith("... and 1997 more rows, to") and "train.jsonl:2000: 'completion'" in found[4]
+    assert "train.jsonl:2001" in found[5] and len(found) == 6
+
+
 def test_empty_files(tmp_path):
     found = problems(write(tmp_path / "s", train="", test="\n \n"))
     assert [line[:16] for line in found[1:]] == ["train.jsonl:1: e", "test.jsonl:1: em"]

@@ -23,7 +23,9 @@ def bench(
     tables: Annotated[bool, typer.Option("--tables", help="Run nothing: tables of what is finished.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Chains of skills by several methods: accuracy, retention, priors, drift and cost, side by side. The same command
+    """Chains of skills by several methods, side by side.
+
+    Accuracy, retention, priors, drift and cost, side by side. The same command
     goes on where it stopped."""
     from perdure.bench.plan import load_chain
     from perdure.bench.runner import results_so_far, run_bench

@@ -31,6 +31,7 @@ WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", envvar="PERDURE_WORKSPACE", help="Workspace folder.")
 ]
 WorkspaceArgument = Annotated[Path, typer.Argument(envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
+SameOption = Annotated[Path | None, typer.Option("--workspace", "-w", help="The same, as other commands take it.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting as in perdure.toml: train.steps=80")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 HERE = Path(".")

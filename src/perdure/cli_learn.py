@@ -20,7 +20,8 @@ from perdure.cli_common import (
     out,
     reporter,
 )
-from perdure.config import RunConfig, load_config, with_settings
+from perdure.config import GateConfig, RunConfig, load_config, with_settings
+from perdure.methods import METHODS
 from perdure.types import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def demo(
         str | None, typer.Option("--compare", help="Also run the chain with this method, such as sft.")
     ] = None,
 ) -> None:
-    """The embedded model learns three real skills in a row; the report shows what it learned and kept."""
+    """The embedded model learns three real skills in a row.
+
+    The report shows what it learned and kept."""
     from perdure.demo import run_demo
     from perdure.report.text import render
 
@@ -62,7 +65,8 @@ def init(
     given = load_config(config) if config else RunConfig()
     source = [] if model is None else [f"model.source={json.dumps(model)}"]
     create_workspace(workspace, with_settings(given, [*source, *(settings or [])]))
-    out.print(f"{workspace}: ready. Next: perdure check skills/NAME -w {workspace}", soft_wrap=True)
+    out.print(f"{workspace}: ready. Next, with a skill folder (perdure import makes one): perdure check SKILL -w "
+              f"{workspace}", soft_wrap=True)  # fmt: skip
 
 
 @app.command("import")
@@ -106,8 +110,12 @@ def import_skill(
     ] = "last",
     seed: Annotated[int, typer.Option(help="Of the split and of drawn rows.")] = 0,
 ) -> None:
-    """Bring a known source, a JSONL file or documents of your own into a skill folder."""
+    """Make a skill folder of a file or a known source.
+
+    Of a JSONL file or documents of your own, or of one of the data packages."""
+    from perdure.gates import USUAL_NOISE, least_budget
     from perdure.importers import run_importer
+    from perdure.skills.base import load_skill
 
     given: Path | Questions | None = questions
     options = {"--ask": ask, "--ask-model": ask_model, "--pretest": pretest or None, "--save-questions": save,
@@ -118,7 +126,11 @@ def import_skill(
         _check_options(options, questions, turns)
         given = _prepared(options, target, file, questions, grader, seed)
     run_importer(source, target, seed, file, grader, test_share, turns, given)
-    out.print(f"{target}: ready. Next: perdure check {target}", soft_wrap=True)
+    skill = load_skill(target)
+    least = least_budget(len(skill.test), 1 + len(RunConfig().probe.tasks) + 1, GateConfig(), USUAL_NOISE)
+    out.print(f"{target}: {len(skill.train)} training and {len(skill.test)} test rows. Later skills may cost it as "
+              f"little as {100 * least:.1f} points before the gate can tell (retention_budget in skill.toml; more test "
+              f"rows tell more). Next: perdure check {target} -w WORKSPACE", soft_wrap=True)  # fmt: skip
 
 
 def _check_options(options: dict[str, Any], questions: Path | None, turns: str) -> None:
@@ -203,7 +215,9 @@ def check(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Will this work, and what will it cost? Data, windows, teacher gap. Exit code 1: not ready."""
+    """Will this work, and what will it cost?
+
+    Data, windows, teacher gap, the method to take. Exit code 1: not ready."""
     from perdure.curriculum import check_hardware, check_skills
     from perdure.report.text import hardware_tables, preflight_tables
 
@@ -235,18 +249,21 @@ def learn(
         bool | None,
         typer.Option(
             "--repair/--no-repair",
-            help="All five attempts to save a candidate that hurt something, or none; default: gate.repair.",
+            help="All six attempts to save a candidate that hurt something, or none; default: gate.repair.",
         ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Where each stage's training time went.")] = False,
 ) -> None:
-    """Teach skills: preflight, train, evaluate everything, gate; promote, hold or refuse. Exit code 1: not all were
-    promoted."""
+    """Teach skills, keep what it knew, or refuse.
+
+    Preflight, train, evaluate everything, gate; promote, hold or refuse. Exit code 1: not all were promoted."""
     from perdure.curriculum import learn as learn_skills
     from perdure.report.html import write_report
     from perdure.report.numbers import summary
     from perdure.report.text import render
 
+    if method and method not in METHODS:
+        raise InputError(f"--method {method}: one of {', '.join(METHODS)}")
     extra = [f'train.method="{method}"'] if method else []
     extra += [] if repair is None else [f"gate.repair={6 if repair else 0}"]
     place, config = open_workspace(workspace, [*extra, *(settings or [])])

@@ -15,6 +15,7 @@ from perdure.cli_common import (
     HERE,
     REFUSED,
     JsonOption,
+    SameOption,
     SetOption,
     WorkspaceArgument,
     WorkspaceOption,
@@ -27,25 +28,36 @@ from perdure.types import InputError
 
 
 @app.command()
-def status(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
-    """The champion, its skills, and anything unfinished."""
-    place, _ = open_workspace(workspace, None)
+def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: JsonOption = False) -> None:
+    """The champion, how well it knows its skills, and what waits."""
+    from perdure.report.numbers import summary
+    from perdure.report.text import skill_table
+
+    place, _ = open_workspace(same or workspace, None)
     unfinished = place.unfinished()
     state = {**place.aliases(), "skills": list(place.taught()), "unfinished": unfinished}
     if as_json:
         out.print_json(json.dumps(state))
         return
     out.print(f"champion  {state['champion']}   previous  {state['previous'] or '-'}")
-    out.print(f"skills    {', '.join(state['skills']) or 'none taught yet'}")
+    if state["skills"]:
+        skill_table(summary(place.folder), state["skills"], out)
+    else:
+        out.print("No skill was taught yet: perdure learn SKILL")
+    if waiting := state["candidate"]:
+        why = place.verdict(waiting)
+        out.print(Text(f"{waiting} is held: {why['reasons'][0] if why else ''} To serve it: perdure promote {waiting}"),
+                  soft_wrap=True)  # fmt: skip
     for stage in unfinished:
         out.print(f"unfinished stage {stage}: repeat the learn command to go on with it")
 
 
 @app.command()
-def log(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
-    """The ledger: every event, oldest first; what each stage was predicted to cost, and did. A broken chain is an
-    error."""
-    place, _ = open_workspace(workspace, None)
+def log(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: JsonOption = False) -> None:
+    """The ledger, oldest event first, and what each stage cost.
+
+    Beside it what was predicted. A broken chain is an error."""
+    place, _ = open_workspace(same or workspace, None)
     place.verify_ledger()
     events = place.ledger()
     if as_json:
@@ -59,8 +71,11 @@ def log(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> Non
 
 
 @app.command()
-def verify(workspace: WorkspaceArgument = HERE, as_json: JsonOption = False) -> None:
-    """Check every byte of versions, skills and ledger against what was written. Exit code 2: something was changed."""
+def verify(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: JsonOption = False) -> None:
+    """Check that nothing was changed behind Perdure's back.
+
+    Every byte of versions, skills and ledger, against what was written. Exit code 2: something was changed."""
+    workspace = same or workspace
     from perdure.report.text import safe_text
     from perdure.verify import verify as problems_of_workspace
 
@@ -82,7 +97,9 @@ def show(
     version: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")] = "champion",
     workspace: WorkspaceOption = HERE,
 ) -> None:
-    """A version's record: parent, skill, scores, verdict, hashes, cost (JSON)."""
+    """A version's record, as JSON.
+
+    Its parent, skill, scores, verdict, hashes, settings and cost."""
     place, _ = open_workspace(workspace, None)
     out.print_json(json.dumps(place.version(version)))
 
@@ -94,7 +111,9 @@ def diff(
     workspace: WorkspaceOption = HERE,
     as_json: JsonOption = False,
 ) -> None:
-    """Two versions side by side: every score on the same items, and the settings that differ."""
+    """Two versions side by side.
+
+    Every score on the same items, and the settings that differ."""
     from perdure.compare import compare
     from perdure.report.text import diff_tables
 
@@ -136,7 +155,9 @@ def forget(
     workspace: WorkspaceOption = HERE,
     settings: SetOption = None,
 ) -> None:
-    """Take a skill out: replay the chain without it, gate the result, promote it. Exit code 1: not promoted."""
+    """Take a skill out.
+
+    Replays the chain without it, gates the result, promotes it. Exit code 1: not promoted."""
     from perdure.forgetting import forget as forget_skill
     from perdure.report.html import write_report
 
@@ -155,7 +176,9 @@ def forget(
 @app.command()
 def rollback(
     workspace: WorkspaceOption = HERE,
-    to: Annotated[str | None, typer.Option(help="Version to go back to; default: the champion's parent.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Version to go back to; default: the champion before this one.")
+    ] = None,
 ) -> None:
     """Go back to an earlier version. No weights are moved: it takes no time."""
     place, _ = open_workspace(workspace, None)
@@ -172,7 +195,9 @@ def sync(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of experiment and registered model; default: the folder's.")] = None,
 ) -> None:
-    """Mirror versions, scores and aliases into a tracker. The workspace stays the truth; repeating it adds nothing."""
+    """Mirror versions and scores into MLflow.
+
+    Aliases, too. The workspace stays the truth; repeating it adds nothing."""
     from perdure.trackers import sync_mlflow
 
     if tracker != "mlflow":
@@ -195,7 +220,9 @@ def export(
     dtype: Annotated[str, typer.Option("--dtype", help="Of whole weights: bfloat16, float16, float32.")] = "bfloat16",
     as_json: JsonOption = False,
 ) -> None:
-    """A version for serving: whole weights, or with --adapter a LoRA adapter for peft or vLLM."""
+    """A version for serving, whole or as an adapter.
+
+    Whole weights, or with --adapter a LoRA adapter for peft or vLLM."""
     from perdure.export import DTYPES, MOST_RANK, export_adapter, export_weights
 
     if dtype not in DTYPES:
@@ -218,6 +245,7 @@ def export(
 @app.command()
 def report(
     workspace: WorkspaceArgument = HERE,
+    same: SameOption = None,
     as_json: JsonOption = False,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:
@@ -225,7 +253,7 @@ def report(
     from perdure.report.html import write_report
     from perdure.report.numbers import summary
 
-    place, _ = open_workspace(workspace, None)
+    place, _ = open_workspace(same or workspace, None)
     if as_json:
         out.print_json(json.dumps(summary(place.folder)))
         return

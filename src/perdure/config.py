@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +75,8 @@ class ThinkingConfig(SettingsSection):
 
 
 class PreflightConfig(SettingsSection):
+    """What is measured before a skill is trained, and what it takes to begin."""
+
     rows: int = Field(default=32, ge=4)
     """Training rows on which student and teacher are compared."""
     min_gap: float = Field(default=0.1, ge=0, le=1)
@@ -110,6 +113,8 @@ class RolloutConfig(SettingsSection):
 
 
 class EvalConfig(SettingsSection):
+    """How versions answer test rows."""
+
     rows: int = Field(default=0, ge=0)
     """Test rows per skill, the first ones; 0 = all."""
     batch_tokens: int = Field(default=8192, ge=64)
@@ -126,6 +131,8 @@ class ProbeConfig(SettingsSection):
 
 
 class GateConfig(SettingsSection):
+    """What a candidate must keep to become the champion (docs/gate.md)."""
+
     budget: float = Field(default=0.02, gt=0, lt=0.5)
     """Accuracy that an earlier skill may lose, against the champion and against its best ever; a skill's own
     ``retention_budget`` goes before it."""
@@ -185,8 +192,23 @@ def load_config(path: Path) -> RunConfig:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The config as TOML text; ``load_config`` of it gives an equal config."""
-    return tomli_w.dumps(config.model_dump(mode="json"))
+    """The config as TOML text, what each setting means above it; ``load_config`` of it gives an equal config."""
+    fields, lines = type(config).model_fields, []
+    for line in tomli_w.dumps(config.model_dump(mode="json")).splitlines():
+        name = line.strip("[]") if line.startswith("[") else line.partition(" = ")[0]
+        if line.startswith("["):
+            section = type(getattr(config, name.partition(".")[0]))
+            fields = section.model_fields if "." not in name else {}
+            lines += _comment(section.__doc__) if "." not in name else []
+        elif name in fields:
+            lines += _comment(fields[name].description)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _comment(said: str | None) -> list[str]:
+    text = " ".join((said or "").replace("``", "`").split())
+    return textwrap.wrap(text, 110, initial_indent="# ", subsequent_indent="# ")
 
 
 def with_settings(config: RunConfig, settings: list[str]) -> RunConfig:

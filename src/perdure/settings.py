@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,9 +14,9 @@ from perdure.types import InputError
 
 
 class SettingsSection(BaseModel):
-    """A part of a settings file: unknown keys are errors."""
+    """A part of a settings file: unknown keys are errors. The text below a field says what it means."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -41,13 +42,19 @@ def parse(model: type[Section], raw: dict[str, Any], where: str) -> Section:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        problems = [f"  {key}: {message}" for key, message in problems_of(error)]
+        problems = [f"  {key}: {message}" for key, message in problems_of(error, model)]
         raise InputError(f"{where}: settings that cannot be used:\n" + "\n".join(problems)) from error
 
 
-def problems_of(error: ValidationError) -> list[tuple[str, str]]:
-    """(dotted key, what is wrong) of each problem."""
-    return [
-        (".".join(map(str, item["loc"])) or "(whole)", item["msg"].removeprefix("Value error, "))
-        for item in error.errors()
-    ]
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
+    """(dotted key, what is wrong) of each problem with settings of ``model``."""
+    return [(".".join(map(str, item["loc"])) or "(whole)", _said(item, model)) for item in error.errors()]
+
+
+def _said(item: Any, model: type[BaseModel]) -> str:
+    if item["type"] != "extra_forbidden":
+        return item["msg"].removeprefix("Value error, ")
+    for part in item["loc"][:-1]:
+        model = cast("type[BaseModel]", model.model_fields[part].annotation)
+    alike = get_close_matches(str(item["loc"][-1]), model.model_fields, 1)
+    return "there is no such setting" + (f"; did you mean {alike[0]}?" if alike else "")

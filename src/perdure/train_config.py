@@ -25,12 +25,14 @@ class TrainConfig(SettingsSection):
         "offline",
         "cpt",
     ] = "sdft"
-    """See ``methods.METHODS`` and docs/method.md."""
+    """sdft, sft, dft, sft_kl, sft_replay, onpolicy_replay, reinvoke, rewrite_sft, offline or cpt (docs/method.md)."""
     divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"
     """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher)."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """generalized_jsd only: the teacher's share of the mixture."""
     support: Literal["full", "teacher_topk", "sampled"] = "full"
+    """Of the divergence: the whole vocabulary, the teacher's likeliest tokens (teacher_topk), or an estimate from the
+    sampled token."""
     topk: int = Field(default=20, ge=1)
     """teacher_topk only; the rest of the vocabulary is one tail bucket."""
     teacher: Literal["frozen", "ema", "original", "live"] = "original"

@@ -50,5 +50,8 @@ def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], te
         for name, rows in (("train", train), ("test", test)):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (beside / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        load_skill(beside)
+        try:
+            load_skill(beside)
+        except InputError as error:  # of files that are removed again
+            raise InputError(str(error).replace(str(beside), str(target))) from error
     return target

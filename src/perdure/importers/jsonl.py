@@ -10,7 +10,7 @@ from typing import Literal
 from perdure.importers.base import Row, skill_name, write_skill
 from perdure.settings import parse
 from perdure.skills.base import prompt_key
-from perdure.skills.reading import read_rows
+from perdure.skills.reading import in_short, read_rows
 from perdure.skills.settings import SkillSettings
 from perdure.types import Example, InputError
 
@@ -32,7 +32,7 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     )
     examples = read_rows(file, of_rows, problems, data)
     if problems:
-        raise InputError(f"{file}: {len(problems)} problems:\n" + "\n".join(problems))
+        raise InputError(f"{file}: {len(problems)} problems:\n" + in_short(problems))
     first: dict[str, Example] = {}  # of each line
     for example in examples:
         first.setdefault(example.origin.partition(" (turn ")[0], example)

@@ -108,13 +108,26 @@ def hardware_tables(estimates: Sequence[Mapping[str, Any]], console: Console) ->
                     "train.activation_checkpointing, train.lora_rank, a smaller train.micro_batch_tokens or a smaller "
                     "model.")  # fmt: skip
         console.print(Text(fits, style="" if found["fits"] else "yellow"))
-        parts = ", ".join(f"{part} {value:.3f} s" for part, value in found["step_seconds"].items())
+        parts = ", ".join(f"{part} {value:.2g} s" for part, value in found["step_seconds"].items())
         total = sum(found["step_seconds"].values())
-        line = f"A step of {found['rows']} rows: about {total:.2f} s at most ({parts}). {ARITHMETIC}"
+        line = f"A step of {found['rows']} rows: {total:.2g} s at the least ({parts}). {ARITHMETIC}"
         console.print(Text(line))
 
 
-ARITHMETIC = "From data sheets, not measured on a GPU; one process a device, started by torchrun."
+ARITHMETIC = (
+    "From data sheets; steps that were measured on a GPU took 1.4 to 5 times as long, small models the most "
+    "(docs/scaling.md). One process a device, started by torchrun."
+)
+
+
+def skill_table(numbers: Mapping[str, Any], skills: Sequence[str], console: Console) -> None:
+    """Print how well the champion knows ``skills``: ``numbers`` as ``summary`` gives them."""
+    table = _table("Skills", ["", "Right now", "When learned", "Test rows"])
+    for skill in skills:
+        place = numbers["skills"].index(skill)
+        shares = [numbers[key][place] for key in ("final_accuracy", "accuracy_when_learned")]
+        _row(table, [skill, *(percent(share) for share in shares), str(numbers["n"][place] or "-")])
+    console.print(table)
 
 
 def score_table(result: Mapping[str, Any], console: Console) -> None:

@@ -18,7 +18,7 @@ from perdure.settings import parse_toml, problems_of
 from perdure.skills.environments import Acting, find_environment
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
-from perdure.skills.reading import read_rows
+from perdure.skills.reading import in_short, read_rows
 from perdure.skills.settings import SkillSettings
 from perdure.types import Example, InputError
 
@@ -59,7 +59,7 @@ def load_skill(folder: Path) -> Skill:
         problems += _not_gradable(settings.grader, grade, (*train, *test))
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise InputError(f"{folder}: {count}:\n" + "\n".join(problems))
+        raise InputError(f"{folder}: {count}:\n" + in_short(problems))
     assert settings is not None and grade is not None
     acting = None
     if settings.environment:
@@ -103,7 +103,7 @@ def _settings(path: Path, data: bytes, problems: list[str]) -> SkillSettings | N
     try:
         settings = SkillSettings.model_validate(parse_toml(data, path))
     except ValidationError as error:
-        problems += [f"{path}:{_line_of(data, key)}: {key}: {text}" for key, text in problems_of(error)]
+        problems += [f"{path}:{_line_of(data, key)}: {key}: {text}" for key, text in problems_of(error, SkillSettings)]
         return None
     except InputError as error:
         problems.append(str(error))

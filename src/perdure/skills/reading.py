@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def read_rows(
             seen.setdefault(example.id, number)
         examples += found
     return tuple(examples)
+
+
+SAME = 3
+"""So many rows with the same problem are named."""
+
+
+def in_short(problems: Sequence[str]) -> str:
+    """Lines for people, in their order: what many rows have in common is said of the first few."""
+    rows: dict[str, list[str]] = {}
+    lines = []
+    for problem in problems:
+        rows.setdefault(problem.partition(": ")[2], []).append(problem)
+    for what, same in rows.items():
+        if (more := len(same) - SAME) > 0:
+            last = same[-1].partition(": ")[0]
+            same[SAME:] = [f"... and {more} more rows, to {last}: {what}"]
+    for problem in problems:
+        same = rows[problem.partition(": ")[2]]
+        lines += [same.pop(0)] if same else []
+    return "\n".join(lines)
 
 
 def _json(line: bytes) -> dict[str, Any]:
@@ -155,7 +176,9 @@ def _as_turns(value: Any, key: str, role: str) -> tuple[Message, ...]:
         return ({"role": role, "content": value},)
     if isinstance(value, list) and value and (key == "prompt" or len(value) == 1):
         return tuple(value)
-    raise ValueError(f"'{key}' must be a text or a list of messages" + ("" if key == "prompt" else " with one turn"))
+    hint = "; JSON is written as its text" if isinstance(value, dict) else ""
+    turns = "" if key == "prompt" else " with one turn"
+    raise ValueError(f"'{key}' must be a text or a list of messages{turns}{hint}")
 
 
 def _check_message(message: Any) -> None:
