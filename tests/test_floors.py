@@ -1,4 +1,4 @@
-"""A module imports only what is listed before it: the order of DESIGN section 3, read from top to bottom."""
+"""A module imports only what is listed before it: the order of README's tree, read from top to bottom."""
 
 import ast
 import sys
@@ -31,15 +31,15 @@ FLOORS = {
         "footprint",
     ],
     "F5 deciding": [
-        "gates", "ledger", "workspace", "verify", "measure", "compare", "stages", "staging", "forecast", "running",
-        "candidate", "repair",
+        "gates", "ledger", "workspace", "verify", "scores", "measure", "compare", "stages", "staging", "forecast",
+        "running", "candidate", "repair",
         "card", "judging", "curriculum", "forgetting", "question_writers", "questions",
     ],
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
         "report.samples", "report.results", "report.process", "report.text", "report.html",
         "bench", "bench.plan", "bench.sources", "bench.chain_run", "bench.runner", "bench.numbers", "bench.tables",
-        "export", "serve", "trackers", "progress", "demo", "cli_common", "cli_learn",
+        "export", "trackers", "progress", "demo", "cli_common", "cli_learn",
         "cli_versions", "cli_bench", "cli",
     ],
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The ledger: append-only, chained, mended after a kill; and the aliases that follow it."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,15 @@ def test_the_lock_heals_too(grown):
     (grown.folder / "aliases.json").write_text('{"champion": "v001", "previous": "v000"}', encoding="utf-8")
     with grown.lock():
         assert grown.aliases()["champion"] == "v002"
+
+
+def test_two_writers_take_turns(workspace: Workspace):
+    """A rollback while a stage writes: no line is lost, and the chain holds."""
+    threads = [
+        threading.Thread(target=lambda n=n: [workspace.append("note", by=n) for _ in range(25)]) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert workspace.verify_ledger() == 101

@@ -14,7 +14,8 @@ from perdure.compare import compare
 from perdure.config import RunConfig
 from perdure.evaluate import evaluate
 from perdure.files import write_jsonl
-from perdure.measure import Way, guards, known_scores, said_of_kinds, score_json, unmeasured, way_of
+from perdure.measure import score_json, way_of
+from perdure.scores import Way, guards, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
 from perdure.types import Example
 from perdure.workspace import Workspace

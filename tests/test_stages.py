@@ -116,6 +116,17 @@ def test_a_version_that_was_killed_before_its_promotion_waits_where_the_champion
     assert not settle(workspace, late) and len(workspace.ledger()) == lines
 
 
+def test_going_back_need_not_wait_for_a_stage_whose_version_is_held_then(workspace: Workspace, skill: Skill):
+    settle(workspace, add(workspace, skill, "promoted"))
+    with workspace.lock():  # a stage is training
+        assert Workspace.open(workspace.folder).rollback() == "v000"
+        late = workspace.next_version()
+        entry = info(late, "v001", skill.name, verdict=verdict("promoted"), config=CONFIG.model_dump(mode="json"))
+        workspace.add_version(entry, write_weights)
+        assert not settle(workspace, late)
+    assert workspace.aliases() == {"champion": "v000", "previous": "v001", "candidate": "v002"}
+
+
 def test_an_unfinished_stage_does_not_change_its_precision(
     workspace: Workspace, skill: Skill, monkeypatch: pytest.MonkeyPatch
 ):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perdure.gates import Guard, Items, decide
-from perdure.measure import Scores, measure_probe, measure_skill, probe_items, skill_items
+from perdure.measure import measure_probe, measure_skill, skill_items
 from perdure.probe import ProbeResult
 from perdure.running import Run
+from perdure.scores import Scores, probe_items
 from perdure.types import SkillScore, Verdict
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -137,15 +137,15 @@ def promote(
     place, _ = open_workspace(workspace, None)
     if force and not (reason or "").strip():
         raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
-    with place.lock():
-        name = place.resolve(version)
-        verdict = place.verdict(name)
-        passed = verdict is None or verdict["decision"] == "promoted"
-        if verdict and not passed and not force:
-            words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "
-            out.print(Text(f'{words}perdure promote {name} --force --reason "..."'), soft_wrap=True)
-            raise typer.Exit(REFUSED)
-        place.promote(name, reason or "by hand", **({} if passed else {"forced": True}))
+    name = place.resolve(version)
+    verdict = place.verdict(name)
+    passed = verdict is None or verdict["decision"] == "promoted"
+    if verdict and not passed and not force:
+        words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "
+        out.print(Text(f'{words}perdure promote {name} --force --reason "..."'), soft_wrap=True)
+        raise typer.Exit(REFUSED)
+    forced: dict[str, Any] = {} if passed else {"forced": True}
+    place.promote(name, reason or "by hand", **forced)
     out.print(f"champion: {name}")
 
 
@@ -180,10 +180,11 @@ def rollback(
         str | None, typer.Option(help="Version to go back to; default: the champion before this one.")
     ] = None,
 ) -> None:
-    """Go back to an earlier version. No weights are moved: it takes no time."""
+    """Go back to an earlier version.
+
+    No weights are moved: it takes no time, also while a stage trains. What that stage ends with is then held."""
     place, _ = open_workspace(workspace, None)
-    with place.lock():
-        out.print(f"champion: {place.rollback(to)}")
+    out.print(f"champion: {place.rollback(to)}")
 
 
 @app.command()

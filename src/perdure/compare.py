@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from perdure.measure import Scores, known_scores
+from perdure.scores import Scores, known_scores
 from perdure.stats import paired_difference
 from perdure.workspace import Workspace
 

@@ -16,12 +16,13 @@ from perdure.adapters import adapted
 from perdure.anchors import answered, general_prompts
 from perdure.config import CostConfig, RunConfig, TrainConfig
 from perdure.evaluate import evaluate
-from perdure.measure import known_scores, unmeasured, way_of
+from perdure.measure import way_of
 from perdure.methods import METHODS
 from perdure.preflight import Preflight
 from perdure.probe import probe
 from perdure.rows import batch_rows, completed, row_counts
 from perdure.runlog import Clock, LoopState
+from perdure.scores import known_scores, unmeasured
 from perdure.session import Session
 from perdure.sharding import recomputed
 from perdure.skills.base import Skill

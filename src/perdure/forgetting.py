@@ -11,19 +11,10 @@ from dataclasses import dataclass
 from perdure.config import RunConfig
 from perdure.curriculum import learn_one
 from perdure.gates import decide_kept
-from perdure.measure import (
-    Scores,
-    guards,
-    known_scores,
-    measure_probe,
-    measure_skill,
-    probe_items,
-    skill_items,
-    unmeasured,
-    way_of,
-)
+from perdure.measure import measure_probe, measure_skill, skill_items, way_of
 from perdure.reporting import Reporter
 from perdure.running import open_version
+from perdure.scores import Scores, guards, known_scores, probe_items, unmeasured
 from perdure.skills.base import Skill, load_skill
 from perdure.stages import settings_hash, settle_all
 from perdure.types import InputError, Verdict

@@ -12,22 +12,13 @@ from perdure.config import RunConfig
 from perdure.files import code_state, environment, now
 from perdure.forecast import priced
 from perdure.gates import decide
-from perdure.measure import (
-    Scores,
-    Way,
-    guards,
-    known_scores,
-    probe_json,
-    said_of_kinds,
-    score_json,
-    way_of,
-    write_items,
-)
+from perdure.measure import probe_json, score_json, way_of, write_items
 from perdure.models import save
 from perdure.repair import repair, worth_repairing
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState
 from perdure.running import Run
+from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds
 from perdure.skills.base import Skill, load_skill
 from perdure.stages import Outcome, follow, settings_hash, settle, turned_away
 from perdure.types import Verdict

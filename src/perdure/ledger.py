@@ -6,7 +6,10 @@ lines missing at the end are found too. It is written after the line: a kill in 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,18 @@ from perdure.types import InputError
 
 
 class Ledger:
-    """Whoever appends holds the workspace's lock."""
+    """Whoever appends is inside ``turn``."""
 
     def __init__(self, folder: Path):
         self.path = folder / "ledger.jsonl"
         self.head_path = folder / "ledger.head"
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One process at a time; others wait. The kernel frees the lock of a process that died."""
+        with self.path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def append(self, event: str, **fields: Any) -> None:
         """Add a line, synced before returning. Raises InputError when the end is not what was written last.

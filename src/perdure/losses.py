@@ -1,4 +1,5 @@
-"""Divergences between teacher and student, as their formulas say. fused.py computes the same from hidden states.
+"""Divergences between teacher and student, as their formulas say: what fused.py, which training runs, is tested
+against. It computes the same from hidden states, without a [N, V] tensor.
 
 Pure functions: tensors in, tensors out; no model, no settings object, no logging. Directions are in the names:
 ``forward_kl`` is KL(teacher || student), ``reverse_kl`` is KL(student || teacher). Sums over tokens are divided once,

@@ -20,10 +20,10 @@ from perdure.candidate import Candidate, measure_candidate
 from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
 from perdure.gates import Guard
-from perdure.measure import Scores
 from perdure.methods import METHODS
 from perdure.models import load
 from perdure.running import Run, train_stage
+from perdure.scores import Scores
 from perdure.stages import settings_hash
 from perdure.types import Verdict
 from perdure.workspace import BASE

@@ -15,17 +15,7 @@ from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json, read_jsonl, replace_text
 from perdure.forecast import forecast
-from perdure.measure import (
-    Scores,
-    known_scores,
-    measure_probe,
-    measure_skill,
-    probe_json,
-    score_json,
-    unmeasured,
-    way_of,
-    write_items,
-)
+from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of, write_items
 from perdure.methods import METHODS
 from perdure.monitor import said_of_manner
 from perdure.preflight import Preflight, accuracy_of_teacher, preflight
@@ -33,6 +23,7 @@ from perdure.processes import followed_by, together
 from perdure.reporting import Reporter, Silent
 from perdure.rollout.base import RolloutEngine
 from perdure.runlog import LoopState
+from perdure.scores import Scores, known_scores, unmeasured
 from perdure.session import FOLLOWED, Session, base_as_teacher, open_session
 from perdure.skills.base import Skill, load_skill
 from perdure.stage import Anchors

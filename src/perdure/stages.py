@@ -101,13 +101,13 @@ def follow(workspace: Workspace, info: dict[str, Any], verdict: dict[str, Any], 
     accepted = decision == "promoted"
     if (accepted or not enforce) and info.get("branch"):
         workspace.append("accept", version=name, **about, branch=info["branch"], reason=reason)
-    elif (accepted or not enforce) and (champion := workspace.resolve("champion")) != info["parent"]:
-        reason = (f"it was judged against {info['parent']}, and {champion} is the champion by now; to serve it: "
-                  f"perdure promote {name}")  # fmt: skip
-        workspace.hold(name, **about, reason=reason)
-        return Outcome(info["skill"], info["stage"], name, "held", (reason, *verdict["reasons"]))
     elif accepted or not enforce:
-        workspace.promote(name, reason if accepted else f"{decision}, but gate.enforce is off")
+        why = reason if accepted else f"{decision}, but gate.enforce is off"
+        if not workspace.promote(name, why, instead_of=info["parent"]):
+            reason = (f"it was judged against {info['parent']}, and {workspace.resolve('champion')} is the champion by "
+                      f"now; to serve it: perdure promote {name}")  # fmt: skip
+            workspace.hold(name, **about, reason=reason)
+            return Outcome(info["skill"], info["stage"], name, "held", (reason, *verdict["reasons"]))
     elif decision == "held":
         workspace.hold(name, **about, reason=reason)
     else:

@@ -63,7 +63,7 @@ class Workspace:
                 "config": config.model_dump(mode="json"), "scores": {}, "probe": None, "verdict": None,
                 "cost": {"seconds": {}, "tokens": {}}}  # fmt: skip
         workspace.add_version(info, lambda _: None)
-        workspace.append("init", version=BASE, base=base_hash)
+        workspace._append("init", version=BASE, base=base_hash)
         workspace._write_aliases()
         # Last: a folder without perdure.toml is no workspace, so an interrupted init can be repeated after removal.
         replace_text(folder / "perdure.toml", to_toml(config))
@@ -77,9 +77,8 @@ class Workspace:
             raise InputError(f"{folder}: not a workspace (no perdure.toml); make one with: perdure init {folder}")
         workspace = cls(folder)
         if not workspace._aliases_agree():
-            # A living writer is just between the two writes and will finish; a dead one holds no lock.
-            with contextlib.suppress(InputError), workspace.lock():
-                pass
+            with contextlib.suppress(InputError), workspace._turn():
+                workspace._heal()  # a living writer was between the two writes, and has finished now
         return workspace
 
     def config(self) -> RunConfig:
@@ -183,30 +182,41 @@ class Workspace:
     def aliases(self) -> dict[str, str | None]:
         return read_json(self.folder / "aliases.json")
 
-    def promote(self, name: str, reason: str, **fields: Any) -> None:
-        """Make a version the champion; the old champion becomes ``previous``. ``fields`` go into the ledger as well."""
-        target, champion = self.resolve(name), self.aliases()["champion"]
-        if champion == target:
-            return
-        self.append("promote", version=target, parent=champion, reason=reason, **fields)
-        self._write_aliases()
+    def promote(self, name: str, reason: str, instead_of: str | None = None, **fields: Any) -> bool:
+        """Make a version the champion; the old champion becomes ``previous``. ``fields`` go into the ledger as well.
+
+        False, and nothing done, where the champion is another one than ``instead_of``."""
+        with self._turn():
+            self._heal()
+            target, champion = self.resolve(name), self.aliases()["champion"]
+            if champion == target:
+                return True
+            if instead_of not in (None, champion):
+                return False
+            self._append("promote", version=target, parent=champion, reason=reason, **fields)
+            self._write_aliases()
+            return True
 
     def rollback(self, name: str | None = None) -> str:
         """Go back to ``name``, or to what was the champion before this one; returns the new champion.
 
         Raises InputError when there is nothing to go back to, or when ``name`` was never the champion."""
-        champion = self.aliases()["champion"]
-        assert champion is not None
-        target = self.resolve(name) if name else self._replaced_by(champion)
-        if target is None:
-            raise InputError(f"{self.folder}: the champion is the base model; there is nothing before it")
-        if target == champion:
-            raise InputError(f"{self.folder}: {target} is the champion already")
-        if target not in {event["version"] for event in self.ledger() if event["event"] in ("init", "promote")}:
-            raise InputError(f"{self.folder}: {target} was never promoted; to serve it all the same: promote {target}")
-        self.append("rollback", version=target, parent=champion)
-        self._write_aliases()
-        return target
+        with self._turn():
+            self._heal()
+            champion = self.aliases()["champion"]
+            assert champion is not None
+            target = self.resolve(name) if name else self._replaced_by(champion)
+            if target is None:
+                raise InputError(f"{self.folder}: the champion is the base model; there is nothing before it")
+            if target == champion:
+                raise InputError(f"{self.folder}: {target} is the champion already")
+            if target not in {event["version"] for event in self.ledger() if event["event"] in ("init", "promote")}:
+                raise InputError(
+                    f"{self.folder}: {target} was never promoted; to serve it all the same: promote {target}"
+                )
+            self._append("rollback", version=target, parent=champion)
+            self._write_aliases()
+            return target
 
     def _replaced_by(self, name: str) -> str | None:
         """The champion in whose place ``name`` was promoted last: its parent, but after a replay or a promotion by
@@ -216,11 +226,16 @@ class Workspace:
 
     def hold(self, name: str, **fields: Any) -> None:
         """Record that a version waits for a person: it becomes the ``candidate`` until the champion changes."""
-        self.append("hold", version=name, **fields)
-        self._write_aliases()
+        with self._turn():
+            self._append("hold", version=name, **fields)
+            self._write_aliases()
 
     def append(self, event: str, **fields: Any) -> None:
         """Add an event to the ledger; one that introduces a version holds the hash of its version.json."""
+        with self._turn():
+            self._append(event, **fields)
+
+    def _append(self, event: str, **fields: Any) -> None:
         if event in ("init", "candidate"):
             fields[MANIFEST] = file_sha256(self.version_folder(fields["version"]) / "version.json")
         Ledger(self.folder).append(event, **fields)
@@ -233,8 +248,13 @@ class Workspace:
         """See Ledger.verify."""
         return Ledger(self.folder).verify()
 
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """One process at a time writes ledger and aliases. It is a moment: whoever serves another version need not wait
+        for a stage to end."""
+        return Ledger(self.folder).turn()
+
     def _heal(self) -> None:
-        """Under the lock: make the aliases say what the ledger says."""
+        """In turn: make the aliases say what the ledger says."""
         if not self._aliases_agree():
             self._write_aliases()
 
@@ -332,9 +352,11 @@ class Workspace:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer at a time, who finds aliases that agree with the ledger. Raises InputError naming the holder."""
+        """One process at a time makes versions, and finds aliases that agree with the ledger. Raises InputError naming
+        the holder."""
         with only_one(self.folder / ".lock"):
-            self._heal()
+            with self._turn():
+                self._heal()
             yield
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,10 @@ def _jobs(plans: Sequence[RunPlan], out: Path, skills: dict[str, Path], base: Pa
 def _work(todo: Sequence[Job], jobs: int, title: str, reporter: Reporter) -> None:
     if not todo:
         return
-    # Set before the processes start: torch reads it once.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     # A process serves one run, so that no run inherits memory or state from another.
     context = multiprocessing.get_context("spawn")
     with (
+        _threads(jobs),
         reporter.phase(title, len(todo), "runs") as phase,
         ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool,
     ):
@@ -107,3 +107,15 @@ def _work(todo: Sequence[Job], jobs: int, title: str, reporter: Reporter) -> Non
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _threads(jobs: int) -> Iterator[None]:
+    """Within the context processes that are started take their share of the cores: torch reads the variable once."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        os.environ.update({} if before is None else {"OMP_NUM_THREADS": before})
