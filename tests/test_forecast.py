@@ -38,7 +38,7 @@ def test_the_student_comes_back_bit_by_bit(tmp_path: Path, skill: Skill, train: 
     workspace = create_workspace(tmp_path / "bot", config)
     session = open_version(workspace, "v000", config)
     before = [p.detach().clone() for p in (*session.loaded.model.parameters(), *session.working.parameters())]
-    found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, 0)
+    found = preflight(subject_of(session, skill, config), config.context, config.preflight, config.train, 0)
     other = load_skill(toy_skill(tmp_path / "numbers", NUMBERS))
     cost = forecast(workspace, "v000", session, skill, {"colours": skill, "numbers": other}, config, found)
     after = (*session.loaded.model.parameters(), *session.working.parameters())
@@ -63,7 +63,7 @@ def test_more_work_is_predicted_to_take_longer(tmp_path: Path, skill: Skill, mon
     config = config_of(tmp_path)
     workspace = create_workspace(tmp_path / "bot", config)
     session = open_version(workspace, "v000", config)
-    found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, 0)
+    found = preflight(subject_of(session, skill, config), config.context, config.preflight, config.train, 0)
     found = replace(found, row_seconds={"student": 1.0, "teacher": 2.0})
     # Two of 20 rows validate, every 20 steps and at the end.
     for steps, validations in ((10, 1), (300, 15)):
@@ -76,7 +76,7 @@ def test_more_work_is_predicted_to_take_longer(tmp_path: Path, skill: Skill, mon
 def test_expected_tokens(tmp_path: Path, skill: Skill):
     config = config_of(tmp_path)
     session = open_version(create_workspace(tmp_path / "bot", config), "v000", config)
-    found = preflight(subject_of(session, skill), config.context, config.preflight, config.train, 0)
+    found = preflight(subject_of(session, skill, config), config.context, config.preflight, config.train, 0)
     rows, text = skill.train[: found.n], session.renderer
     completion = sum(len(text.demonstration(e).token_ids) for e in rows) / len(rows)
     prompt = sum(len(text.student_prompt(e).token_ids) for e in rows) / len(rows)
