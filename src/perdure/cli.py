@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -19,6 +20,8 @@ COMMANDS = (cli_learn, cli_versions, cli_bench)
 """Importing them has registered their commands, in this order."""
 _BY_SIGNAL = 130
 """What typer exits with when Ctrl-C reaches it."""
+FAULT = 4
+"""Exit code of a fault of Perdure's own: 1 would be taken for a verdict."""
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 """No room, or no right to write: another attempt may do."""
 _PATH_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
@@ -42,13 +45,21 @@ def main() -> None:
         if error.errno in _PATH_ERRORS:
             _fail(f"{place}{error.strerror}; name another path", BAD_INPUT)
         if error.errno not in _PLACE_ERRORS:
-            raise
+            _fault()
         _fail(f"{place}{error.strerror}. Nothing was half-written; make room or choose another place, then repeat the "
               "command.", BAD_INPUT)  # fmt: skip
+    except Exception:
+        _fault()
     except SystemExit as stop:
         if stop.code != _BY_SIGNAL:
             raise
         _fail("interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
+
+
+def _fault() -> None:
+    """A fault of ours ends with its traceback, but not with the exit code of a verdict."""
+    traceback.print_exc()
+    sys.exit(FAULT)
 
 
 def _one_of_several() -> None:

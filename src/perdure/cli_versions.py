@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -241,6 +243,43 @@ def export(
     what = f"{found['dtype']} weights" if not adapter else (
         f"adapter of rank {found['rank']} on {found['since']}, {found['held']:.2%} of the difference")  # fmt: skip
     out.print(f"{found['version']}: {what}, {found['bytes'] / 1e6:.1f} MB in {folder}")
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="One question; none: a conversation, to Ctrl-D.")] = None,
+    workspace: WorkspaceOption = HERE,
+    versions: Annotated[
+        list[str] | None, typer.Option("--version", help="champion (the default), v0 ...; several answer in turn.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt, as the skill's rows have it.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer, as in evaluations.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+) -> None:
+    """Ask a version, or several, and read what they say."""
+    from perdure.chat import Chat
+    from perdure.running import open_version
+
+    place, config = open_workspace(workspace, None)
+    names = list(dict.fromkeys(place.resolve(name) for name in versions or ["champion"]))
+    chats = {name: Chat(open_version(place, name, config), max_new_tokens, temperature, config.seed, system)
+             for name in names}  # fmt: skip
+    for text in _asked() if prompt is None else [prompt]:
+        for name, conversation in chats.items():
+            label = f"{name}: " if len(names) > 1 else ""
+            out.print(Text(label, style="bold").append(conversation.say(text), style="not bold"), soft_wrap=True)
+
+
+def _asked() -> Iterator[str]:
+    """What a person types, line by line, until the end of the input."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            return
+        if text:
+            yield text
 
 
 @app.command()
