@@ -89,7 +89,7 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
     }
     after = known_scores(workspace, name)
     # As the candidate was measured then: this machine may choose another precision.
-    way = Way(after.skills[skill.name].get("measured_with", ""), (after.probe or {}).get("measured_with", ""),
+    way = Way(after.skills.get(skill.name, {}).get("measured_with", ""), (after.probe or {}).get("measured_with", ""),
               config.eval.rows)  # fmt: skip
     before = known_scores(workspace, parent, way)
     kept = guards(workspace, parent, before, earlier, config, way)
