@@ -18,7 +18,6 @@ import torch
 
 from perdure.checkpoint import load_weights, save_weights
 from perdure.config import RunConfig, TrainConfig
-from perdure.contexts import parse_template
 from perdure.importers import IMPORTERS
 from perdure.methods import METHODS
 from perdure.models import sync_weights
@@ -26,6 +25,7 @@ from perdure.session import Session, open_session
 from perdure.skills.base import Skill, load_skill
 from perdure.stage import Anchors, Stage
 from perdure.teacher import make_teacher
+from perdure.templates import parse_template
 from perdure.train import train
 
 FOLDER = Path(os.environ.get("PERDURE_BENCH", "bench-workspace"))

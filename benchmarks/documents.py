@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from perdure.config import RunConfig
-from perdure.contexts import after_reading, parse_template
 from perdure.evaluate import score_prompts
 from perdure.files import read_json
 from perdure.session import Session, open_session
 from perdure.skills.base import Skill, load_skill
+from perdure.templates import after_reading, parse_template
 from perdure.types import Example
 
 KINDS = ("direct", "indirect", "control")

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from perdure.adapters import adapted
 from perdure.attention import enable
 from perdure.config import ModelConfig, TrainConfig
-from perdure.contexts import Renderer, parse_template
+from perdure.contexts import Renderer
 from perdure.footprint import GIGA, Hardware, Shape, memory, parse_hardware, step_seconds, work_of
 from perdure.importers.base import write_skill
 from perdure.models import LoadedModel, device_of, linear_parameters, load_tokenizer, working_copy
@@ -35,6 +35,7 @@ from perdure.rollout.local import LocalEngine
 from perdure.session import Session, make_engine
 from perdure.sharding import recomputed
 from perdure.skills.base import Skill, load_skill
+from perdure.templates import parse_template
 from perdure.train import loop
 
 HEADS = {"SmolLM2-135M": 9, "Qwen2.5-1.5B": 12, "Qwen2.5-7B": 28, "Qwen2.5-14B": 40, "Qwen2.5-32B": 40}

@@ -23,10 +23,10 @@ from typing import Any
 from common import FOLDER, TEMPLATE, finish, load_state, skill, spread
 
 from perdure.config import RunConfig
-from perdure.contexts import parse_template
 from perdure.models import save
 from perdure.session import open_session
 from perdure.skills.base import Skill
+from perdure.templates import parse_template
 
 HERE = Path(__file__).parent
 NUMERICS = {

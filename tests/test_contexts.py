@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from fakes import END, example, renderer, tiny_tokenizer
 from perdure.batching import collate, micro_batches
 from perdure.config import ContextConfig
-from perdure.contexts import Renderer, names_the_example, parse_template
+from perdure.contexts import Renderer
 from perdure.packing import pack
+from perdure.templates import names_the_example, parse_template
 from perdure.types import Completion, Example, InputError
 
 QUESTION, ANSWER = "say small cat", "red panda"

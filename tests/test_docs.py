@@ -11,12 +11,12 @@ from pypdf import PdfReader, PdfWriter
 
 from fakes import renderer
 from perdure.config import ContextConfig
-from perdure.contexts import parse_template
 from perdure.importers import run_importer
 from perdure.importers.docs import build, holding, read_questions
 from perdure.importers.passages import MAX_WORDS, OVERLAP_WORDS, read_passages
 from perdure.skills.base import Skill, load_skill
 from perdure.subject import candidates
+from perdure.templates import parse_template
 from perdure.types import InputError
 from test_cli import assert_one_error, perdure
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from perdure.config import RunConfig
-from perdure.contexts import parse_template
 from perdure.curriculum import learn
 from perdure.importers import IMPORTERS
 from perdure.report.numbers import summary
@@ -17,6 +16,7 @@ from perdure.session import open_session
 from perdure.settings import parse
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
+from perdure.templates import parse_template
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,6 @@ import pytest
 
 from fakes import COLOURS, ScriptedEngine, renderer, save_tiny_model, toy_skill
 from perdure.config import RunConfig
-from perdure.contexts import parse_template
 from perdure.curriculum import learn
 from perdure.episodes import NO_CALL, Episode, play, transcript
 from perdure.evaluate import evaluate
@@ -25,6 +24,7 @@ from perdure.settings import parse
 from perdure.skills.base import Skill, load_skill
 from perdure.skills.environments import Acting
 from perdure.stages import create_workspace
+from perdure.templates import parse_template
 from perdure.types import Example, InputError, Prompt
 from test_train import make_stage, settings
 

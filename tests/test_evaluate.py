@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from fakes import ScriptedEngine, copying_model, example, loaded, renderer
-from perdure.contexts import parse_template
 from perdure.evaluate import evaluate, score_prompts
 from perdure.rollout.local import LocalEngine
 from perdure.stats import wilson_interval
+from perdure.templates import parse_template
 from perdure.types import InputError
 
 ROWS = [example("cat", "red"), example("dog", "blue"), example("cow", "green"), example("hen", "grey")]

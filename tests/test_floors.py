@@ -16,8 +16,8 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "settings", "train_config", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "processes", "sharding", "thinking", "contexts", "packing", "attention", "batching", "nf4", "adapters",
-        "models", "teacher", "likelihood",
+        "files", "processes", "sharding", "thinking", "templates", "contexts", "packing", "attention", "batching",
+        "nf4", "adapters", "models", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",

@@ -11,7 +11,6 @@ import pytest
 
 from fakes import save_tiny_model, toy_examples, toy_skill
 from perdure.config import ModelConfig, RunConfig, TrainConfig
-from perdure.contexts import parse_template
 from perdure.footprint import (
     DEVICES,
     Shape,
@@ -29,6 +28,7 @@ from perdure.models import compute_dtype, linear_parameters, load
 from perdure.settings import parse
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
+from perdure.templates import parse_template
 from perdure.types import InputError
 from test_cli import assert_refused, perdure
 

@@ -15,7 +15,6 @@ from fakes import example, loaded, renderer, save_tiny_model, tiny_model, tiny_t
 from perdure import models
 from perdure.batching import collate
 from perdure.config import ModelConfig
-from perdure.contexts import parse_template
 from perdure.models import (
     LoadedModel,
     autocast,
@@ -27,6 +26,7 @@ from perdure.models import (
     sync_weights,
     working_copy,
 )
+from perdure.templates import parse_template
 from perdure.types import InputError
 
 

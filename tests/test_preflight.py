@@ -9,11 +9,11 @@ import torch
 
 from fakes import ScriptedEngine, copying_model, example, loaded, renderer, toy_examples
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
-from perdure.contexts import parse_template
 from perdure.models import working_copy
 from perdure.preflight import Preflight, TemplateScore, _judge, choose_template, preflight
 from perdure.rollout.local import LocalEngine
 from perdure.subject import Subject, candidates, check_windows
+from perdure.templates import parse_template
 from perdure.types import InputError
 
 CONFIG = PreflightConfig(rows=20, min_gap=0.1, min_teacher_accuracy=0.3)

@@ -15,7 +15,6 @@ import pytest
 from fakes import ScriptedEngine, renderer, save_tiny_model
 from perdure.cli import app
 from perdure.config import RunConfig
-from perdure.contexts import DOCUMENT_LEAD
 from perdure.importers.docs import Questions, build, read_questions
 from perdure.importers.passages import Passage
 from perdure.question_writers import KEY, Endpoint, Fact, conversation, parse
@@ -23,6 +22,7 @@ from perdure.questions import MAX_ANSWER_WORDS, Student, pretest, write_question
 from perdure.reporting import Silent
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
+from perdure.templates import DOCUMENT_LEAD
 from perdure.types import InputError, Prompt
 from test_cli import assert_one_error, perdure
 

@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from perdure.config import RunConfig, load_config, with_settings
-from perdure.contexts import parse_template
 from perdure.importers import run_importer
 from perdure.skills.base import Skill, load_skill
+from perdure.templates import parse_template
 from perdure.types import Example, InputError
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paper"

@@ -9,9 +9,9 @@ import torch
 
 from fakes import example, renderer, tiny_model
 from perdure.batching import collate
-from perdure.contexts import parse_template
 from perdure.models import head_of, hidden_at_loss_positions, sync_weights, working_copy
 from perdure.teacher import KINDS, EmaTeacher, Teacher, make_teacher
+from perdure.templates import parse_template
 from perdure.types import Batch
 
 

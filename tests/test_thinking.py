@@ -16,7 +16,7 @@ from fakes import ScriptedEngine, copying_model, example, loaded, tiny_model, ti
 from perdure.anchors import make_anchors
 from perdure.batching import collate
 from perdure.config import ContextConfig, RunConfig, ThinkingConfig, TrainConfig, with_settings
-from perdure.contexts import Renderer, parse_template
+from perdure.contexts import Renderer
 from perdure.curriculum import learn
 from perdure.evaluate import evaluate
 from perdure.files import read_jsonl
@@ -31,6 +31,7 @@ from perdure.skills.base import load_skill
 from perdure.skills.graders import exact
 from perdure.stages import create_workspace
 from perdure.subject import candidates, check_thinking
+from perdure.templates import parse_template
 from perdure.thinking import Marks, hesitations, marks_of
 from perdure.train import train
 from perdure.types import Completion, InputError

@@ -15,7 +15,6 @@ import torch
 from fakes import NUMBERS, ScriptedEngine, copying_model, example, loaded, renderer, tiny_model, toy_examples
 from perdure.checkpoint import BEST, checkpoints
 from perdure.config import TrainConfig
-from perdure.contexts import parse_template
 from perdure.evaluate import evaluate
 from perdure.losses import forward_kl
 from perdure.methods import METHODS
@@ -28,6 +27,7 @@ from perdure.runlog import Clock, LoopState
 from perdure.skills.graders import exact
 from perdure.stage import Anchors, Stage
 from perdure.teacher import FixedTeacher, make_teacher
+from perdure.templates import parse_template
 from perdure.train import score, train
 from perdure.types import Completion, Example, InputError, Rollout
 from perdure.update import make_optimizer, optimise, set_learning_rate

@@ -11,7 +11,6 @@ import pytest
 
 from fakes import renderer
 from perdure.config import ContextConfig
-from perdure.contexts import parse_template
 from perdure.importers import run_importer
 from perdure.skills.base import load_skill
 from perdure.skills.reading import parse_row
@@ -19,6 +18,7 @@ from perdure.skills.settings import SkillSettings
 from perdure.stage import by_conversation
 from perdure.staging import split_validation
 from perdure.subject import candidates
+from perdure.templates import parse_template
 from perdure.types import InputError
 
 WEATHER: dict[str, Any] = {

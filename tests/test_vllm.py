@@ -196,7 +196,7 @@ def test_parity_with_a_real_server(temperature: float) -> None:
     """Serving the embedded model: log-probabilities of both sides over the same samples, before and after an update
     of all weights, within bfloat16's rounding."""
     from perdure.anchors import general_prompts
-    from perdure.contexts import collate
+    from perdure.batching import collate
     from perdure.losses import pick
     from perdure.models import head_of, hidden_at_loss_positions
     from perdure.session import open_session

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from perdure.contexts import Renderer, Template
+from perdure.contexts import Renderer
 from perdure.processes import GROUP
 from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
 from perdure.skills.environments import Acting, Environment
 from perdure.skills.graders.tool_call import calls_in
+from perdure.templates import Template
 from perdure.types import Completion, Example, InputError, Message, Prompt
 
 NO_CALL = "Error: this is no call that can be read."

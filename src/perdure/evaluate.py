@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from perdure.contexts import Renderer, Template
+from perdure.contexts import Renderer
 from perdure.episodes import play, transcript
 from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
 from perdure.skills.environments import Acting
 from perdure.stats import wilson_interval
+from perdure.templates import Template
 from perdure.types import Example, ItemResult, Prompt, SkillScore
 
 Grader = Callable[[str, Example], float]

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from perdure.config import ModelConfig, TrainConfig
-from perdure.contexts import Renderer, Template
+from perdure.contexts import Renderer
 from perdure.fused import CHUNK_ELEMENTS
 from perdure.methods import METHODS
 from perdure.models import linear_parameters, load_tokenizer, resolve
 from perdure.nf4 import NF4_BYTES
+from perdure.templates import Template
 from perdure.types import Example, InputError
 
 GIGA = 1e9

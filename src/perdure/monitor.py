@@ -10,7 +10,6 @@ import torch
 from perdure.batching import collate
 from perdure.checkpoint import BEST, save_weights
 from perdure.config import TrainConfig
-from perdure.contexts import names_the_example
 from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
@@ -20,6 +19,7 @@ from perdure.rows import says_demonstration
 from perdure.runlog import LoopState, RunLog
 from perdure.stage import Stage
 from perdure.teacher import Teacher
+from perdure.templates import names_the_example
 from perdure.thinking import hesitations
 from perdure.types import Rollout, SkillScore
 

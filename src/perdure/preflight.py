@@ -14,7 +14,6 @@ import torch
 
 from perdure.batching import collate, passes
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
-from perdure.contexts import Template, names_the_example, parse_template
 from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
 from perdure.losses import LossSpec
@@ -23,6 +22,7 @@ from perdure.rollout.base import Progress, TotalProgress, part_of
 from perdure.runlog import Clock
 from perdure.seeds import derive_seed, permutation
 from perdure.subject import Subject, candidates, check_thinking, check_windows
+from perdure.templates import Template, names_the_example, parse_template
 from perdure.types import Example, InputError, Rollout, SkillScore
 
 IDENTITY_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perdure.contexts import Renderer, after_reading
+from perdure.contexts import Renderer
 from perdure.evaluate import score_prompts
 from perdure.importers.docs import Questions, fact_of, holding, plain, room, wanted
 from perdure.importers.passages import Passage
@@ -21,6 +21,7 @@ from perdure.reporting import Phase, Reporter
 from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
 from perdure.seeds import derive_seed
 from perdure.skills.graders import contains
+from perdure.templates import after_reading
 from perdure.types import Example, InputError, Prompt
 
 WRITE = SamplingParams(640, temperature=0)

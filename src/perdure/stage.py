@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from perdure.contexts import Renderer, Template
+from perdure.contexts import Renderer
 from perdure.evaluate import Grader
 from perdure.models import LoadedModel
 from perdure.rollout.base import RolloutEngine
 from perdure.skills.environments import Acting
 from perdure.teacher import Teacher
+from perdure.templates import Template
 from perdure.types import Example, Rollout
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from perdure.config import RunConfig
-from perdure.contexts import parse_template
 from perdure.methods import METHODS
 from perdure.rollout.base import RolloutEngine
 from perdure.seeds import derive_seed, permutation
@@ -13,6 +12,7 @@ from perdure.session import Session, base_model, make_engine
 from perdure.skills.base import Skill
 from perdure.stage import Anchors, Stage, by_conversation
 from perdure.teacher import FixedTeacher, Teacher, make_teacher, start_teacher
+from perdure.templates import parse_template
 from perdure.types import Example
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from perdure.config import ContextConfig, TrainConfig
-from perdure.contexts import Renderer, Template, parse_template
+from perdure.contexts import Renderer
 from perdure.evaluate import Grader
 from perdure.methods import METHODS
 from perdure.models import LoadedModel
 from perdure.rollout.base import RolloutEngine
 from perdure.skills.environments import Acting
+from perdure.templates import Template, parse_template
 from perdure.types import Example, InputError
 
 
