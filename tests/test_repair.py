@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
-from perdure import repair
+from perdure import judging, repair
 from perdure.config import RunConfig
 from perdure.curriculum import learn
 from perdure.forgetting import forget
@@ -156,6 +156,24 @@ def test_another_gate_judges_what_is_on_file_and_trains_nothing(tmp_path: Path, 
     workspace.rollback()
     (_, second) = learn(workspace, made[1], settings(made[0], repair=0), Silent())  # the first gate again
     assert second.decision == "refused" and workspace.resolve("champion") == "v001"
+
+
+def test_a_stage_whose_parent_was_rolled_back_meanwhile_is_held(
+    tmp_path: Path, made: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    config = settings(made[0], enforce=False)
+    workspace = create_workspace(tmp_path / "bot", config)
+    learn(workspace, made[1][:1], config, Silent())
+    real = judging.measure_candidate
+
+    def while_it_is_measured(*args: Any, **options: Any) -> Any:
+        Workspace.open(workspace.folder).rollback()
+        return real(*args, **options)
+
+    monkeypatch.setattr(judging, "measure_candidate", while_it_is_measured)
+    (outcome,) = learn(workspace, made[1][1:], config, Silent())
+    assert (outcome.version, outcome.decision) == ("v002", "held") and "perdure promote v002" in outcome.reasons[0]
+    assert workspace.aliases() == {"champion": "v000", "previous": "v001", "candidate": "v002"}
 
 
 def test_a_kill_between_the_new_verdict_and_its_promotion(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fake_workspace
 from fake_workspace import PRIOR, FakeWorkspace, add_stage, chain_of_three, page_of
+from perdure.files import write_jsonl
 from perdure.report import charts, process, samples
 from perdure.report.html import write_report
 from perdure.types import InputError
@@ -60,7 +61,10 @@ def hostile_chain(folder: Path) -> FakeWorkspace:
             for row in fake_workspace.items("a", 9, 10)]  # fmt: skip
     table = [{"name": HOSTILE, "kind": HOSTILE, "before": "<b>", "after": None, "change": True, "passed": "yes"}]
     add_stage(fake, "a", {"a": 9}, base={"a": 0}, changed={"a": rows}, reasons=[HOSTILE], table=table)
-    path = fake.workspace.run_folder("s01-a") / "preflight.json"
+    run = fake.workspace.run_folder("s01-a")
+    asked = [row | {"prompt": HOSTILE} for row in fake_workspace.items("a", 0, 10)]
+    write_jsonl(run / "baseline" / "a.jsonl", asked)
+    path = run / "preflight.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"advice": [HOSTILE], "window": {"limit": HOSTILE}}))
     fake.workspace.append("note", version=HOSTILE, reason=HOSTILE)
     return fake

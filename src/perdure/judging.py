@@ -51,6 +51,10 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     name_of = run.skill.name
     for said in said_of_kinds(before.skills.get(name_of, {}), info["scores"].get(name_of, {})):
         run.reporter.note(f"{name_of}: {said}.")
+    if not accepted and (verdict.decision == "promoted" or not config.gate.enforce):
+        why = workspace.ledger()[-1]["reason"]  # the champion changed while the stage ran
+        run.reporter.note(why)
+        return Outcome(name_of, run.stage, name, "held", (why, *verdict.reasons))
     return Outcome(name_of, run.stage, name, "promoted" if accepted else verdict.decision, verdict.reasons)
 
 

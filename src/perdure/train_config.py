@@ -159,7 +159,6 @@ class TrainConfig(SettingsSection):
             for name, owner, value in uses
             if self._changed(name) and getattr(self, owner) != value
         ]
-        found += self._unread_by_method()
         if not self.anchors_earlier:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
             names = ["anchor_per_skill", "anchor_focus", "anchor_weight"]
@@ -185,20 +184,6 @@ class TrainConfig(SettingsSection):
         of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora", "lora_nf4")
         return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
                         if self._changed(name) and not self.lora_rank]  # fmt: skip
-
-    def _unread_by_method(self) -> list[str]:
-        """The same, of settings that only some methods read. (A warm start's are left: rows of a chain share them.)"""
-        method, said = METHODS[self.method], f'has no effect with method = "{self.method}"'
-        found = []
-        if not method.shows:
-            found += [f"teacher_temperature {said}"] if self._changed("teacher_temperature") else []
-            found += [f'teacher = "{self.teacher}" {said}'] if self.teacher in ("ema", "live") else []
-            if self._changed("sampling_temperature") and not method.reinvoked:
-                found.append(f"sampling_temperature {said}")
-        if method.loss != "divergence" and not (method.held or method.reinvoked or self.anchor_share):
-            names = [name for name in ("divergence", "support") if self._changed(name)]
-            found += [f"{name} {said} and without anchors: no row carries a divergence" for name in names]
-        return found
 
     def _changed(self, name: str) -> bool:
         return getattr(self, name) != type(self).model_fields[name].default
