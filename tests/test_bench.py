@@ -85,6 +85,7 @@ def write_chain(folder: Path, *changes: tuple[str, str]) -> Path:
         ('method = "sft_replay"', 'method = "sft_replay", kl_weight = 0.1', "sft_kl"),
         ("seeds = [0]", "seeds = []", "seeds"),
         ("seeds = [0]", "seeds = [0]\nspeed = 3", "speed"),
+        ("[methods.sdft]", "[methods.sdft]\nlabl = 3", "methods.sdft.labl: there is no such setting"),
         ("seeds = [0]", "seeds = [0", "toys.toml:4"),
     ],
 )

@@ -21,8 +21,8 @@ FLOORS = {
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
-        "skills", "skills.settings", "skills.graders.text", "skills.graders.*", "skills.graders", "skills.turns",
-        "skills.reading", "skills.environments", "skills.base",
+        "skills", "skills.users", "skills.settings", "skills.graders.text", "skills.graders.*", "skills.graders",
+        "skills.turns", "skills.reading", "skills.environments", "skills.base",
         "importers.base", "importers.bfcl", "importers.tldr", "importers.passages", "importers.*", "importers",
     ],
     "F4 doing": [

@@ -25,8 +25,7 @@ def bench(
 ) -> None:
     """Chains of skills by several methods, side by side.
 
-    Accuracy, retention, priors, drift and cost, side by side. The same command
-    goes on where it stopped."""
+    Accuracy, retention, priors, drift and cost. The same command goes on where it stopped."""
     from perdure.bench.plan import load_chain
     from perdure.bench.runner import results_so_far, run_bench
     from perdure.bench.tables import write_tables

@@ -113,7 +113,7 @@ def import_skill(
     """Make a skill folder of a file or a known source.
 
     Of a JSONL file or documents of your own, or of one of the data packages."""
-    from perdure.gates import USUAL_NOISE, least_budget
+    from perdure.gates import USUAL_NOISE, guards_of, least_budget
     from perdure.importers import run_importer
     from perdure.skills.base import load_skill
 
@@ -127,7 +127,7 @@ def import_skill(
         given = _prepared(options, target, file, questions, grader, seed)
     run_importer(source, target, seed, file, grader, test_share, turns, given)
     skill = load_skill(target)
-    least = least_budget(len(skill.test), 1 + len(RunConfig().probe.tasks) + 1, GateConfig(), USUAL_NOISE)
+    least = least_budget(len(skill.test), guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
     out.print(f"{target}: {len(skill.train)} training and {len(skill.test)} test rows. Later skills may cost it as "
               f"little as {100 * least:.1f} points before the gate can tell (retention_budget in skill.toml; more test "
               f"rows tell more). Next: perdure check {target} -w WORKSPACE", soft_wrap=True)  # fmt: skip

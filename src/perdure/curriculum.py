@@ -9,7 +9,7 @@ from typing import Any
 from perdure.config import RunConfig
 from perdure.files import read_json
 from perdure.footprint import estimate, lengths_renderer, parse_hardware, shape_of, work_of
-from perdure.gates import USUAL_NOISE, least_budget
+from perdure.gates import USUAL_NOISE, guards_of, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of
 from perdure.methods import METHODS
@@ -104,11 +104,10 @@ def check_hardware(
 
 def _test_power(workspace: Workspace, skill: Skill, config: RunConfig) -> dict[str, Any]:
     """Which loss the gate could see on this skill's test rows, once it is an earlier one."""
-    tasks = len(config.probe.tasks)
-    others = tasks + (tasks > 1) + len(workspace.taught().keys() - {skill.name})
+    guards = guards_of(1 + len(workspace.taught().keys() - {skill.name}), len(config.probe.tasks))
     rows = len(skill.test[: config.eval.rows or None])
     return {"rows": rows, "budget": skill.settings.retention_budget or config.gate.budget,
-            "least_budget": least_budget(rows, others + 1, config.gate, USUAL_NOISE)}  # fmt: skip
+            "least_budget": least_budget(rows, guards, config.gate, USUAL_NOISE)}  # fmt: skip
 
 
 def evaluate_version(workspace: Workspace, version: str, folders: Sequence[Path], config: RunConfig, with_probe: bool,

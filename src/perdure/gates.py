@@ -161,6 +161,11 @@ def _can_tell(guard: Guard, pair: tuple[list[bool], list[bool]], level: float, p
     return mcnemar_power(n, loss, noise, level, guard.budget) >= power
 
 
+def guards_of(skills: int, tasks: int) -> int:
+    """Guards of a stage: each earlier skill, each prior task, and where there are several of these all together."""
+    return skills + tasks + (tasks > 1)
+
+
 def least_budget(n: int, guards: int, config: GateConfig, noise: float) -> float:
     """The smallest budget (in whole tenths of a point) that ``n`` items can judge beside so many guards."""
     for tenths in range(1, 500):

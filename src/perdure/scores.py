@@ -87,7 +87,7 @@ class Scores:
             self.items |= probe_items(read_jsonl(folder / f"{PROBE}.jsonl"))
 
     def taken(self, name: str) -> tuple[Any, ...]:
-        """On which content and in which way the items of ``name`` were taken."""
+        """On which content and in which way the items of ``name`` were taken: rows of another may have the same ids."""
         score = (self.probe if name.split("/")[0] == PROBE else self.skills.get(name)) or {}
         return score.get("skill_hash"), score.get("measured_with")
 
@@ -135,9 +135,8 @@ def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[st
         found.append(Guard(name, "skill", parent, items, budget))
         if not items:
             continue
-        content = before.skills.get(name, {}).get("skill_hash")  # rows of another content may have the same ids
         known = {version: scores.items[name] for version, scores in ancestors.items()
-                 if name in scores.skills and scores.skills[name].get("skill_hash") == content}  # fmt: skip
+                 if name in scores.items and scores.taken(name) == before.taken(name)}  # fmt: skip
         right = {version: sum(those.values()) for version, those in known.items() if those.keys() == items.keys()}
         best = max(right, key=lambda version: right[version], default=parent)
         if right.get(best, 0) > sum(items.values()):

@@ -6,7 +6,7 @@ import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -54,7 +54,9 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[tuple[st
 def _said(item: Any, model: type[BaseModel]) -> str:
     if item["type"] != "extra_forbidden":
         return item["msg"].removeprefix("Value error, ")
+    owner: Any = model
     for part in item["loc"][:-1]:
-        model = cast("type[BaseModel]", model.model_fields[part].annotation)
-    alike = get_close_matches(str(item["loc"][-1]), model.model_fields, 1)
+        fields = getattr(owner, "model_fields", {})  # none below a table of tables, whose keys are the user's
+        owner = fields[part].annotation if part in fields else None
+    alike = get_close_matches(str(item["loc"][-1]), getattr(owner, "model_fields", {}), 1)
     return "there is no such setting" + (f"; did you mean {alike[0]}?" if alike else "")

@@ -33,7 +33,7 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
         raise InputError(f"{file}: has no {', '.join(unknown)}")
     out.mkdir(parents=True, exist_ok=True)
     skills = {name: skill_folder(out, file.parent, name, chain.source(name)) for name in chain.skills}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = _share(jobs)
     base = out / "base.json"
 
     rows = set(only or chain.methods)
@@ -109,11 +109,16 @@ def _work(todo: Sequence[Job], jobs: int, title: str, reporter: Reporter) -> Non
             raise
 
 
+def _share(jobs: int) -> int:
+    """Cores for each of so many runs at a time."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
 @contextmanager
 def _threads(jobs: int) -> Iterator[None]:
     """Within the context processes that are started take their share of the cores: torch reads the variable once."""
     before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    os.environ["OMP_NUM_THREADS"] = str(_share(jobs))
     try:
         yield
     finally:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from perdure.skills.users import users_code
 from perdure.types import Example, InputError
 
 
@@ -32,13 +33,8 @@ class Acting:
     max_turns: int
     """Most assistant turns of one conversation."""
 
-    @contextmanager
-    def _users_code(self, example: Example, what: str) -> Iterator[None]:
-        """Whatever happens inside, in code that is not ours, becomes an InputError that names the row."""
-        try:
-            yield
-        except Exception as error:
-            raise InputError(f"{example.origin}: the environment {self.name!r} {what}: {error!r}") from error
+    def _users_code(self, example: Example, what: str) -> AbstractContextManager[None]:
+        return users_code(example, f"the environment {self.name!r} {what}")
 
     def begin(self, example: Example) -> Environment:
         """A fresh world for a row. Raises InputError when the user's factory does."""

@@ -14,6 +14,7 @@ from inspect import Parameter
 from typing import Any
 
 from perdure.skills.graders import choice, contains, exact, json_value, number, regex, token_f1, tool_call
+from perdure.skills.users import users_code
 from perdure.types import Example, InputError
 
 GRADERS: dict[str, Callable[..., float]] = {
@@ -40,10 +41,8 @@ def make_grader(name: str, options: dict[str, Any], where: str) -> Callable[[str
 
     def by_the_user(completion: str, example: Example) -> float:
         """0..1. Raises InputError for whatever happens in code that is not ours, naming the row."""
-        try:
+        with users_code(example, f"the grader {name!r} failed on an answer to it"):
             score = grade(completion, example)
-        except Exception as error:
-            raise InputError(f"{example.origin}: the grader {name!r} failed on an answer to it: {error!r}") from error
         if not 0 <= score <= 1:
             raise InputError(f"{example.origin}: the grader {name!r} gave {score}, expected a score from 0 to 1")
         return score
