@@ -116,7 +116,7 @@ def test_a_row_is_a_whole_conversation(skill: Skill) -> None:
     ("changed", "problem"),
     [
         ({"environment": "Nowhere"}, "the environment 'python:test_episodes:Nowhere' cannot be used"),
-        ({"environment": "GREEDY"}, "must be something to call with a row"),
+        ({"environment": "GREEDY"}, "it is not callable"),
         ({"turns": "all"}, 'leave turns = "all" out'),
     ],
 )

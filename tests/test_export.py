@@ -62,7 +62,7 @@ def with_adapter(workspace: Workspace, since: str, folder: Path) -> torch.Tensor
 def test_an_adapter_gives_the_versions_logits(adapted: Workspace, tmp_path: Path, since: str, rank: int) -> None:
     """One stage of rank 2, and two in a row, whose ranks add up; found from the weights alone."""
     found = export_adapter(adapted, "v002", since, tmp_path / "out", None)
-    assert (found["rank"], found["since"], found["version"]) == (rank, since, "v002") and found["held"] >= 0.9999
+    assert (found["rank"], found["since"], found["version"]) == (rank, since, "v002") and found["share"] >= 0.9999
     got = with_adapter(adapted, since, tmp_path / "out")
     wanted, before = logits(adapted, "v002"), logits(adapted, since)
     assert (got - wanted).norm() < 0.02 * (wanted - before).norm()
@@ -74,8 +74,8 @@ def test_an_adapter_gives_the_versions_logits(adapted: Workspace, tmp_path: Path
 
 
 def test_a_higher_rank_holds_more_and_a_lower_one_less(adapted: Workspace, tmp_path: Path) -> None:
-    held = [export_adapter(adapted, "v2", "v0", tmp_path / str(rank), rank)["held"] for rank in (1, 2, 4, 8)]
-    assert held == sorted(held) and held[0] < 0.9 and held[-1] == pytest.approx(1, abs=1e-6)
+    shares = [export_adapter(adapted, "v2", "v0", tmp_path / str(rank), rank)["share"] for rank in (1, 2, 4, 8)]
+    assert shares == sorted(shares) and shares[0] < 0.9 and shares[-1] == pytest.approx(1, abs=1e-6)
 
 
 def test_all_weights_are_no_adapter(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_all_weights_are_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no product of rank up to"):
         export_adapter(workspace, "v001", "v000", tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
-    assert 0 < export_adapter(workspace, "v001", "v000", tmp_path / "out", 4)["held"] < 0.9999
+    assert 0 < export_adapter(workspace, "v001", "v000", tmp_path / "out", 4)["share"] < 0.9999
     with pytest.raises(InputError, match="the same weights"):
         export_adapter(workspace, "v001", "v001", tmp_path / "other", None)
 
@@ -116,7 +116,7 @@ def test_singular_values_are_those_of_the_difference(adapted: Workspace) -> None
     for name, (a, b) in found.factors.items():
         change = (after[f"{name}.weight"] - before[f"{name}.weight"]).detach()
         assert (b @ a - change).norm() < 1e-2 * change.norm()
-    assert found.held(MOST_RANK) == pytest.approx(1, abs=1e-6)
+    assert found.share(MOST_RANK) == pytest.approx(1, abs=1e-6)
 
 
 def test_the_command(adapted: Workspace, tmp_path: Path) -> None:

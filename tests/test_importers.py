@@ -10,6 +10,7 @@ import pytest
 
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
+from perdure.files import package_file
 from perdure.importers import IMPORTERS, base, bfcl_multi, run_importer
 from perdure.importers.bfcl import signature
 from perdure.importers.facts import spellings
@@ -90,7 +91,7 @@ def embedded_renderer() -> Renderer:
 def test_home_assistant_holds_out_sentence_templates():
     from perdure.importers import home_assistant as source
 
-    grammar = json.loads(base.package_file(source.PACKAGE, "home_assistant_intents", "data/en.json",
+    grammar = json.loads(package_file(source.PACKAGE, "home_assistant_intents", "data/en.json",
                                            source.FILE_SHA256).read_text(encoding="utf-8"))  # fmt: skip
     templates = source.Grammar(grammar).templates("HassTurnOn")
     import random
@@ -112,9 +113,9 @@ def test_a_folder_that_is_there_is_not_overwritten(tmp_path: Path):
 
 def test_missing_and_changed_packages_say_what_to_install(tmp_path: Path):
     with pytest.raises(InputError, match="pip install --no-deps nothing==1"):
-        base.package_file("nothing==1", "no_such_module", "x", "0")
+        package_file("nothing==1", "no_such_module", "x", "0")
     with pytest.raises(InputError, match=r"sha256 is .* expected 00.*--force-reinstall"):
-        base.package_file("pytest==9", "pytest", "__init__.py", "00")
+        package_file("pytest==9", "pytest", "__init__.py", "00")
 
 
 def test_overlap_of_train_and_test_is_refused_and_nothing_is_left(tmp_path: Path):

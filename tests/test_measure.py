@@ -15,7 +15,7 @@ from perdure.config import RunConfig
 from perdure.evaluate import evaluate
 from perdure.files import write_jsonl
 from perdure.measure import score_json, way_of
-from perdure.scores import Way, guards, known_scores, said_of_kinds, unmeasured
+from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
 from perdure.types import Example
 from perdure.workspace import Workspace
@@ -113,6 +113,28 @@ def test_what_was_measured_under_other_settings_is_measured_again(changed: dict[
     assert unmeasured(known_scores(workspace, "v001", way_of(same)), [made], same) == ([], False)
     missing, wants_probe = unmeasured(known_scores(workspace, "v001", way_of(other)), [made], other)
     assert missing == [made] and wants_probe == ("model" in changed)
+
+
+def test_what_another_grader_of_the_users_said_is_measured_again(workspace: Workspace, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The module of a ``python:`` grader lies outside of the skill's folder, whose hash stays the same."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "our_grading.py").write_text("def quality(completion, example):\n    return 1.0\n")
+    folder = toy_skill(tmp_path / "colours", grader="python:our_grading:quality")
+    made = load_skill(folder)
+    score = scored(made, cat="red", dog="white", cow="green", hen="blue")
+    assert score["code_hash"] == made.code_hash and len(made.code_hash) == 64
+    found = Scores()
+    found.skills["colours"] = score
+    assert unmeasured(found, [made], CONFIG) == ([], bool(CONFIG.probe.tasks))
+    (tmp_path / "our_grading.py").write_text("def quality(completion, example):\n    return 0.0\n")
+    changed = load_skill(folder)
+    assert changed.content_hash == made.content_hash and changed.code_hash != made.code_hash
+    assert unmeasured(found, [changed], CONFIG)[0] == [changed]
+    taken = found.taken("colours")
+    found.skills["colours"] = score | {"code_hash": changed.code_hash}
+    assert found.taken("colours") != taken
+    assert load_skill(toy_skill(tmp_path / "plain" / "colours")).code_hash == ""
 
 
 @pytest.mark.parametrize("changed", [{"seed": 4}, {"probe": {"tasks": ["piqa"], "rows": 7}}], ids=["seed", "rows"])

@@ -510,7 +510,7 @@ def test_how_far_an_earlier_skill_moved_is_the_kl_of_its_rows(tmp_path: Path) ->
     config, stage, state = settings(anchor_share=0.75), make_stage(tmp_path), LoopState()
     rollouts = step_rollouts(stage, config, "warm_start", state)
     held = [row for row in rollouts if row.source]
-    assert len(held) == round(6 * config.anchor_earlier_share) == state.held["numbers"]["drawn"]
+    assert len(held) == round(6 * config.anchor_earlier_share) == state.allotted["numbers"]["drawn"]
     values = []
     with torch.no_grad():
         stage.student.model.lm_head.weight.mul_(1.3)
@@ -521,7 +521,7 @@ def test_how_far_an_earlier_skill_moved_is_the_kl_of_its_rows(tmp_path: Path) ->
             values.append(forward_kl(now, start).mean().item())
     hidden = score(stage, config, rollouts, {}, state)
     optimise(stage, config, make_optimizer(stage, config), rollouts, hidden, "warm_start", Clock(), state)
-    assert state.held["numbers"]["moved"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+    assert state.allotted["numbers"]["moved"] == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
 def test_of_each_earlier_skill_every_row_comes_once_an_epoch(tmp_path: Path) -> None:

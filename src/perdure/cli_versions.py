@@ -241,7 +241,7 @@ def export(
         out.print_json(json.dumps(found))
         return
     what = f"{found['dtype']} weights" if not adapter else (
-        f"adapter of rank {found['rank']} on {found['since']}, {found['held']:.2%} of the difference")  # fmt: skip
+        f"adapter of rank {found['rank']} on {found['since']}, {found['share']:.2%} of the difference")  # fmt: skip
     out.print(f"{found['version']}: {what}, {found['bytes'] / 1e6:.1f} MB in {folder}")
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from perdure.scores import Scores, known_scores
+from perdure.settings import dotted
 from perdure.stats import paired_difference
 from perdure.workspace import Workspace
 
@@ -22,7 +23,7 @@ def compare(workspace: Workspace, first: str, second: str) -> dict[str, Any]:
     measured = sorted(
         scores[0].items.keys() | scores[1].items.keys(), key=lambda name: (name.startswith("probe"), name)
     )
-    before, after = (flat(record["config"]) for record in records)
+    before, after = (dotted(record["config"]) for record in records)
     return {
         "first": names[0],
         "second": names[1],
@@ -48,11 +49,3 @@ def _difference(name: str, first: Scores, second: Scores) -> dict[str, Any] | No
     if not before or not after or before.keys() != after.keys() or first.taken(name) != second.taken(name):
         return None
     return asdict(paired_difference(list(before.values()), [after[item] for item in before]))
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -24,7 +24,7 @@ from perdure.workspace import BASE, Workspace
 
 MOST_RANK = 128
 """Above it nobody serves an adapter."""
-HELD = 0.9999
+ENOUGH = 0.9999
 """Share of the difference's squares that an adapter must hold where no rank is asked for."""
 DTYPES = ("bfloat16", "float16", "float32")
 Factors = tuple[Tensor, Tensor]
@@ -42,12 +42,12 @@ class Difference:
     total: float
     """The difference's squares, all parameters."""
 
-    def held(self, rank: int) -> float:
+    def share(self, rank: int) -> float:
         return float(self.squares[:rank].sum()) / self.total if self.total else 1.0
 
     def rank(self) -> int | None:
-        """The least that holds HELD; None where none does."""
-        return next((rank for rank in range(1, len(self.squares) + 1) if self.held(rank) >= HELD), None)
+        """The least that holds ENOUGH; None where none does."""
+        return next((rank for rank in range(1, len(self.squares) + 1) if self.share(rank) >= ENOUGH), None)
 
 
 def export_weights(workspace: Workspace, name: str, folder: Path, dtype: str) -> dict[str, Any]:
@@ -72,13 +72,13 @@ def export_adapter(workspace: Workspace, name: str, since: str, folder: Path, ra
     if chosen is None:
         raise InputError(
             f"{version} differs from {since} by no product of rank up to {MOST_RANK} (that holds "
-            f"{found.held(MOST_RANK):.1%} of it), as after training all weights: leave --adapter out, or give the "
+            f"{found.share(MOST_RANK):.1%} of it), as after training all weights: leave --adapter out, or give the "
             "--rank of an adapter that holds a part"
         )
-    held = {"since": since, "rank": chosen, "held": round(found.held(chosen), 6)}
+    about = {"since": since, "rank": chosen, "share": round(found.share(chosen), 6)}
     del target
     source = resolve(workspace.config().model) if since == BASE else str(workspace.version_folder(since))
-    return _written(workspace, version, folder, lambda beside: _save(base.model, found, chosen, source, beside), held)
+    return _written(workspace, version, folder, lambda beside: _save(base.model, found, chosen, source, beside), about)
 
 
 def difference(base: Any, target: Any) -> Difference:

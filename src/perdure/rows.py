@@ -13,7 +13,7 @@ from perdure.episodes import play
 from perdure.guidance import allot
 from perdure.methods import METHODS
 from perdure.packing import common_prefix
-from perdure.rollout.base import Holding, RolloutEngine, SamplingParams
+from perdure.rollout.base import Lagging, RolloutEngine, SamplingParams
 from perdure.runlog import LoopState
 from perdure.seeds import derive_seed, stream_window
 from perdure.stage import Stage
@@ -46,24 +46,24 @@ def batch_rows(stage: Stage, config: TrainConfig, state: LoopState) -> list[Exam
     """The rows of one step: examples to learn, and rows that come with their completion."""
     counts = _counts(stage, config)
     # Replayed rows carry no divergence, and stay as they are.
-    held = [replace(row, weight=row.weight * config.anchor_weight) for row in _earlier(stage, config, state)]
+    anchors = [replace(row, weight=row.weight * config.anchor_weight) for row in _earlier(stage, config, state)]
     if count := counts["general"]:
         pool, seed = stage.anchors.general, derive_seed(stage.seed, "batch", "general")
-        held += [pool[place] for place in stream_window(seed, len(pool), state.step * count, count)]
-    return [*taught_rows(stage, config, state.step), *held]
+        anchors += [pool[place] for place in stream_window(seed, len(pool), state.step * count, count)]
+    return [*taught_rows(stage, config, state.step), *anchors]
 
 
 def row_counts(config: TrainConfig, skills: int, general: bool) -> dict[str, int]:
     """Rows of a step: ``taught``, ``earlier`` and ``general``. Their sum is ``batch_size``, or more where the earlier
     skills are too many for their share of it. ``skills``: earlier ones that have anchors; ``general``: whether there
     are any of those."""
-    held = round(config.batch_size * config.anchor_share)
-    earlier = round(held * config.anchor_earlier_share)
+    anchors = round(config.batch_size * config.anchor_share)
+    earlier = round(anchors * config.anchor_earlier_share)
     # Where there is no earlier skill yet, its part goes to the demonstrations: there is less to hold.
     return {
-        "taught": config.batch_size - (earlier if skills else 0) - (held - earlier if general else 0),
+        "taught": config.batch_size - (earlier if skills else 0) - (anchors - earlier if general else 0),
         "earlier": max(earlier, math.ceil(skills * config.anchor_per_skill)) if skills else 0,
-        "general": held - earlier if general else 0,
+        "general": anchors - earlier if general else 0,
     }
 
 
@@ -84,8 +84,8 @@ def _earlier(stage: Stage, config: TrainConfig, state: LoopState) -> list[Rollou
     """The step's anchor rows of earlier skills; of each skill every row comes once an epoch."""
     picked: list[Rollout] = []
     skills, count = stage.anchors.skills, _counts(stage, config)["earlier"]
-    drawn = {skill: int(state.held[skill]["drawn"]) if skill in state.held else 0 for skill in skills}
-    for skill, rows in allot(state.held, list(skills), count, config.anchor_focus).items() if skills else ():
+    drawn = {skill: int(state.allotted[skill]["drawn"]) if skill in state.allotted else 0 for skill in skills}
+    for skill, rows in allot(state.allotted, list(skills), count, config.anchor_focus).items() if skills else ():
         pool, seed = skills[skill], derive_seed(stage.seed, "batch", "earlier", skill)
         picked += [pool[place] for place in stream_window(seed, len(pool), drawn[skill], rows)]
     return picked
@@ -127,7 +127,7 @@ def weighted(rollout: Rollout, config: TrainConfig) -> Rollout:
     method = METHODS[config.method]
     if method.loss == "divergence":
         return rollout
-    return replace(rollout, weight=config.kl_weight if method.held else 0.0, label_weight=1.0)
+    return replace(rollout, weight=config.kl_weight if method.kl_to_last else 0.0, label_weight=1.0)
 
 
 def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout], state: LoopState,
@@ -137,15 +137,15 @@ def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout],
     examples = [row for row in rows if isinstance(row, Example)]
     own = _own(examples, config)
     given = completed(stage, config, examples[len(own) :])
-    held = [row for row in rows if isinstance(row, Rollout)]
+    anchors = [row for row in rows if isinstance(row, Rollout)]
     if stage.acting:
-        return acted(stage, config, own, state) + given + held
+        return acted(stage, config, own, state) + given + anchors
     completions = written or answer(stage, config, own, state.step)
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
     lagging = written is not None or lags(config, state.step)
     sampled = [corrected(stage, config, replace(stage.renderer.rollout(e, c, stage.template), lagging=lagging))
                for e, c in zip(own, completions, strict=True)]  # fmt: skip
-    return sampled + given + held
+    return sampled + given + anchors
 
 
 def _own(examples: Sequence[Example], config: TrainConfig) -> Sequence[Example]:
@@ -158,7 +158,7 @@ def answer(stage: Stage, config: TrainConfig, examples: Sequence[Example], step:
     references = [stage.renderer.demonstration(e).token_ids for e in examples]
     prompts = [stage.renderer.student_prompt(e) for e in examples]
     params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
-    with held(stage.engine, lags(config, step)):
+    with lagging(stage.engine, lags(config, step)):
         return stage.engine.generate(prompts, params, _seeds(stage, step, len(examples)), references=references)
 
 
@@ -168,16 +168,16 @@ def lags(config: TrainConfig, step: int) -> bool:
 
 
 @contextmanager
-def held(engine: RolloutEngine, wanted: bool) -> Iterator[None]:
+def lagging(engine: RolloutEngine, wanted: bool) -> Iterator[None]:
     """Inside, an engine that can answers with the weights that it was sent last."""
-    inner = cast("Holding", getattr(engine, "engine", engine))  # below one that divides prompts over processes
+    inner = cast("Lagging", getattr(engine, "engine", engine))  # below one that divides prompts over processes
     if wanted:
-        inner.held = True
+        inner.lags = True
     try:
         yield
     finally:
         if wanted:
-            inner.held = False
+            inner.lags = False
 
 
 def answers_of(stage: Stage, config: TrainConfig, step: int) -> list[Completion]:

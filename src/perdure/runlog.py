@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from perdure.files import sync_path
-from perdure.guidance import Held
+from perdure.guidance import Allotments
 from perdure.processes import GROUP
 from perdure.types import InputError
 
@@ -40,7 +40,7 @@ class LoopState:
     """Mean tokens of the answers to the validation rows before the first step, where that is measured."""
     strayed: bool = False
     """The answers became longer or shorter than ``train.max_length_change`` allows."""
-    held: Held = field(default_factory=dict)
+    allotted: Allotments = field(default_factory=dict)
     """What the anchor rows of each earlier skill got and said (guidance.py)."""
     tokens: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("rollout", "teacher", "student", "evaluate"), 0)

@@ -87,9 +87,10 @@ class Scores:
             self.items |= probe_items(read_jsonl(folder / f"{PROBE}.jsonl"))
 
     def taken(self, name: str) -> tuple[Any, ...]:
-        """On which content and in which way the items of ``name`` were taken: rows of another may have the same ids."""
+        """On which content, by which code of the user's and in which way the items of ``name`` were taken: rows of
+        another content may have the same ids."""
         score = (self.probe if name.split("/")[0] == PROBE else self.skills.get(name)) or {}
-        return score.get("skill_hash"), score.get("measured_with")
+        return score.get("skill_hash"), score.get("code_hash", ""), score.get("measured_with")
 
 
 def known_scores(workspace: Workspace, version: str, way: Way | None = None) -> Scores:
@@ -110,10 +111,12 @@ def known_scores(workspace: Workspace, version: str, way: Way | None = None) -> 
 
 
 def current(scores: Scores, skill: Skill, config: RunConfig) -> bool:
-    """Whether a score is of the rows that would be measured now: content and ``eval.rows`` may have changed since."""
+    """Whether a score is of the rows that would be measured now, by the same code: content, ``eval.rows`` and a user's
+    own grader may have changed since."""
     score = scores.skills.get(skill.name)
     rows = len(skill.test[: config.eval.rows or None])
-    return score is not None and score["skill_hash"] == skill.content_hash and score["n"] == rows
+    by = (skill.content_hash, skill.code_hash, rows)
+    return score is not None and (score["skill_hash"], score.get("code_hash", ""), score["n"]) == by
 
 
 def unmeasured(scores: Scores, skills: Iterable[Skill], config: RunConfig) -> tuple[list[Skill], bool]:

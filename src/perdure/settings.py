@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,3 +61,11 @@ def _said(item: Any, model: type[BaseModel]) -> str:
         owner = fields[part].annotation if part in fields else None
     alike = get_close_matches(str(item["loc"][-1]), getattr(owner, "model_fields", {}), 1)
     return "there is no such setting" + (f"; did you mean {alike[0]}?" if alike else "")
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key, such as ``train.steps``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,19 +123,23 @@ def turned_away(info: dict[str, Any], verdict: dict[str, Any]) -> Outcome:
     return Outcome(info["skill"], info["stage"], info["version"], decision, reasons)
 
 
+def taught_this(workspace: Workspace, skill: Skill) -> Iterator[dict[str, Any]]:
+    """The version.json of each version that was taught this very content, the newest first."""
+    for name in reversed(workspace.versions()[1:]):
+        info = workspace.version(name)
+        if info["hashes"]["skill"] == skill.content_hash and info["skill"] == skill.name:
+            yield info
+
+
 def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
     """The stage that taught this very content: on the champion's lineage, or turned away under the same settings."""
     champion = workspace.resolve("champion")
     lineage = workspace.lineage()
-    for name in reversed(workspace.versions()):
-        info = workspace.version(name)
-        if info["skill"] != skill.name or info["hashes"]["skill"] != skill.content_hash:
-            continue
-        if name in lineage:
-            return Outcome(skill.name, info["stage"], name, "promoted", tuple(info["verdict"]["reasons"]))
-        if info.get("branch"):
-            continue
-        if info["parent"] == champion and info["hashes"]["config"] == settings_hash(config):
+    for info in taught_this(workspace, skill):
+        if info["version"] in lineage:
+            return Outcome(skill.name, info["stage"], info["version"], "promoted", tuple(info["verdict"]["reasons"]))
+        same = info["parent"] == champion and info["hashes"]["config"] == settings_hash(config)
+        if same and not info.get("branch"):
             return turned_away(info, info["verdict"])
     return None
 

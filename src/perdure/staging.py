@@ -70,18 +70,14 @@ def make_stage(session: Session, skill: Skill, config: RunConfig, anchors: Ancho
 
 def _writer(session: Session, config: RunConfig, teacher: Teacher | None) -> RolloutEngine:
     """The engine of who teaches, where answers are written before the first step."""
-    if (
-        METHODS[config.train.method].writes_once
-        and isinstance(teacher, FixedTeacher)
-        and not (teacher.is_start or teacher.moves)
-    ):
+    if METHODS[config.train.method].writes_once and isinstance(teacher, FixedTeacher) and not teacher.is_start:
         return make_engine(session.loaded, teacher.model, config.eval.batch_tokens)
     return session.engine
 
 
 def _teacher(session: Session, config: RunConfig, anchored: bool) -> Teacher | None:
     method = METHODS[config.train.method]
-    if not (method.shows or method.held or method.reinvoked or anchored):
+    if not method.scored(anchored):
         return None
     kind = config.train.teacher if method.shows else "frozen"
     if kind == "original" and session.is_base:

@@ -47,14 +47,14 @@ class Teacher(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
-class FixedTeacher:
-    """``frozen`` (the version promoted last) and ``original`` (the base): weights that never move in a stage."""
+class ModelTeacher:
+    """A model that scores, and keeps nothing of the student: what the kinds below have in common."""
 
-    moves = False
+    moves: bool
+    is_start = False
 
-    def __init__(self, model: Any, is_start: bool = False):
+    def __init__(self, model: Any):
         self.model = model.requires_grad_(False)
-        self.is_start = is_start
 
     @property
     def head(self) -> Head:
@@ -75,7 +75,17 @@ class FixedTeacher:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if state:
-            raise ValueError("the checkpoint belongs to a moving teacher, this one is fixed")
+            raise ValueError("the checkpoint belongs to a teacher with weights of its own, this one has none")
+
+
+class FixedTeacher(ModelTeacher):
+    """``frozen`` (the version promoted last) and ``original`` (the base): weights that never move in a stage."""
+
+    moves = False
+
+    def __init__(self, model: Any, is_start: bool = False):
+        super().__init__(model)
+        self.is_start = is_start
 
 
 class BareTeacher(FixedTeacher):
@@ -90,13 +100,13 @@ class BareTeacher(FixedTeacher):
             return hidden_at_loss_positions(self.model, batch)
 
 
-class LiveTeacher(FixedTeacher):
+class LiveTeacher(ModelTeacher):
     """The student itself: the caller passes the working copy that it keeps in step with the student."""
 
     moves = True
 
 
-class EmaTeacher(FixedTeacher):
+class EmaTeacher(ModelTeacher):
     """Follows the student: averages in float32, scores with a working copy in the compute dtype.
 
     Of adapters it averages the product, merged: averaged factors would have another product. The averages are divided

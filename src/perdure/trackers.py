@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perdure.compare import flat
 from perdure.files import file_sha256, read_jsonl
+from perdure.settings import dotted
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -113,7 +113,7 @@ def _log_run(client: Any, experiment: str, workspace: Workspace, info: dict[str,
     card = workspace.version_folder(info["version"]) / "README.md"
     if card.is_file():
         client.log_batch(run, tags=[RunTag("mlflow.note.content", card.read_text(encoding="utf-8"))])
-    params = [Param(key, str(value)[:_LONGEST]) for key, value in flat(info["config"]).items()]
+    params = [Param(key, str(value)[:_LONGEST]) for key, value in dotted(info["config"]).items()]
     for start in range(0, len(params), 100):
         client.log_batch(run, params=params[start : start + 100])
     metrics = [Metric(key, value, 0, step) for key, value, step in _metrics(workspace, info)]

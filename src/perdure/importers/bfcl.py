@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from perdure.importers.base import Row, package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import Row, write_skill
 from perdure.skills.graders.tool_call import grade
 from perdure.types import Example
 

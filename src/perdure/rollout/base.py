@@ -55,10 +55,10 @@ def references_of(
     return references
 
 
-class Holding(Protocol):
+class Lagging(Protocol):
     """An engine that need not follow every change of the weights."""
 
-    held: bool
+    lags: bool
     """Answer with the weights that were sent last, though they have changed since."""
 
 

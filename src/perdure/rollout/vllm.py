@@ -46,7 +46,7 @@ PARITY = 0.2
 
 
 class VllmEngine:
-    """Generates with the weights that ``working`` has at each call, or where it is ``held`` had when they were last
+    """Generates with the weights that ``working`` has at each call, or where it ``lags`` had when they were last
     sent; sampling is vLLM's own, seeded by row."""
 
     def __init__(self, loaded: LoadedModel, working: Any, config: RolloutConfig,
@@ -54,7 +54,7 @@ class VllmEngine:
         self.working, self.end_ids, self.pad_id = working, list(loaded.end_ids), loaded.pad_id
         self.config = config
         self.name = uuid.uuid4().hex[:12]
-        self.held, self.sent = False, False
+        self.lags, self.sent = False, False
         self.client = httpx2.Client(base_url=config.url, timeout=config.timeout, transport=transport)
         weakref.finalize(self, self.client.close)
 
@@ -65,7 +65,7 @@ class VllmEngine:
         references_of(prompts, seeds, references)
         if not prompts:
             return []
-        if not (self.held and self.sent) and self._push():
+        if not (self.lags and self.sent) and self._push():
             self._check(prompts[0])
         self.sent = True
         found: dict[int, Completion] = {}

@@ -15,11 +15,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from perdure.settings import parse_toml, problems_of
-from perdure.skills.environments import Acting, find_environment
+from perdure.skills.environments import Acting
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
 from perdure.skills.reading import in_short, read_rows
 from perdure.skills.settings import SkillSettings
+from perdure.skills.users import users_code_hash, users_function
 from perdure.types import Example, InputError
 
 FILES = ("skill.toml", "train.jsonl", "test.jsonl")
@@ -38,6 +39,8 @@ class Skill:
     grade: Callable[[str, Example], float]
     acting: Acting | None = None
     """Where conversations are played in an environment."""
+    code_hash: str = ""
+    """Of the user's own modules that grade or act, which lie outside of the folder; empty where there are none."""
 
     @property
     def name(self) -> str:
@@ -63,9 +66,10 @@ def load_skill(folder: Path) -> Skill:
     assert settings is not None and grade is not None
     acting = None
     if settings.environment:
-        factory = find_environment(settings.environment)
+        factory = users_function(settings.environment, "environment")
         acting = Acting(settings.environment, factory, settings.environment_options, settings.max_turns)
-    return Skill(settings, folder, content_hash(files), train, test, grade, acting)
+    code = users_code_hash((settings.grader, settings.environment))
+    return Skill(settings, folder, content_hash(files), train, test, grade, acting, code)
 
 
 def skill_files(folder: Path) -> dict[str, bytes]:
@@ -111,7 +115,7 @@ def _settings(path: Path, data: bytes, problems: list[str]) -> SkillSettings | N
     found = grader_problems(settings.grader, settings.grader_options)
     if settings.environment:
         try:
-            find_environment(settings.environment)
+            users_function(settings.environment, "environment")
         except ValueError as error:
             found.append(("environment", str(error)))
     problems += [f"{path}:{_line_of(data, key)}: {text}" for key, text in found]

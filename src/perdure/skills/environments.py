@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -62,18 +61,3 @@ class Acting:
         if not 0 <= score <= 1:
             raise InputError(f"{example.origin}: the environment {self.name!r} gave {score}, expected 0 to 1")
         return score
-
-
-def find_environment(name: str) -> Callable[..., Any]:
-    """The user's factory, called with a row's Example and ``environment_options``. Importing it runs the user's code:
-    only ``skill.toml`` can ask for that, by name. Raises ValueError when there is none."""
-    parts = name.split(":")
-    if len(parts) != 3 or parts[0] != "python" or not all(parts):
-        raise ValueError(f"write the environment as python:module:factory, not {name!r}")
-    try:
-        factory = getattr(importlib.import_module(parts[1]), parts[2])
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the environment {name!r} cannot be used: {error}") from error
-    if not callable(factory):
-        raise ValueError(f"the environment {name!r} must be something to call with a row")
-    return factory

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from perdure.types import Example, InputError
 
@@ -15,3 +19,26 @@ def users_code(example: Example, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise InputError(f"{example.origin}: {what}: {error!r}") from error
+
+
+def users_function(name: str, what: str) -> Callable[..., Any]:
+    """What ``python:module:function`` names. Importing it runs the user's code: only ``skill.toml`` can ask for that,
+    by name. Raises ValueError where there is nothing to call; ``what`` it is to be stands in the message."""
+    parts = name.split(":")
+    if len(parts) != 3 or parts[0] != "python" or not all(parts):
+        raise ValueError(f"write the {what} as python:module:function, not {name!r}")
+    try:
+        found = getattr(importlib.import_module(parts[1]), parts[2])
+    except Exception as error:  # a module of the user's may fail in any way while it is imported
+        raise ValueError(f"the {what} {name!r} cannot be used: {error!r}") from error
+    if not callable(found):
+        raise ValueError(f"the {what} {name!r} cannot be used: it is not callable")
+    return found
+
+
+def users_code_hash(names: Iterable[str]) -> str:
+    """Hex sha256 over the files of the modules that ``python:module:function`` names; empty where none is the user's.
+    What they import in turn is not looked at."""
+    modules = [importlib.import_module(name.split(":")[1]) for name in names if name.startswith("python:")]
+    files = [Path(module.__file__).read_bytes() for module in modules if module.__file__]
+    return hashlib.sha256(b"".join(hashlib.sha256(file).digest() for file in files)).hexdigest() if files else ""

@@ -6,7 +6,6 @@ validation finds those before anything runs. What a user's own grader raises bec
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from inspect import Parameter
 from typing import Any
 
 from perdure.skills.graders import choice, contains, exact, json_value, number, regex, token_f1, tool_call
-from perdure.skills.users import users_code
+from perdure.skills.users import users_code, users_function
 from perdure.types import Example, InputError
 
 GRADERS: dict[str, Callable[..., float]] = {
@@ -106,14 +105,11 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _python(name: str) -> Callable[..., Any]:
-    """The user's own function. Importing it runs the user's code: only ``skill.toml`` can ask for that, by name."""
-    parts = name.split(":")
-    if len(parts) != 3 or not all(parts):
-        raise ValueError(f"write the grader as python:module:function, not {name!r}")
+    """The user's own function."""
+    function = users_function(name, "grader")
     try:
-        function = getattr(importlib.import_module(parts[1]), parts[2])
         signature = inspect.signature(function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the grader {name!r} cannot be used: {error}") from error
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     if [p.kind in positional for p in list(signature.parameters.values())[:2]] != [True, True]:
