@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
+from perdure.bench.finished import best_rate, chosen_rates, results_so_far
 from perdure.bench.numbers import calibration, growth, summarise
 from perdure.bench.plan import Source, load_chain, merged, runs_of, sweeps_of
-from perdure.bench.runner import best_rate, chosen_rates, results_so_far, run_bench
+from perdure.bench.runner import run_bench
 from perdure.bench.sources import harder, skill_folder
 from perdure.bench.tables import write_tables
 from perdure.reporting import Silent

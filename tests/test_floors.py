@@ -38,7 +38,8 @@ FLOORS = {
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
         "report.samples", "report.results", "report.process", "report.text", "report.html",
-        "bench", "bench.plan", "bench.sources", "bench.chain_run", "bench.runner", "bench.numbers", "bench.tables",
+        "bench", "bench.plan", "bench.sources", "bench.finished", "bench.chain_run", "bench.runner", "bench.numbers",
+        "bench.tables",
         "export", "chat", "trackers", "progress", "demo", "cli_common", "cli_learn",
         "cli_versions", "cli_bench", "cli",
     ],

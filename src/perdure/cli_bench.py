@@ -26,13 +26,15 @@ def bench(
     """Chains of skills by several methods, side by side.
 
     Accuracy, retention, priors, drift and cost. The same command goes on where it stopped."""
+    from perdure.bench.finished import results_so_far
     from perdure.bench.plan import load_chain
-    from perdure.bench.runner import results_so_far, run_bench
     from perdure.bench.tables import write_tables
 
     plan = load_chain(chain)
     place = folder or Path("bench-workspace") / plan.name
     if not tables:
+        from perdure.bench.runner import run_bench
+
         run_bench(plan, chain, place, jobs, method or [], seed or [], reporter())
     found = write_tables(plan, place, results_so_far(plan, place))
     if as_json:

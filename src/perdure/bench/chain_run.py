@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from perdure.anchors import answered, general_prompts
+from perdure.bench.finished import RESULT
 from perdure.bench.plan import RunPlan
 from perdure.curriculum import learn
 from perdure.files import code_state, environment, now, read_json, read_jsonl, replace_text
@@ -29,10 +30,8 @@ from perdure.session import Session, open_session
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
 from perdure.teacher import FixedTeacher
-from perdure.types import InputError
 from perdure.workspace import Workspace
 
-RESULT = "result.json"
 DRIFT_ROWS = 32
 """General prompts on which the drift from the base is measured."""
 
@@ -55,18 +54,6 @@ class FileReporter(Silent):
     def note(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{now()} {text}\n")
-
-
-def finished(folder: Path, plan: RunPlan) -> dict[str, Any] | None:
-    """The run's result, where it is there. Raises InputError when it was made with other settings."""
-    if not (folder / RESULT).is_file():
-        return None
-    result = read_json(folder / RESULT)
-    if result["identity"] != plan.identity:
-        raise InputError(
-            f"{folder}: was run with other settings than the chain file has now; remove it, or give another --out"
-        )
-    return result
 
 
 def run_chain(folder: Path, plan: RunPlan, skills: dict[str, Path], base: Path | None, threads: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perdure.bench.chain_run import finished, measure_base, run_chain
+from perdure.bench.chain_run import measure_base, run_chain
+from perdure.bench.finished import chosen_rates, finished, folder_of
 from perdure.bench.plan import ChainFile, RunPlan, runs_of, sweeps_of
 from perdure.bench.sources import skill_folder
 from perdure.files import read_json
@@ -47,37 +48,6 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
     plans = [p for p in runs_of(chain, rates) if p.method in rows and p.seed in (seeds or chain.seeds)]
     _work(_jobs(plans, out, skills, base, threads), jobs, "bench: chains", reporter)
     return [read_json(folder_of(out, plan) / "result.json") for plan in plans]
-
-
-def results_so_far(chain: ChainFile, out: Path) -> list[dict[str, Any]]:
-    """Results of the chain file's finished runs, in the order of the tables."""
-    rates = chosen_rates(chain, [p for p in sweeps_of(chain) if finished(folder_of(out, p), p)], out)
-    found = (finished(folder_of(out, plan), plan) for plan in runs_of(chain, rates))
-    return [result for result in found if result]
-
-
-def chosen_rates(chain: ChainFile, sweeps: Sequence[RunPlan], out: Path) -> dict[str, float]:
-    """Row -> the rate of best validation accuracy on the first skill among those that stay below ``sweep.max_drift``;
-    of equals the smallest."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for plan in sweeps:
-        found.setdefault(plan.method, []).append(read_json(folder_of(out, plan) / "result.json"))
-    limit = chain.sweep.max_drift if chain.sweep else None
-    return {method: best_rate(results, limit) for method, results in found.items()}
-
-
-def best_rate(results: Sequence[dict[str, Any]], max_drift: float | None) -> float:
-    """See ``chosen_rates``; where every rate drifts too far, the one that drifts least."""
-    stages = {result["rate"]: result["stages"][0] for result in results}
-    drifts = {rate: stage["kl_start"] or 0.0 for rate, stage in stages.items()}
-    if max_drift is not None and min(drifts.values()) > max_drift:
-        return min(drifts, key=lambda rate: drifts[rate])
-    allowed = [rate for rate in sorted(stages) if max_drift is None or drifts[rate] <= max_drift]
-    return max(allowed, key=lambda rate: stages[rate]["validation"] or 0.0)  # the first of equals is the smallest
-
-
-def folder_of(out: Path, plan: RunPlan) -> Path:
-    return out / "runs" / plan.key
 
 
 def _jobs(plans: Sequence[RunPlan], out: Path, skills: dict[str, Path], base: Path | None, threads: int) -> list[Job]:
