@@ -12,11 +12,13 @@ from fakes import NUMBERS, copying_model, loaded, save_tiny_model, toy_skill
 from perdure.advisor import ABLE, recommend
 from perdure.config import RunConfig, TrainConfig
 from perdure.curriculum import check_skills, learn
+from perdure.files import read_json, read_jsonl
 from perdure.models import save
 from perdure.preflight import Preflight
 from perdure.reporting import Silent
 from perdure.settings import parse
 from perdure.stages import create_workspace
+from perdure.types import Example
 
 FOUND = Preflight(
     skill="s", n=16, student_accuracy=0.0, teacher_accuracy=1.0, gap=1.0, template="turns:2", kl_teacher_student=1.0,
@@ -92,3 +94,52 @@ def test_the_original_model_is_asked_where_the_champion_cannot_teach(tmp_path: P
     (found,) = check_skills(workspace, [skill], config, Silent())
     assert found["teacher_accuracy"] == able["teacher_accuracy"]  # the preflight measures who will teach
     assert found["student_accuracy"] == lost["student_accuracy"] and found["recommended"]["method"] == "sdft"
+
+
+def test_auto_trains_as_the_preflight_recommends(tmp_path: Path) -> None:
+    """The first skill by SFT, as there is nothing to keep; the second, whose anchors are not rehearsed, by SDFT."""
+    model = save_tiny_model(tmp_path / "model", copies=True)
+    run = {"model": {"source": str(model), "compute_dtype": "float32"}, "context": {"template": "turns:2"},
+           "preflight": {"rows": 8}, "probe": {"tasks": []}, "gate": {"enforce": False},
+           "train": {"method": "auto", "steps": 2, "batch_size": 4, "warm_start_steps": 1, "anchor_general_tokens": 4,
+                     "anchor_rehearsal": 0.0, "on_policy_share": 0.5}}  # fmt: skip
+    config = parse(RunConfig, run, "test")
+    workspace = create_workspace(tmp_path / "bot", config)
+    folders = [toy_skill(tmp_path / "colours"), toy_skill(tmp_path / "numbers", NUMBERS)]
+    (checked,) = check_skills(workspace, folders[:1], config, Silent())
+    assert checked["recommended"]["method"] == checked["cost"]["method"] == "sft" and checked["ready"]
+    learn(workspace, folders, config, Silent())
+    methods = {name: workspace.version(name)["method"] for name in workspace.versions()[1:]}
+    assert methods == {"v001": "sft", "v002": "sdft"}
+    for name, stage in (("v001", "s01-colours"), ("v002", "s02-numbers")):
+        told = read_json(workspace.run_folder(stage) / "stage.json")
+        assert told["method"] == methods[name]
+        assert told["config"]["train"]["method"] == workspace.version(name)["config"]["train"]["method"] == "auto"
+    lines = read_jsonl(workspace.run_folder("s01-colours") / "metrics.jsonl")
+    assert {line["phase"] for line in lines if "phase" in line} == {"sft"}
+    again = learn(workspace, folders, config, Silent())  # found again by the settings of the command
+    assert [outcome.version for outcome in again] == ["v001", "v002"] and len(workspace.versions()) == 3
+
+
+def anything(completion: str, example: Example) -> float:
+    """A grader by which whoever answers knows the skill already."""
+    return 1.0
+
+
+@pytest.mark.parametrize(("broken", "decision"), [(True, "promoted"), (False, "refused")])
+def test_auto_needs_no_teacher_but_something_to_learn(broken: bool, decision: str, tmp_path: Path) -> None:
+    """Who cannot learn from its context has no teacher: then the demonstrations are the labels. Where the teacher is
+    able and the gap too narrow, the skill is known, and nothing is trained."""
+    tiny = copying_model()
+    with torch.no_grad():
+        if broken:
+            tiny.model.layers[1].self_attn.q_proj.weight.zero_()
+    save(loaded(tiny), tmp_path / "model")
+    run = {"model": {"source": str(tmp_path / "model"), "compute_dtype": "float32"}, "context": {"template": "turns:2"},
+           "preflight": {"rows": 8, "forecast": False}, "probe": {"tasks": []}, "gate": {"enforce": False},
+           "train": {"method": "auto", "steps": 1, "anchor_share": 0.0}}  # fmt: skip
+    workspace = create_workspace(tmp_path / "bot", parse(RunConfig, run, "test"))
+    skill = toy_skill(tmp_path / "numbers", NUMBERS, "exact" if broken else "python:test_advisor:anything")
+    (outcome,) = learn(workspace, [skill], workspace.config(), Silent())
+    assert outcome.decision == decision
+    assert (outcome.version is None) == (decision == "refused")

@@ -135,3 +135,9 @@ def test_a_settings_file_says_what_each_setting_means():
         before = text.partition(f"\n[{section}]\n")[0]
         assert before.splitlines()[-1].startswith("# "), section
         assert "A part of a settings file" not in text
+
+
+def test_auto_may_be_given_what_sdft_uses(tmp_path):
+    """Whether it is SDFT is known after the preflight; what neither of its methods uses is refused now."""
+    assert TrainConfig(method="auto", on_policy_share=0.5, demonstration_weight=0.2).method == "auto"
+    assert "kl_weight" in refused(tmp_path, '[train]\nmethod = "auto"\nkl_weight = 0.3')

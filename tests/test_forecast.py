@@ -88,6 +88,9 @@ def test_expected_tokens(tmp_path: Path, skill: Skill):
             "teacher": round(10 * taught * (teacher + completion)),
             "rollout": round(6 * taught * completion),  # 10 - 4 steps are on-policy
         }
+        labels = config.train.model_copy(update={"method": "sft"})
+        found_for_labels = expected_tokens(session, skill, labels, found, earlier)
+        assert (found_for_labels["teacher"], found_for_labels["rollout"]) == (0, 0)
 
 
 def test_prices():

@@ -6,10 +6,12 @@ says so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from perdure.config import TrainConfig
+from perdure.methods import AUTO
 from perdure.preflight import Preflight
 
 ABLE = 0.8
@@ -27,6 +29,20 @@ class Recommendation:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def provisional(train: TrainConfig) -> TrainConfig:
+    """What is checked while the method is still to be chosen: SDFT, the one that the check is about."""
+    return train.model_copy(update={"method": "sdft"}) if train.method == AUTO else train
+
+
+def followed(train: TrainConfig, recommended: Mapping[str, Any]) -> TrainConfig:
+    """The settings to train with, where ``recommended`` is a Recommendation as JSON: the same ones, but for ``auto``.
+    Settings that only SDFT uses may be given with that, and rest where it is not taken."""
+    if train.method != AUTO:
+        return train
+    settings = {key.removeprefix("train."): value for key, value in recommended["settings"].items()}
+    return train.model_copy(update={"method": recommended["method"]} | settings)
 
 
 def rehearses(train: TrainConfig) -> bool:
@@ -47,9 +63,12 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
             return Recommendation("sdft", (
                 f"{asked}, seeing the demonstration, is right on {accuracy} of the rows; {else_} on {other:.0%}: let "
                 "that teach.",), {"train.teacher": setting})  # fmt: skip
+        why = f"The teacher is right on {accuracy} of the rows only"
+        if found.teacher_accuracy >= ABLE:
+            why = f"The demonstration adds little (student {found.student_accuracy:.0%}, teacher {accuracy})"
         return Recommendation("sft", (
-            f"The teacher is right on {accuracy} of the rows only, so self-distillation would teach little; supervised "
-            "fine-tuning needs no teacher, and the anchor rows hold the rest as well.",))  # fmt: skip
+            f"{why}, so self-distillation would teach little; supervised fine-tuning needs no teacher, and the anchor "
+            "rows hold the rest as well.",))  # fmt: skip
     able = f"The teacher is able ({accuracy})"
     if train.anchor_share == 0:
         return _corrected(found, train, (

@@ -21,7 +21,7 @@ from perdure.cli_common import (
     reporter,
 )
 from perdure.config import GateConfig, RunConfig, load_config, with_settings
-from perdure.methods import METHODS
+from perdure.methods import AUTO, METHODS
 from perdure.types import InputError
 
 if TYPE_CHECKING:
@@ -241,7 +241,10 @@ def check(
 def learn(
     skills: Annotated[list[Path], typer.Argument(help="Skill folders, taught in this order.")],
     workspace: WorkspaceOption = HERE,
-    method: Annotated[str | None, typer.Option(help="sdft, sft ... (docs/method.md); default: perdure.toml.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="sdft, sft ... (docs/method.md), or auto, as check recommends; default: perdure.toml."),
+    ] = None,
     settings: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Train although the preflight sees no teacher gap.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
@@ -262,8 +265,8 @@ def learn(
     from perdure.report.numbers import summary
     from perdure.report.text import render
 
-    if method and method not in METHODS:
-        raise InputError(f"--method {method}: one of {', '.join(METHODS)}")
+    if method and method not in (*METHODS, AUTO):
+        raise InputError(f"--method {method}: one of {', '.join((*METHODS, AUTO))}")
     extra = [f'train.method="{method}"'] if method else []
     extra += [] if repair is None else [f"gate.repair={6 if repair else 0}"]
     place, config = open_workspace(workspace, [*extra, *(settings or [])])

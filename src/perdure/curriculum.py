@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perdure.advisor import provisional
 from perdure.config import RunConfig
 from perdure.files import read_json
 from perdure.footprint import estimate, lengths_renderer, parse_hardware, shape_of, work_of
 from perdure.gates import USUAL_NOISE, guards_of, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of
-from perdure.methods import METHODS
+from perdure.methods import AUTO, METHODS, method_label
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, load_skill
@@ -41,7 +42,7 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
         if judged := judge_again(workspace, skill, config, reporter):
             outcomes.append(judged)
             continue
-        reporter.stage(f"Skill {number} of {len(kept)}: {skill.name} ({METHODS[config.train.method].label})")
+        reporter.stage(f"Skill {number} of {len(kept)}: {skill.name} ({method_label(config.train.method)})")
         taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}
         # What was taught is guarded and rehearsed as it was taught, though this command may bring other rows for it.
         scope = kept | taught | {skill.name: skill}
@@ -59,11 +60,11 @@ def learn_one(
     if resumed:
         reporter.note(f"Going on with the unfinished stage {stage}.")
     session = open_version(workspace, parent, config)
-    run = Run(workspace, config, reporter, skill, scope, stage, parent, session, branch=branch)
+    run = Run(workspace, config, config, reporter, skill, scope, stage, parent, session, branch=branch)
     if (run.folder / "seconds.json").is_file():
         run.seconds = read_json(run.folder / "seconds.json")
     check = check_before(run)
-    if check and not check["ready"] and not force:
+    if check and not check["ready"] and not force and not _needs_no_teacher(run, check):
         workspace.append("refuse", stage=stage, skill=skill.name, parent=parent, reason=check["advice"][0])
         workspace.remove_run(stage)
         hint = "--force trains anyway."
@@ -71,6 +72,12 @@ def learn_one(
     before = baseline(run)
     state = train_stage(run, check)
     return judge(run, before, check, state)
+
+
+def _needs_no_teacher(run: Run, check: dict[str, Any]) -> bool:
+    """Whether the method was chosen because who would teach is not able to."""
+    unable = check["teacher_accuracy"] < run.config.preflight.min_teacher_accuracy
+    return run.asked.train.method == AUTO and not METHODS[run.config.train.method].shows and unable
 
 
 def check_skills(
@@ -93,11 +100,11 @@ def check_hardware(
     workspace: Workspace, folders: Sequence[Path], config: RunConfig, hardware: str
 ) -> list[dict[str, Any]]:
     """What teaching each skill needs on ``hardware``, by arithmetic: no weights are loaded, nothing is written."""
-    target, skills = parse_hardware(hardware), load_all(folders)
+    target, skills, train = parse_hardware(hardware), load_all(folders), provisional(config.train)
     shape, renderer = shape_of(config.model), lengths_renderer(config.model)
     return [
         {"skill": skill.name, **estimate(shape, work_of(renderer, skill.train, candidates(config.context, skill.train),
-                                                        config.train, config.eval.batch_tokens), config.train, target)}
+                                                        train, config.eval.batch_tokens), train, target)}
         for skill in skills
     ]  # fmt: skip
 

@@ -42,8 +42,8 @@ STEPS = 2
 
 def forecast(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
              config: RunConfig, found: Preflight) -> dict[str, Any]:  # fmt: skip
-    """``seconds`` of each phase that follows the preflight (none with train.fsdp, where a step takes several
-    processes), ``tokens`` of training at most, and ``priced`` (see there).
+    """``method``, ``seconds`` of each phase that follows the preflight (none with train.fsdp, where a step takes
+    several processes), ``tokens`` of training at most, and ``priced`` (see there).
 
     ``scope``: every skill that will be measured. The session's student is used and comes back bit by bit as it was."""
     earlier = [scope[name] for name in workspace.taught(parent) if name in scope and name != skill.name]
@@ -55,7 +55,8 @@ def forecast(workspace: Workspace, parent: str, session: Session, skill: Skill, 
             "probe": _probe(workspace, parent, session, config),
         }
     seconds = {phase: round(value, 1) for phase, value in seconds.items() if value}
-    return {"seconds": seconds, "tokens": expected_tokens(session, skill, config.train, found, len(earlier)),
+    tokens = expected_tokens(session, skill, config.train, found, len(earlier))
+    return {"method": config.train.method, "seconds": seconds, "tokens": tokens,
             "priced": priced(config.cost, sum(seconds.values()))}  # fmt: skip
 
 
@@ -82,9 +83,11 @@ def _train(session: Session, skill: Skill, earlier: list[Skill], config: RunConf
 
 def _decoded(train: TrainConfig, demonstrations: int, rows: int) -> int:
     """Answers to write while, or before, the stage trains, at most."""
-    if METHODS[train.method].writes_once:
+    method = METHODS[train.method]
+    if method.writes_once:
         return min(rows, train.steps * demonstrations)
-    return round(max(0, train.steps - train.warm_start_steps) * demonstrations * train.on_policy_share)
+    sampling = max(0, train.steps - train.warm_start_steps) if method.completions == "student" else 0
+    return round(sampling * demonstrations * train.on_policy_share)
 
 
 def _step_seconds(stage: Any, train: TrainConfig) -> float:
@@ -152,7 +155,7 @@ def expected_tokens(session: Session, skill: Skill, train: TrainConfig, found: P
     demonstrations = counts["taught"]
     return {
         "student": round(train.steps * sum(counts.values()) * (prompt + completion)),
-        "teacher": round(train.steps * demonstrations * (teacher_prompt + completion)),
+        "teacher": round(train.steps * demonstrations * (teacher_prompt + completion)) * METHODS[train.method].shows,
         "rollout": round(_decoded(train, demonstrations, len(skill.train)) * completion),
     }
 

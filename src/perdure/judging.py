@@ -100,20 +100,19 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
 
 
 def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:
-    config = run.config
     base = run.workspace.version(BASE)["hashes"]["base"]
-    hashes = {"base": base, "skill": run.skill.content_hash, "config": settings_hash(config), "code": code_state()}
+    hashes = {"base": base, "skill": run.skill.content_hash, "config": settings_hash(run.asked), "code": code_state()}
     return {
         "version": name,
         "parent": run.parent,
         "stage": run.stage,
         "branch": run.branch,
         "skill": run.skill.name,
-        "method": config.train.method,
+        "method": run.config.train.method,
         "created": now(),
-        "seed": config.seed,
+        "seed": run.asked.seed,
         "hashes": hashes,
-        "config": config.model_dump(mode="json"),
+        "config": run.asked.model_dump(mode="json"),
         "teacher_accuracy": check["teacher_accuracy"] if check else None,
         "verdict": asdict(verdict),
         "environment": environment(),
@@ -123,6 +122,6 @@ def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopStat
             "steps": state.step,
             "best_step": state.best_step,
             "predicted": (check["cost"]["seconds"] or None) if check else None,
-            "priced": priced(config.cost, sum(run.seconds.values())),
+            "priced": priced(run.asked.cost, sum(run.seconds.values())),
         },
     }

@@ -44,6 +44,8 @@ class Method:
         return self.completions in ("teacher", "rewritten")
 
 
+AUTO = "auto"
+"""In the place of a method: the one that the preflight recommends."""
 METHODS: dict[str, Method] = {
     "sdft": Method("SDFT", "student", "divergence"),
     "sft": Method("SFT", "demonstration", "nll"),
@@ -56,3 +58,10 @@ METHODS: dict[str, Method] = {
     "offline": Method("Offline distillation", "teacher", "divergence"),
     "cpt": Method("Continued pre-training", "document", "nll"),
 }
+
+
+def method_label(name: str) -> str:
+    """``sdft`` as people write it."""
+    if name == AUTO:
+        return "the method that the preflight recommends"
+    return METHODS[name].label if name in METHODS else name

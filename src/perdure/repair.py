@@ -61,7 +61,7 @@ def repair(
         ("smaller rate", _slower(run.config)),
     ):
         tries[label] = lambda label=label, settings=settings: _again(run, parent, check, label, settings)
-    key = {"event": "repair", "stage": run.stage, "parent": run.parent, "config": settings_hash(run.config)}
+    key = {"event": "repair", "stage": run.stage, "parent": run.parent, "config": settings_hash(run.asked)}
     past = {
         event["attempt"]: event["decision"] for event in run.workspace.ledger() if event | key == event
     }  # a stage that was begun anew under other settings may have the same name

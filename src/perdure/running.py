@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perdure.advisor import ABLE, Recommendation, recommend, rehearses
+from perdure.advisor import ABLE, Recommendation, followed, provisional, recommend, rehearses
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json, read_jsonl, replace_text
 from perdure.forecast import forecast
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of, write_items
-from perdure.methods import METHODS
+from perdure.methods import AUTO, METHODS, method_label
 from perdure.monitor import said_of_manner
 from perdure.preflight import Preflight, accuracy_of_teacher, preflight
 from perdure.processes import followed_by, together
@@ -40,7 +40,10 @@ class Run:
     """One stage while it runs."""
 
     workspace: Workspace
+    asked: RunConfig
+    """The settings of the command, by which a stage is found again."""
     config: RunConfig
+    """The same, but for a method that was to be chosen."""
     reporter: Reporter
     skill: Skill
     scope: dict[str, Skill]
@@ -88,15 +91,17 @@ def open_version(workspace: Workspace, name: str, config: RunConfig) -> Session:
 def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
                  config: RunConfig, reporter: Reporter) -> dict[str, Any]:  # fmt: skip
     """The teacher gap of ``skill``, and what teaching it to ``parent`` will cost: preflight.json."""
+    asked, config = config, _with(config, provisional(config.train))
     with reporter.phase("preflight: teacher against student", 0, "rows") as phase:
         original = base_as_teacher(config, session) if config.train.teacher == "original" and parent != BASE else None
         found = preflight(subject_of(session, skill, config, original), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
-    advice = {"recommended": _advised(workspace, parent, session, skill, config, found, reporter).to_json()}
+    recommended = _advised(workspace, parent, session, skill, config, found, reporter).to_json()
+    advice, chosen = {"recommended": recommended}, _with(asked, followed(asked.train, recommended))
     if not config.preflight.forecast:
         return found.to_json() | advice | {"cost": {"seconds": {}, "tokens": {}, "priced": {}}}
     with reporter.phase("preflight: what it will cost", 0, "steps"):
-        cost = forecast(workspace, parent, session, skill, scope, config, found)
+        cost = forecast(workspace, parent, session, skill, scope, chosen, found)
     return found.to_json() | advice | {"cost": cost}
 
 
@@ -124,16 +129,19 @@ def subject_of(
 
 
 def check_before(run: Run) -> dict[str, Any] | None:
-    """The preflight's result; None for a method that has no teacher with a demonstration. Every row must fit."""
-    if run.skill.acting and METHODS[run.config.train.method].writes_once:
+    """The preflight's result; None for a method that has no teacher with a demonstration. Every row must fit. Where
+    the method was to be chosen, ``run.config`` has it from then on."""
+    name = provisional(run.config.train).method
+    method = METHODS[name]
+    if run.skill.acting and method.writes_once:
         raise InputError(
-            f'{run.skill.name}: method = "{run.config.train.method}" writes single answers beforehand; a conversation '
+            f'{run.skill.name}: method = "{name}" writes single answers beforehand; a conversation '
             "in an environment is learned by sdft, sft and the methods that train on demonstrations"
         )
-    if not METHODS[run.config.train.method].shows:
+    if not method.shows:
         check_thinking(run.session.renderer, run.skill.train, run.config.train)
         check_windows(subject_of(run.session, run.skill, run.config), [])
-        for row in run.skill.train if METHODS[run.config.train.method].completions == "document" else ():
+        for row in run.skill.train if method.completions == "document" else ():
             run.session.renderer.document_row(row)
         return None
     file = run.folder / "preflight.json"
@@ -144,7 +152,16 @@ def check_before(run: Run) -> dict[str, Any] | None:
         replace_text(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     found = read_json(file)
     run.reporter.note(describe_preflight(found))
+    if run.config.train.method == AUTO:
+        run.config = _with(run.config, followed(run.config.train, found["recommended"]))
+        told = read_json(run.folder / "stage.json") | {"method": run.config.train.method}
+        replace_text(run.folder / "stage.json", json.dumps(told, indent=1) + "\n")
+        run.reporter.note(f"{method_label(run.config.train.method)}: {' '.join(found['recommended']['reasons'])}")
     return found
+
+
+def _with(config: RunConfig, train: TrainConfig) -> RunConfig:
+    return config.model_copy(update={"train": train})
 
 
 def _rows_of(phase: Any) -> Callable[[int, int, int], None]:
@@ -188,7 +205,7 @@ def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfi
         with run.reporter.phase("anchors: what the model says now", 0, "rows") as phase:
             anchors = make_anchors(run.session, list(run.earlier.values()), train_config, run.seed, _rows_of(phase))
         template = check["template"] if check else "turns:1"
-        config = run.config.model_copy(update={"train": train_config})
+        config = _with(run.config, train_config)
         work = (config, anchors, template, run.folder / subfolder)
         with together("train", run.session.key, run.skill.folder, *work):
             state = _train(run.session, run.skill, *work, run.reporter)

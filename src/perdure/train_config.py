@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from perdure.methods import METHODS
+from perdure.methods import AUTO, METHODS
 from perdure.settings import SettingsSection
 
 
@@ -14,6 +14,7 @@ class TrainConfig(SettingsSection):
     """The distillation step and its schedule."""
 
     method: Literal[
+        "auto",
         "sdft",
         "sft",
         "dft",
@@ -25,7 +26,8 @@ class TrainConfig(SettingsSection):
         "offline",
         "cpt",
     ] = "sdft"
-    """sdft, sft, dft, sft_kl, sft_replay, onpolicy_replay, reinvoke, rewrite_sft, offline or cpt (docs/method.md)."""
+    """sdft, sft, dft, sft_kl, sft_replay, onpolicy_replay, reinvoke, rewrite_sft, offline or cpt (docs/method.md); or
+    auto: sdft or sft, as the preflight recommends (``perdure check``)."""
     divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"
     """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher)."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
@@ -157,14 +159,14 @@ class TrainConfig(SettingsSection):
         found = [
             f'{name} has an effect only with {owner} = "{value}"'
             for name, owner, value in uses
-            if self._changed(name) and getattr(self, owner) != value
+            if self._changed(name) and getattr(self, owner) not in (value, *((AUTO,) if value == "sdft" else ()))
         ]
         if not self.anchors_earlier:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
             names = ["anchor_per_skill", "anchor_focus", "anchor_weight"]
             names += ["anchor_rehearsal"] if self.anchor_rehearsal else []  # 0 is what there is then
             found += [f"{name} {reason}" for name in names if self._changed(name)]
-        elif METHODS[self.method].earlier != "answers":
+        elif self.method != AUTO and METHODS[self.method].earlier != "answers":
             if self._changed("anchor_focus"):
                 found.append(
                     f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows'

@@ -14,7 +14,17 @@ from rich.text import Text
 
 from perdure.report import results
 from perdure.report.record import Version
-from perdure.report.words import count, interval, percent, points, safe_line, safe_text, seconds, sentences
+from perdure.report.words import (
+    count,
+    interval,
+    method_label,
+    percent,
+    points,
+    safe_line,
+    safe_text,
+    seconds,
+    sentences,
+)
 
 __all__ = [
     "cost_table",
@@ -76,7 +86,8 @@ def _preflight_line(found: Mapping[str, Any]) -> str:
     if phases:
         parts = ", ".join(f"{phase} {seconds(value)}" for phase, value in phases.items())
         total = count(sum(cost["tokens"].values()))
-        text += f" The stage will take about {seconds(sum(phases.values()))} ({parts}) and {total} training tokens."
+        by = f" by {method_label(cost['method'])}" if cost.get("method") else ""
+        text += f" The stage will take about {seconds(sum(phases.values()))}{by} ({parts}) and {total} training tokens."
     priced = cost.get("priced") or {}
     if "energy_kwh" in priced:
         text += f" About {priced['energy_kwh']:.3f} kWh at {priced['watts']:.0f} W."

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perdure.methods import METHODS
+from perdure import methods
 
 NOT_MEASURED = "–"
 TURNED_AWAY = ("refused", "held")
@@ -88,8 +88,7 @@ def count(value: float | None) -> str:
 
 def method_label(name: str | None) -> str:
     """``sdft`` as people write it."""
-    name = safe_line(name or "")
-    return METHODS[name].label if name in METHODS else name or NOT_MEASURED
+    return methods.method_label(safe_line(name or "")) or NOT_MEASURED
 
 
 def model_label(source: str) -> str:
