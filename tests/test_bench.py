@@ -15,6 +15,7 @@ from fakes import NUMBERS, save_tiny_model, toy_skill
 from perdure.bench.finished import best_rate, chosen_rates, results_so_far
 from perdure.bench.numbers import calibration, growth, summarise
 from perdure.bench.plan import Source, load_chain, merged, runs_of, sweeps_of
+from perdure.bench.plots import chain_plot
 from perdure.bench.runner import run_bench
 from perdure.bench.sources import harder, skill_folder
 from perdure.bench.tables import write_tables
@@ -236,7 +237,7 @@ def test_tables_and_plots_are_made_from_the_files(ran: tuple[Path, Path, list[di
     assert json.loads((out / "results.json").read_text())["rows"] == found["rows"]
     text = (out / "results.md").read_text()
     assert "| SDFT | " in text and "Paired difference to SFT <with> anchors" in text
-    for name in ("kept.svg", "rest.svg", "cost.svg"):
+    for name in ("kept.svg", "rest.svg", "cost.svg", "chain.svg"):
         drawn = xml.dom.minidom.parse(str(out / name))  # an unescaped label would not parse
         assert len(drawn.getElementsByTagName("circle")) >= 3
     with pytest.raises(InputError, match="no finished run"):
@@ -319,11 +320,24 @@ def test_growth_follows_the_number_of_skills() -> None:
     second |= {"scores": {"x": 0.75, "y": 0.5}, "seconds": {"train": 10.0, "probe": 4.0}}
     found = growth([result("m", first, second), result("m", first, second | {"scores": {"x": 0.25, "y": 0.5}}, seed=1)])
     assert found == [
-        {"skills": 1, "first": None, "earlier": None, "train": 30.0, "rest": 0.0},
-        {"skills": 2, "first": 0.5, "earlier": 0.5, "train": 10.0, "rest": 4.0},
+        {"skills": 1, "average": 1.0, "first": None, "earlier": None, "train": 30.0, "rest": 0.0},
+        {"skills": 2, "average": 0.5, "first": 0.5, "earlier": 0.5, "train": 10.0, "rest": 4.0},
     ]
     never = stage("x", "0000", "0000", "0000")
     assert growth([result("m", never, second)])[1]["first"] is None  # nothing learned, nothing to keep
+
+
+def test_lines_of_a_chain_end_where_their_labels_are() -> None:
+    rows = {"a": (1.0, 0.5), "b": (0.8, 0.5), "c": (0.2, None)}
+    growth = {name: [{"average": value} for value in values] for name, values in rows.items()}
+    drawn = xml.dom.minidom.parseString(
+        chain_plot("t", {"growth": growth, "labels": {"a": "A", "b": "B <with>", "c": "C"}})
+    )
+    lines = [line.getAttribute("points").split() for line in drawn.getElementsByTagName("polyline")]
+    ends = [tuple(map(float, line[-1].split(","))) for line in lines]
+    assert ends[0] == ends[1] and ends[0][1] < ends[2][1]  # higher is better, and up
+    labels = {node.firstChild.data: float(node.getAttribute("y")) for node in drawn.getElementsByTagName("text")}
+    assert labels["B <with>"] - labels["A"] >= 14 and labels["C"] > labels["B <with>"]
 
 
 def test_calibration_ranks_predicted_against_realised_gain() -> None:

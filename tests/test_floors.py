@@ -39,7 +39,7 @@ FLOORS = {
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
         "report.samples", "report.results", "report.process", "report.text", "report.html",
         "bench", "bench.plan", "bench.sources", "bench.finished", "bench.chain_run", "bench.runner", "bench.numbers",
-        "bench.tables",
+        "bench.plots", "bench.tables",
         "export", "chat", "trackers", "progress", "demo", "cli_common", "cli_learn",
         "cli_versions", "cli_bench", "cli",
     ],

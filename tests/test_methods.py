@@ -28,7 +28,7 @@ from perdure.config import RunConfig, TrainConfig
 from perdure.curriculum import learn
 from perdure.files import read_jsonl
 from perdure.losses import forward_kl, nll
-from perdure.methods import METHODS
+from perdure.methods import AUTO, METHODS
 from perdure.models import working_copy
 from perdure.report.html import write_report
 from perdure.reporting import Silent
@@ -66,7 +66,7 @@ class SaysTokens:
 
 
 def test_every_method_is_a_setting() -> None:
-    assert set(get_args(TrainConfig.model_fields["method"].annotation)) == METHODS.keys()
+    assert set(get_args(TrainConfig.model_fields["method"].annotation)) == {AUTO, *METHODS}
     assert len({method.label for method in METHODS.values()}) == len(METHODS)
 
 

@@ -63,8 +63,8 @@ def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, s
 
 
 def growth(results: Sequence[Result]) -> list[dict[str, float | None]]:
-    """By number of skills taught, mean over runs: retention of the first skill and of all earlier ones, seconds of
-    training and of everything else in the stage."""
+    """By number of skills taught, mean over runs: accuracy on all of them (``average``), retention of the first skill
+    and of all earlier ones, seconds of training and of everything else in the stage."""
     places: list[dict[str, float | None]] = []
     for place in range(max(len(result["stages"]) for result in results)):
         stages = [result["stages"][: place + 1] for result in results if len(result["stages"]) > place]
@@ -77,12 +77,19 @@ def growth(results: Sequence[Result]) -> list[dict[str, float | None]]:
         train = [run[-1]["seconds"].get("train", 0.0) for run in stages]
         places.append({
             "skills": place + 1,
+            "average": _nan_mean([_average_of(run) for run in stages]),
             "first": _nan_mean([_left(end[:1], begin[:1]) for end, begin in pairs]),
             "earlier": _nan_mean([_left(end, begin) for end, begin in pairs]),
             "train": float(np.mean(train)),
             "rest": float(np.mean([sum(run[-1]["seconds"].values()) for run in stages]) - np.mean(train)),
         })  # fmt: skip
     return places
+
+
+def _average_of(run: Sequence[dict[str, Any]]) -> float:
+    """Mean accuracy after a run's last stage on the skills of all of them that were measured then."""
+    scores = run[-1]["scores"]
+    return float(np.mean([scores[stage["skill"]] for stage in run if stage["skill"] in scores] or [np.nan]))
 
 
 def _left(now: Sequence[float] | Array, learned: Sequence[float] | Array) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -11,21 +10,16 @@ from typing import Any
 
 from perdure.bench.numbers import summarise
 from perdure.bench.plan import ChainFile
+from perdure.bench.plots import Cell, chain_plot, in_millions, plot
 from perdure.files import now, read_json, replace_text
-from perdure.report.charts import nice_ticks
 from perdure.types import InputError
 
-Cell = Sequence[float | None] | None
 PLOTS = {
     "kept.svg": ("What was learned, and what is left at the end", ("learned", "final", "retention")),
     "rest.svg": ("What became of the rest", ("prior_change", "drift")),
     "cost.svg": ("What it cost to train", ("minutes", "tokens")),
 }
 """File -> title and metrics, a panel each."""
-TITLES = {"learned": "accuracy when learned", "final": "accuracy at the end", "retention": "retention",
-          "forgetting": "forgetting", "backward_transfer": "backward transfer", "forward_transfer": "forward transfer",
-          "prior_change": "prior tasks, points", "drift": "KL from the base", "minutes": "minutes of training",
-          "tokens": "tokens, millions"}  # fmt: skip
 
 
 def write_tables(chain: ChainFile, out: Path, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -44,6 +38,7 @@ def write_tables(chain: ChainFile, out: Path, results: Sequence[dict[str, Any]])
     replace_text(out / "results.md", page(chain, found))
     for name, (title, metrics) in PLOTS.items():
         replace_text(out / name, plot(title, metrics, found))
+    replace_text(out / "chain.svg", chain_plot("Mean accuracy on the skills taught so far", found))
     return found
 
 
@@ -112,12 +107,8 @@ def _listed(numbers: Iterable[int]) -> str:
 def _row(label: str, rate: float, row: dict[str, Any]) -> str:
     cells = [_percent(row["learned"]), _percent(row["final"]), _plain(row["retention"], 2),
              _points(row["forward_transfer"]), _points(row["prior_change"]), _plain(row["drift"], 3),
-             _plain(row["minutes"], 1), _plain(_scaled(row["tokens"]), 2)]  # fmt: skip
+             _plain(row["minutes"], 1), _plain(in_millions(row["tokens"]), 2)]  # fmt: skip
     return f"| {label} | {rate:g} | {row['runs']} | " + " | ".join(cells) + " |"
-
-
-def _scaled(cell: Cell) -> Cell:
-    return cell and [None if value is None else value / 1e6 for value in cell]
 
 
 def _plain(cell: Cell, digits: int, factor: float = 1.0, sign: str = "") -> str:
@@ -137,58 +128,3 @@ def _points(cell: Cell) -> str:
 
 def _pair(cell: dict[str, float] | None) -> str:
     return "-" if cell is None else f"{100 * cell['learned']:.0f} / {100 * cell['final']:.0f}"
-
-
-PANEL, GAP, ROW, TOP, LETTER = 200, 56, 24, 58, 7
-"""SVG units: width of a panel, space between panels, height of a row, room for titles, width of a letter."""
-
-
-def plot(title: str, metrics: Sequence[str], found: dict[str, Any]) -> str:
-    """A row a method, a panel a metric: mean as a dot, interval as a line. The reference is drawn darker."""
-    rows = found["rows"]
-    left = 24 + LETTER * max(len(found["labels"][name]) for name in rows)
-    height, width = TOP + ROW * len(rows) + 34, left + len(metrics) * (PANEL + GAP)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="12" y="22" font-size="15" font-weight="600">{html.escape(title)}</text>',
-    ]
-    for place, name in enumerate(rows):
-        y = TOP + ROW * place + ROW / 2
-        weight = ' font-weight="600"' if name == found["reference"] else ""
-        parts.append(f'<text x="{left - 12}" y="{y + 4:g}" text-anchor="end"{weight}>'
-                     f"{html.escape(found['labels'][name])}</text>")  # fmt: skip
-    for place, metric in enumerate(metrics):
-        parts += _panel(left + place * (PANEL + GAP), metric, found)
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _panel(left: float, metric: str, found: dict[str, Any]) -> list[str]:
-    cells = {name: row[metric] for name, row in found["rows"].items()}
-    cells = {name: _scaled(cell) if metric == "tokens" else cell for name, cell in cells.items()}
-    values = [value for cell in cells.values() if cell for value in cell if value is not None]
-    if not values:
-        return []
-    spread = max(values) - min(values)
-    ticks = nice_ticks(min(values) - (0.0 if spread > 1e-9 else 0.1), max(values))
-    low, high = min(ticks[0], *values), max(ticks[-1], *values)
-    foot = TOP + ROW * len(cells)
-    percent = metric in ("learned", "final", "prior_change")
-
-    def at(value: float) -> float:
-        return round(left + PANEL * (value - low) / (high - low), 1)
-
-    parts = [f'<text x="{left}" y="{TOP - 12}" fill="#555">{html.escape(TITLES[metric])}</text>']
-    for tick in ticks:
-        said = f"{100 * tick:g}" + (" %" if metric != "prior_change" else "") if percent else f"{tick:g}"
-        parts.append(f'<line x1="{at(tick)}" x2="{at(tick)}" y1="{TOP}" y2="{foot}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{at(tick)}" y="{foot + 18}" text-anchor="middle" fill="#777">{said}</text>')
-    for place, (name, cell) in enumerate(cells.items()):
-        y, colour = TOP + ROW * place + ROW / 2, "#1f4e79" if name == found["reference"] else "#4c78a8"
-        places = [at(value) for value in cell or () if value is not None]
-        if len(places) == 3:
-            _, start, end = places
-            parts.append(f'<line x1="{start}" x2="{end}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{place}" cy="{y}" r="4" fill="{colour}"/>' for place in places[:1]]
-    return parts
