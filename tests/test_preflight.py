@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fakes import ScriptedEngine, copying_model, example, loaded, renderer, toy_examples
 from perdure.config import ContextConfig, PreflightConfig, TrainConfig
 from perdure.models import working_copy
-from perdure.preflight import Preflight, TemplateScore, _judge, choose_template, preflight
+from perdure.preflight import Preflight, TemplateScore, _judge, choose_template, is_decided, preflight
 from perdure.rollout.local import LocalEngine
+from perdure.stats import wilson_interval
 from perdure.subject import Subject, candidates, check_windows
 from perdure.templates import parse_template
 from perdure.types import InputError
@@ -54,6 +57,16 @@ def subject(examples, engine=None, model=None, most=4, window=1024) -> Subject:
 def test_the_shortest_template_within_one_standard_error_of_the_best(scores, chosen):
     assert choose_template(scores).template == chosen
     assert choose_template(scores[::-1]).template == chosen
+
+
+@given(rights=st.lists(st.integers(0, 20), min_size=1, max_size=6))
+def test_no_template_after_the_first_that_makes_no_mistake_could_be_chosen(rights):
+    scores = []
+    for place, right in enumerate(rights):
+        low, high = wilson_interval(right, 20)
+        scores.append(replace(score(f"t{place}", right / 20, 10.0 * place), low=low, high=high))
+    tried = next((scores[: n + 1] for n in range(len(scores)) if is_decided(scores[: n + 1])), scores)
+    assert choose_template(tried) == choose_template(scores)
 
 
 def test_auto_measures_document_where_every_row_has_one():
@@ -157,7 +170,7 @@ def copier(examples) -> Subject:
 
 
 def run(copier, context=None, train=None, progress=None, seed=0) -> Preflight:
-    context = context or ContextConfig(candidates=("inline", "turns:1", "turns:2"))
+    context = context or ContextConfig(candidates=("turns:20", "turns:12", "inline"))
     return preflight(copier, context, CONFIG, train or TrainConfig(), seed, progress)
 
 
@@ -165,19 +178,19 @@ def test_a_model_that_copies_has_a_teacher_gap_by_turns(copier, examples):
     calls = []
     found = run(copier, progress=lambda *numbers: calls.append(numbers))
     by_name = {s.template: s for s in found.templates}
-    assert list(by_name) == ["inline", "turns:1", "turns:2"]
+    assert list(by_name) == ["inline", "turns:12"]  # the shortest first; nothing can be better than no mistake
     assert found.student_accuracy < 0.2 and found.teacher_accuracy > 0.8 and found.ready
     assert found.gap == found.teacher_accuracy - found.student_accuracy
     assert found.template.startswith("turns") and by_name["inline"].accuracy < 0.5
-    assert by_name["turns:1"].tokens < by_name["turns:2"].tokens
+    assert by_name["inline"].tokens < by_name["turns:12"].tokens
     chosen = by_name[found.template]
     assert found.kl_teacher_student == chosen.kl > 0.1
     assert chosen.demonstration_probability > by_name["inline"].demonstration_probability
     assert found.identity_kl < 1e-6 and found.n == 20
     assert json.loads(json.dumps(found.to_json())) == found.to_json() | {
         "templates": [vars(s) for s in found.templates], "advice": list(found.advice)}  # fmt: skip
-    # One decode of the student and one a template, 20 rows each.
-    assert calls[-1][1:] == (80, 80) and {total for _, _, total in calls} == {80}
+    # One decode of the student and one a template, 20 rows each; the longest was not tried.
+    assert calls[-1][1:] == (60, 80) and {total for _, _, total in calls} == {80}
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
 
 

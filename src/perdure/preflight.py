@@ -1,7 +1,7 @@
 """Will it work here, and what will it cost? Measured before anything is paid for.
 
 Self-distillation rests on one thing: the demonstration in context makes the model better. So the check answers every
-sampled training row without a demonstration (student) and with it, under each context template (teacher).
+sampled training row without a demonstration (student) and with it, under the context templates (teacher).
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Preflight:
     leak_share: float
     window: dict[str, Any]
     templates: tuple[TemplateScore, ...]
+    """Those that were tried, the shortest first: none is after the first that makes no mistake."""
     row_seconds: dict[str, float]
     """Seconds to answer one row: as ``student``, and as ``teacher`` with the chosen template."""
     ready: bool
@@ -91,12 +92,14 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
     clock = Clock()
     student = _answers(subject, rows, None, parts[0])
     clock.lap("student")
-    scores = []
-    for template, part in zip(templates, parts[1:], strict=True):
+    scores: list[TemplateScore] = []
+    for template, part in zip(_shortest_first(subject, rows, templates), parts[1:], strict=True):
         answers = _answers(subject, rows, template, part)
         clock.lap(template.name)
         scores.append(_measure(subject, rows, template, train.micro_batch_tokens, answers))
         clock.lap("teacher-forced")
+        if is_decided(scores):
+            break
     best = choose_template(scores)
     probability, distance = _as_the_student_sees_it(subject, rows, train.micro_batch_tokens)
     taken = {"student": clock.seconds["student"] / len(rows), "teacher": clock.seconds[best.template] / len(rows)}
@@ -140,6 +143,21 @@ def choose_template(scores: Sequence[TemplateScore]) -> TemplateScore:
     return min((s for s in scores if s.accuracy >= best.accuracy - error), key=lambda score: score.tokens)
 
 
+def is_decided(scores: Sequence[TemplateScore]) -> bool:
+    """Whether ``choose_template`` can choose none of the longer templates that are still to be tried: no answer of the
+    last one was wrong."""
+    return scores[-1].accuracy == 1
+
+
+def _shortest_first(subject: Subject, rows: Sequence[Example], templates: Sequence[Template]) -> list[Template]:
+    return sorted(templates, key=lambda template: _prompt_tokens(_demonstrated(subject, rows, template)))
+
+
+def _prompt_tokens(rollouts: Sequence[Rollout]) -> float:
+    """Mean length of the teacher's prompts."""
+    return sum(len(r.teacher_prompt.token_ids) for r in rollouts) / len(rollouts)
+
+
 def _answers(
     subject: Subject, rows: Sequence[Example], template: Template | None, progress: Progress | None
 ) -> SkillScore:
@@ -159,9 +177,10 @@ def _measure(subject: Subject, rows: Sequence[Example], template: Template, budg
              answers: SkillScore) -> TemplateScore:  # fmt: skip
     rollouts = _demonstrated(subject, rows, template)
     kl, probability = _teacher_forced(subject, rollouts, budget)
-    tokens = sum(len(r.teacher_prompt.token_ids) for r in rollouts) / len(rollouts)
     leaks = sum(names_the_example(item.completion) for item in answers.items) / len(rows)
-    return TemplateScore(template.name, answers.accuracy, answers.low, answers.high, tokens, kl, probability, leaks)
+    return TemplateScore(
+        template.name, answers.accuracy, answers.low, answers.high, _prompt_tokens(rollouts), kl, probability, leaks
+    )
 
 
 @torch.no_grad()
