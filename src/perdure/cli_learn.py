@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -118,13 +119,12 @@ def import_skill(
     from perdure.skills.base import load_skill
 
     given: Path | Questions | None = questions
-    options = {"--ask": ask, "--ask-model": ask_model, "--pretest": pretest or None, "--save-questions": save,
-               "--model": model, "--workspace": workspace}  # fmt: skip
-    if used := [name for name, value in options.items() if value is not None]:
+    asking = _Asking(ask, ask_model, pretest, save, model, workspace)
+    if used := [name for name, value in vars(asking).items() if value]:
         if source != "docs":
-            raise InputError(f"perdure import {source}: {used[0]} is for docs only")
-        _check_options(options, questions, turns)
-        given = _prepared(options, target, file, questions, grader, seed)
+            raise InputError(f"perdure import {source}: --{used[0].replace('_', '-')} is for docs only")
+        _check_asking(asking, questions, turns)
+        given = _prepared(asking, target, file, questions, grader, seed)
     run_importer(source, target, seed, file, grader, test_share, turns, given)
     skill = load_skill(target)
     least = least_budget(len(skill.test), guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
@@ -133,17 +133,28 @@ def import_skill(
               f"rows tell more). Next: perdure check {target} -w WORKSPACE", soft_wrap=True)  # fmt: skip
 
 
-def _check_options(options: dict[str, Any], questions: Path | None, turns: str) -> None:
-    """Raises InputError for options of ``import docs`` that do not go together."""
-    ask, name, tests = options["--ask"], options["--ask-model"], options["--pretest"]
-    at_url = ask not in (None, "model")
+@dataclass(frozen=True)
+class _Asking:
+    """Options of ``import docs`` by which a model writes the questions, or is asked what it knows."""
+
+    ask: str | None = None
+    ask_model: str | None = None
+    pretest: bool = False
+    save_questions: Path | None = None
+    model: str | None = None
+    workspace: Path | None = None
+
+
+def _check_asking(asking: _Asking, questions: Path | None, turns: str) -> None:
+    """Raises InputError for options that do not go together."""
+    at_url, asks = asking.ask not in (None, "model"), asking.ask or asking.pretest
     problems = {
-        "give --questions or --ask, not both": questions and ask,
-        "--pretest needs --questions FILE": tests and not (questions or ask),
-        "--ask takes 'model', or a URL with --ask-model NAME, the model's name there": at_url and not name,
-        "--ask-model goes with --ask URL": name and not at_url,
-        "--save-questions, --model and --workspace go with --ask or --pretest": not (ask or tests),
-        "give --model or --workspace, not both": options["--model"] and options["--workspace"],
+        "give --questions or --ask, not both": questions and asking.ask,
+        "--pretest needs --questions FILE": asking.pretest and not (questions or asking.ask),
+        "--ask takes 'model', or a URL with --ask-model NAME, the model's name there": at_url and not asking.ask_model,
+        "--ask-model goes with --ask URL": asking.ask_model and not at_url,
+        "--save-questions, --model and --workspace go with --ask or --pretest": not asks,
+        "give --model or --workspace, not both": asking.model and asking.workspace,
         "--turns is for jsonl only": turns != "last",
     }
     for problem, found in problems.items():
@@ -151,7 +162,7 @@ def _check_options(options: dict[str, Any], questions: Path | None, turns: str) 
             raise InputError(f"perdure import docs: {problem}")
 
 
-def _prepared(options: dict[str, Any], target: Path, file: Path | None, questions: Path | None, grader: str | None,
+def _prepared(asking: _Asking, target: Path, file: Path | None, questions: Path | None, grader: str | None,
               seed: int) -> Questions:  # fmt: skip
     """The questions that a model writes, or those of the file without what it knows. Raises InputError for whatever
     can be found out before any model is asked."""
@@ -166,18 +177,18 @@ def _prepared(options: dict[str, Any], target: Path, file: Path | None, question
     if file is None:
         raise InputError("perdure import docs: name document or folder with --file")
     check_free(target)
-    save: Path | None = options["--save-questions"]
+    save = asking.save_questions
     if save and save.exists():
         raise InputError(f"{save}: already there; choose another file for --save-questions")
     if save and save.resolve().is_relative_to(target.resolve()):
         raise InputError(f"{save}: a skill folder holds its own files only; save the questions outside of {target}")
     make_grader(grader or "contains", {}, where="--grader")
-    passages, ask, name = read_passages(file), options["--ask"], options["--ask-model"]
-    writer = Endpoint(ask, name) if name else None
+    passages, name = read_passages(file), asking.ask_model
+    writer = Endpoint(asking.ask, name) if asking.ask and name else None
     own = read_questions(questions) if questions else None
     if own is not None:
         divided(own, passages)
-    session, label = _asked_model(options["--model"], options["--workspace"])
+    session, label = _asked_model(asking.model, asking.workspace)
     student = Student(session.engine, session.renderer, seed)
     if own is not None:
         found, said = pretest(own, student, reporter())
