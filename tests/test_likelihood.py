@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from fakes import END, tiny_model, tiny_tokenizer
 from perdure.attention import enable
 from perdure.likelihood import Pair, batches, length, score_pairs
-from perdure.lm import LoadedModel
+from perdure.lm import ProbedModel
 from perdure.types import InputError
 
 PAIRS: list[Pair] = [
@@ -126,7 +126,7 @@ def request(kind: str, *arguments: Any) -> Any:
 def test_loglikelihood_scores_texts() -> None:
     model, tokenizer = tiny_model(scale=0.4), tiny_tokenizer()
     heard: list[tuple[int, int]] = []
-    lm = LoadedModel(model, tokenizer, progress=lambda done, total: heard.append((done, total)), batch_tokens=20)
+    lm = ProbedModel(model, tokenizer, progress=lambda done, total: heard.append((done, total)), batch_tokens=20)
     texts = [("the cat is", " red"), ("the cat is", " a small one"), ("", "say cat")]
     got = lm.loglikelihood([request("loglikelihood", *pair) for pair in texts])
     pairs = [(tuple(tokenizer.encode(c)) or (tokenizer.eos_token_id,), tuple(tokenizer.encode(t))) for c, t in texts]
@@ -137,7 +137,7 @@ def test_loglikelihood_scores_texts() -> None:
 def test_rolling_scores_every_token_once() -> None:
     """A text of three windows: every token is predicted from what its window holds before it."""
     model, tokenizer = tiny_model(scale=0.4), tiny_tokenizer()
-    lm = LoadedModel(model, tokenizer)
+    lm = ProbedModel(model, tokenizer)
     lm._window = 8
     text = "abcdefghijklmnopqrst"  # 20 bytes
     ids = tokenizer.encode(text)
@@ -150,7 +150,7 @@ def test_rolling_scores_every_token_once() -> None:
 
 def test_generation_stops_at_its_stop_strings_alone_and_in_a_batch() -> None:
     model, tokenizer = tiny_model(scale=0.4), tiny_tokenizer()
-    lm = LoadedModel(model, tokenizer)
+    lm = ProbedModel(model, tokenizer)
     contexts = ["say small cat", "x", "something longer than the others"]
     options: dict[str, Any] = {"until": [], "max_gen_toks": 12}
     whole = lm.generate_until([request("generate_until", c, options) for c in contexts])
@@ -163,7 +163,7 @@ def test_generation_stops_at_its_stop_strings_alone_and_in_a_batch() -> None:
 
 
 def test_what_exceeds_the_window_is_an_error() -> None:
-    lm = LoadedModel(tiny_model(), tiny_tokenizer())
+    lm = ProbedModel(tiny_model(), tiny_tokenizer())
     lm._window = 10
     with pytest.raises(InputError, match=r"the model takes 10.*begins 'a long"):
         lm.loglikelihood([request("loglikelihood", "a long long context", " yes")])

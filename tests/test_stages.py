@@ -38,22 +38,22 @@ def events(workspace: Workspace) -> list[str]:
 def test_a_version_that_was_killed_before_its_promotion_is_promoted_once(workspace: Workspace, skill: Skill):
     name = add(workspace, skill, "promoted")
     assert workspace.resolve("champion") == "v000"
-    assert settle(workspace, name)
+    assert settle(workspace, name).decision == "promoted"
     assert workspace.resolve("champion") == name
     assert events(workspace) == ["init", "candidate", "verdict", "promote"]
-    assert settle(workspace, name)
+    assert settle(workspace, name).decision == "promoted"
     assert events(workspace) == ["init", "candidate", "verdict", "promote"]
 
 
 def test_a_refused_version_never_becomes_the_champion(workspace: Workspace, skill: Skill):
-    assert not settle(workspace, add(workspace, skill, "refused"))
+    assert settle(workspace, add(workspace, skill, "refused")).decision == "refused"
     assert workspace.resolve("champion") == "v000"
     assert events(workspace)[-1] == "refuse"
 
 
 def test_without_enforcement_a_refused_version_is_promoted_and_the_ledger_says_why(workspace: Workspace, skill: Skill):
     free = RunConfig.model_validate({"gate": {"enforce": False}})
-    assert settle(workspace, add(workspace, skill, "refused", free))
+    assert settle(workspace, add(workspace, skill, "refused", free)).decision == "promoted"
     assert workspace.ledger()[-1]["reason"] == "refused, but gate.enforce is off"
 
 
@@ -109,11 +109,11 @@ def test_a_version_that_was_killed_before_its_promotion_waits_where_the_champion
     settle(workspace, add(workspace, skill, "promoted"))
     late = add(workspace, skill, "promoted")
     workspace.rollback()
-    assert not settle(workspace, late)
+    assert settle(workspace, late).decision == "held"
     assert workspace.aliases() == {"champion": "v000", "previous": "v001", "candidate": late}
     assert "perdure promote v002" in workspace.ledger()[-1]["reason"]
     lines = len(workspace.ledger())
-    assert not settle(workspace, late) and len(workspace.ledger()) == lines
+    assert settle(workspace, late).decision == "held" and len(workspace.ledger()) == lines
 
 
 def test_going_back_need_not_wait_for_a_stage_whose_version_is_held_then(workspace: Workspace, skill: Skill):
@@ -123,7 +123,7 @@ def test_going_back_need_not_wait_for_a_stage_whose_version_is_held_then(workspa
         late = workspace.next_version()
         entry = info(late, "v001", skill.name, verdict=verdict("promoted"), config=CONFIG.model_dump(mode="json"))
         workspace.add_version(entry, write_weights)
-        assert not settle(workspace, late)
+        assert settle(workspace, late).decision == "held"
     assert workspace.aliases() == {"champion": "v000", "previous": "v001", "candidate": "v002"}
 
 

@@ -50,10 +50,22 @@ def rehearses(train: TrainConfig) -> bool:
     return train.anchors_earlier and train.anchor_rehearsal > 0
 
 
-def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | None = None) -> Recommendation:
+def is_known(found: Preflight) -> bool:
+    """Whether there is nothing to learn by any method: the student is right without the demonstration, and hardly less
+    often than with it."""
+    return not found.ready and found.student_accuracy >= ABLE
+
+
+def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | None = None,
+              supervised: bool = True) -> Recommendation:  # fmt: skip
     """``taught``: skills that the champion knows; ``train``: teacher and anchors that the stage would have. ``other``:
     accuracy of another teacher, where it was measured: of the original model, or of the champion where the original
-    model is to teach; only of interest where earlier skills are not rehearsed."""
+    model is to teach; only of interest where earlier skills are not rehearsed. ``supervised``: whether the
+    demonstrations may be labels, which answers without thinking may not be for a model that thinks."""
+    if not supervised:
+        return _corrected(found, train, (
+            "The demonstrations are answers without thinking, and supervised fine-tuning would unlearn to think; the "
+            "teacher thinks for itself."))  # fmt: skip
     accuracy = f"{found.teacher_accuracy:.0%}"
     if found.teacher_accuracy < ABLE or not found.ready:
         asked, else_, setting = "The champion", "the original model", "original"

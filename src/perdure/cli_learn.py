@@ -128,9 +128,10 @@ def import_skill(
     run_importer(source, target, seed, file, grader, test_share, turns, given)
     skill = load_skill(target)
     least = least_budget(len(skill.test), guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
-    out.print(f"{target}: {len(skill.train)} training and {len(skill.test)} test rows. Later skills may cost it as "
-              f"little as {100 * least:.1f} points before the gate can tell (retention_budget in skill.toml; more test "
-              f"rows tell more). Next: perdure check {target} -w WORKSPACE", soft_wrap=True)  # fmt: skip
+    out.print(f"{target}: {len(skill.train)} training and {len(skill.test)} test rows. When later skills follow, so "
+              f"many test rows can judge a retention budget of {100 * least:.1f} points (a loss of twice that is found "
+              "nine times in ten); set retention_budget in skill.toml before it is taught. "
+              f"Next: perdure check {target} -w WORKSPACE", soft_wrap=True)  # fmt: skip
 
 
 @dataclass(frozen=True)

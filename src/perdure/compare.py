@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from perdure.scores import Scores, known_scores
+from perdure.scores import PROBE, Scores, known_scores
 from perdure.settings import dotted
 from perdure.stats import paired_difference
 from perdure.workspace import Workspace
@@ -21,7 +21,7 @@ def compare(workspace: Workspace, first: str, second: str) -> dict[str, Any]:
     records = [workspace.version(name) for name in names]
     scores = [known_scores(workspace, name) for name in names]
     measured = sorted(
-        scores[0].items.keys() | scores[1].items.keys(), key=lambda name: (name.startswith("probe"), name)
+        scores[0].items.keys() | scores[1].items.keys(), key=lambda name: (name.split("/")[0] == PROBE, name)
     )
     before, after = (dotted(record["config"]) for record in records)
     return {

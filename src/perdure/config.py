@@ -26,6 +26,7 @@ class ModelConfig(SettingsSection):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of decode, teacher and matrix products; ``auto`` measures once which is faster here. Masters are float32."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models that you would run code from."""
     max_window: int = Field(default=4096, ge=32)
     """Longest prompt plus completion in tokens; never more than the model's own limit."""
 
@@ -57,9 +58,11 @@ class ThinkingConfig(SettingsSection):
     """Models that write their thinking before the answer (docs/method.md). Graders then see the answer alone."""
 
     enabled: bool = False
+    """The model writes its thinking between the two marks before it answers."""
     open: str = Field(default="<think>", min_length=1)
     """The mark before the thinking, as the model writes it."""
     close: str = Field(default="</think>", min_length=1)
+    """The mark after it."""
     loss: Literal["all", "thinking", "answer"] = "all"
     """Which part of a taught row's completion carries loss; the closing mark belongs to the thinking."""
     hesitations: tuple[str, ...] = ("wait", "hmm", "maybe", "perhaps", "alternatively", "let me check", "actually")
@@ -82,6 +85,7 @@ class PreflightConfig(SettingsSection):
     min_gap: float = Field(default=0.1, ge=0, le=1)
     """Least difference of accuracy, teacher minus student, to train at all."""
     min_teacher_accuracy: float = Field(default=0.3, ge=0, le=1)
+    """Least accuracy of the teacher to train at all."""
     forecast: bool = True
     """Times a few steps, answers and prior items to say what the stage will cost. Off: nothing is predicted."""
 
@@ -197,9 +201,10 @@ def to_toml(config: RunConfig) -> str:
     for line in tomli_w.dumps(config.model_dump(mode="json")).splitlines():
         name = line.strip("[]") if line.startswith("[") else line.partition(" = ")[0]
         if line.startswith("["):
-            section = type(getattr(config, name.partition(".")[0]))
-            fields = section.model_fields if "." not in name else {}
-            lines += _comment(section.__doc__) if "." not in name else []
+            section, _, table = name.partition(".")
+            fields = type(getattr(config, section)).model_fields
+            lines += _comment(fields[table].description if table else type(getattr(config, section)).__doc__)
+            fields = {} if table else fields
         elif name in fields:
             lines += _comment(fields[name].description)
         lines.append(line)

@@ -13,7 +13,7 @@ from perdure.footprint import estimate, lengths_renderer, parse_hardware, shape_
 from perdure.gates import USUAL_NOISE, guards_of, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of
-from perdure.methods import AUTO, METHODS, method_label
+from perdure.methods import method_label
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, load_skill
@@ -64,7 +64,7 @@ def learn_one(
     if (run.folder / "seconds.json").is_file():
         run.seconds = read_json(run.folder / "seconds.json")
     check = check_before(run)
-    if check and not check["ready"] and not force and not _needs_no_teacher(run, check):
+    if check and not check["ready"] and not force:
         workspace.append("refuse", stage=stage, skill=skill.name, parent=parent, reason=check["advice"][0])
         workspace.remove_run(stage)
         hint = "--force trains anyway."
@@ -72,12 +72,6 @@ def learn_one(
     before = baseline(run)
     state = train_stage(run, check)
     return judge(run, before, check, state)
-
-
-def _needs_no_teacher(run: Run, check: dict[str, Any]) -> bool:
-    """Whether the method was chosen because who would teach is not able to."""
-    unable = check["teacher_accuracy"] < run.config.preflight.min_teacher_accuracy
-    return run.asked.train.method == AUTO and not METHODS[run.config.train.method].shows and unable
 
 
 def check_skills(

@@ -139,7 +139,7 @@ def _loss(guard: Guard, pair: tuple[list[bool], list[bool]] | None, p_value: flo
     asked = f"that takes about {needed}" if needed else "a million cannot either"
     reason = (
         f"{label}: cannot tell, {numbers}: so few items cannot show a loss of twice the budget of "
-        f"{guard.budget:.1%} ({asked}). Add test rows, or set a budget that they can judge."
+        f"{guard.budget:.1%} ({asked}). Set gate.budget to what they can judge, or teach it with more test rows."
     )
     return row | {"verdict": CANNOT_TELL, "passed": False, "reason": reason}
 

@@ -44,18 +44,13 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
 
     taught = list(dict.fromkeys([*workspace.taught(run.parent), run.skill.name]))
     workspace.add_version(info, write, lambda whole: model_card(whole, taught))
-    accepted = settle(workspace, name)
-    verdict = candidate.verdict
-    for reason in verdict.reasons:
+    outcome = settle(workspace, name)
+    for reason in outcome.reasons:
         run.reporter.note(reason)
-    name_of = run.skill.name
-    for said in said_of_kinds(before.skills.get(name_of, {}), info["scores"].get(name_of, {})):
-        run.reporter.note(f"{name_of}: {said}.")
-    if not accepted and (verdict.decision == "promoted" or not config.gate.enforce):
-        why = workspace.ledger()[-1]["reason"]  # the champion changed while the stage ran
-        run.reporter.note(why)
-        return Outcome(name_of, run.stage, name, "held", (why, *verdict.reasons))
-    return Outcome(name_of, run.stage, name, "promoted" if accepted else verdict.decision, verdict.reasons)
+    skill = run.skill.name
+    for said in said_of_kinds(before.skills.get(skill, {}), info["scores"].get(skill, {})):
+        run.reporter.note(f"{skill}: {said}.")
+    return outcome
 
 
 def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter: Reporter) -> Outcome | None:
@@ -64,7 +59,9 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
     champion = workspace.resolve("champion")
     for info in taught_this(workspace, skill):
         name, same = info["version"], info["parent"] == champion and not info.get("branch")
-        if not same or _without_gate(info["config"]) != _without_gate(config.model_dump(mode="json")):
+        graded = info["scores"].get(skill.name, {}).get("code_hash", "") == skill.code_hash
+        asked = _without_gate(info.get("asked") or info["config"])
+        if not same or not graded or asked != _without_gate(config.model_dump(mode="json")):
             continue
         said = [event for event in workspace.ledger() if event.get("version") == name]
         judged = [event.get("gate", info["config"]["gate"]) for event in said if event["event"] == "verdict"]
@@ -112,7 +109,8 @@ def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopStat
         "created": now(),
         "seed": run.asked.seed,
         "hashes": hashes,
-        "config": run.asked.model_dump(mode="json"),
+        "config": run.config.model_dump(mode="json"),
+        "asked": None if run.asked == run.config else run.asked.model_dump(mode="json"),
         "teacher_accuracy": check["teacher_accuracy"] if check else None,
         "verdict": asdict(verdict),
         "environment": environment(),

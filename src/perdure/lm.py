@@ -22,7 +22,7 @@ NEW_TOKENS = 256
 GENERATION_ROWS = 16
 
 
-class LoadedModel(TemplateLM):
+class ProbedModel(TemplateLM):
     """lm-eval's three requests, answered by a model that is already in memory. ``tokens`` counts what it processed.
 
     ``key``: of its session, where several processes share the scoring."""

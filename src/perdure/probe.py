@@ -83,9 +83,9 @@ def probe(
         raise InputError("the probe needs lm-eval, which is not installed: pip install 'lm-eval>=0.4.13,<0.5'")
     from lm_eval.evaluator import evaluate
 
-    from perdure.lm import LoadedModel
+    from perdure.lm import ProbedModel
 
-    lm = LoadedModel(model, tokenizer, progress=progress, key=key)
+    lm = ProbedModel(model, tokenizer, progress=progress, key=key)
     with _quiet():
         plans = {name: _plan(name, rows, seed) for name in dict.fromkeys(tasks)}
         members = {key: task for plan in plans.values() for key, task in plan.members.items()}

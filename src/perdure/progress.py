@@ -75,7 +75,7 @@ class ConsolePhase:
 
     def summary(self) -> str:
         """The line that stays."""
-        parts = [self.name, f"{self.done:,} {self.unit}"]
+        parts = [self.name, *([f"{self.done:,} {self.unit}"] if self.done else [])]
         if self.tokens and self.unit != "tokens":
             parts.append(f"{self.tokens:,} tokens")
         if self.tokens:

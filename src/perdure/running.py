@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perdure.advisor import ABLE, Recommendation, followed, provisional, recommend, rehearses
+from perdure.advisor import ABLE, Recommendation, followed, is_known, provisional, recommend, rehearses
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json, read_jsonl, replace_text
@@ -28,7 +28,7 @@ from perdure.session import FOLLOWED, Session, base_as_teacher, open_session
 from perdure.skills.base import Skill, load_skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
-from perdure.subject import Subject, check_thinking, check_windows
+from perdure.subject import Subject, check_thinking, check_windows, unthinking
 from perdure.train import train
 from perdure.types import InputError
 from perdure.workspace import BASE, Workspace
@@ -97,7 +97,10 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
         found = preflight(subject_of(session, skill, config, original), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
     recommended = _advised(workspace, parent, session, skill, config, found, reporter).to_json()
-    advice, chosen = {"recommended": recommended}, _with(asked, followed(asked.train, recommended))
+    advice: dict[str, Any] = {"recommended": recommended}
+    if asked.train.method == AUTO and not found.ready and not is_known(found):  # by the method that was chosen
+        advice |= {"ready": True, "advice": recommended["reasons"]}
+    chosen = _with(asked, followed(asked.train, recommended))
     if not config.preflight.forecast:
         return found.to_json() | advice | {"cost": {"seconds": {}, "tokens": {}, "priced": {}}}
     with reporter.phase("preflight: what it will cost", 0, "steps"):
@@ -112,11 +115,14 @@ def _advised(workspace: Workspace, parent: str, session: Session, skill: Skill, 
     if found.teacher_accuracy < ABLE and parent != BASE and not rehearses(config.train):
         original = config.train.teacher != "original"
         who = "the original model" if original else "the champion"
-        with reporter.phase(f"preflight: {who} as the teacher", 0, "rows"):
+        with reporter.phase(f"preflight: {who} as the teacher", found.n, "rows") as phase:
             subject = subject_of(session, skill, config, base_as_teacher(config, session) if original else None)
-            other = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template)
+            other = accuracy_of_teacher(subject, config.preflight, stage_seed(config, skill), found.template,
+                                        lambda tokens, done: phase.update(done, tokens=tokens))  # fmt: skip
     taught = len(workspace.taught(parent).keys() - {skill.name})
-    return recommend(found, taught, config.train, other)
+    labels = config.train.model_copy(update={"method": "sft"})
+    supervised = unthinking(session.renderer, session.renderer.each_turn(skill.train), labels) is None
+    return recommend(found, taught, config.train, other, supervised)
 
 
 def subject_of(
@@ -157,6 +163,8 @@ def check_before(run: Run) -> dict[str, Any] | None:
         told = read_json(run.folder / "stage.json") | {"method": run.config.train.method}
         replace_text(run.folder / "stage.json", json.dumps(told, indent=1) + "\n")
         run.reporter.note(f"{method_label(run.config.train.method)}: {' '.join(found['recommended']['reasons'])}")
+        for problem in run.config.train.ignored():
+            run.reporter.note(f"train.{problem}; it rests in this stage.")
     return found
 
 

@@ -74,23 +74,25 @@ def settle_all(workspace: Workspace) -> None:
             settle(workspace, name)
 
 
-def settle(workspace: Workspace, name: str) -> bool:
-    """Write into the ledger what a finished version's verdict asks for; True when it is (or was) promoted, or accepted
-    on a branch, where the champion stays.
+def settle(workspace: Workspace, name: str) -> Outcome:
+    """Write into the ledger what a finished version's verdict asks for, and say what became of it. On a branch
+    ``promoted`` means accepted: the champion stays.
 
     Repeating it adds nothing, so it also mends a stage that was killed between its version and its promotion."""
     info = workspace.version(name)
     verdict, known = info["verdict"], {event["event"] for event in workspace.ledger() if event.get("version") == name}
-    accepted = bool(known & {"promote", "accept"})
     about = {"parent": info["parent"], "stage": info["stage"], "skill": info["skill"]}
     if "candidate" not in known:
         workspace.append("candidate", version=name, **about)
     if "verdict" not in known:
         workspace.append("verdict", version=name, decision=verdict["decision"], reasons=verdict["reasons"])
     if not known & SETTLED:
-        accepted = follow(workspace, info, verdict, info["config"]["gate"]["enforce"]).decision == "promoted"
+        outcome = follow(workspace, info, verdict, info["config"]["gate"]["enforce"])
+    else:
+        decision = "promoted" if known & {"promote", "accept"} else "held" if "hold" in known else "refused"
+        outcome = Outcome(info["skill"], info["stage"], name, decision, tuple(verdict["reasons"]))
     drop_training_state(workspace.run_folder(info["stage"]))
-    return accepted
+    return outcome
 
 
 def follow(workspace: Workspace, info: dict[str, Any], verdict: dict[str, Any], enforce: bool) -> Outcome:

@@ -76,15 +76,26 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
     bare = [e for e in examples if renderer.lacks_thinking(e)]
     if unwritten := [e for e in bare if e.demonstration and e.demonstration.get("reasoning_content")]:
         raise InputError(f"{unwritten[0].origin}: this model's chat template does not render 'reasoning_content'")
+    if problem := unthinking(renderer, examples, train):
+        raise InputError(problem)
+
+
+def unthinking(renderer: Renderer, turns: Sequence[Example], train: TrainConfig) -> str | None:
+    """What is wrong where a stage would train a model that thinks on answers without thinking; None where it would
+    not."""
+    if renderer.marks is None:
+        return None
+    bare = [e for e in turns if renderer.lacks_thinking(e)]
     completions = METHODS[train.method].completions
     sampled_first = completions == "student" and train.warm_start_steps == 0 and train.on_policy_share == 1
     trained = completions in ("demonstration", "rewritten") or (completions == "student" and not sampled_first)
-    if bare and trained and renderer.part != "answer":
-        raise InputError(
-            f"{bare[0].origin}: an answer without thinking ({len(bare)} of {len(examples)} rows), and steps that train "
-            'on the demonstrations as they stand: the model would unlearn to think. With method = "sdft" set '
-            "train.warm_start_steps = 0; or set thinking.loss = \"answer\", or give the thinking as 'reasoning_content'"
-        )
+    if not bare or not trained or renderer.part == "answer":
+        return None
+    return (
+        f"{bare[0].origin}: an answer without thinking ({len(bare)} of {len(turns)} rows), and steps that train "
+        'on the demonstrations as they stand: the model would unlearn to think. With method = "sdft" set '
+        "train.warm_start_steps = 0; or set thinking.loss = \"answer\", or give the thinking as 'reasoning_content'"
+    )
 
 
 def _lengths(renderer: Renderer, rows: Sequence[Example], most: int) -> tuple[list[int], list[int], list[str]]:

@@ -107,6 +107,7 @@ def _log_run(client: Any, experiment: str, workspace: Workspace, info: dict[str,
     tags = {
         KEY: key, "perdure.version": info["version"], "perdure.weights": info["hashes"].get("weights", ""),
         "perdure.parent": info["parent"] or "", "perdure.skill": info["skill"] or "",
+        "perdure.method": info["method"] or "",
         "perdure.decision": (info["verdict"] or {}).get("decision", "base"),
     }  # fmt: skip
     run = client.create_run(experiment, tags=tags, run_name=f"{info['version']} {info['skill'] or 'base'}").info.run_id

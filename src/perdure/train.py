@@ -6,7 +6,8 @@ Where it departs from the paper's Algorithm 1, and why (docs/log.md has the numb
 3. The original model teaches by default (the paper: an EMA), and its distribution is sharpened on demonstrated rows.
    Whatever it is, anchor rows are scored by the weights that the stage started from.
 4. Forward KL, as in the authors' code and all their numbers; the paper's text prints the reverse.
-5. No importance weights, but with train.overlap: else the sampler is the student itself, in step with it.
+5. Importance weights only where the sampler lags behind (train.overlap, train.update_sampler_every): else it is the
+   student itself.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
             log.metrics(validate(stage, config, state))
             state = from_lead(state)
         if state.step % config.checkpoint_every == 0:
-            loop = {"state": asdict(state), "positions": log.positions(), "ahead": ahead.state()}
-            save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher_state(stage), loop)
+            kept = {"state": asdict(state), "positions": log.positions(), "ahead": ahead.state()}
+            save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher_state(stage), kept)
     ahead.close()
     if state.best_step >= 0:
         barrier()  # the lead has written them

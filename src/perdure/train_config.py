@@ -73,8 +73,8 @@ class TrainConfig(SettingsSection):
     warm_start_until: float = Field(default=0.98, gt=0, le=1)
     """The warm start ends early when the student's mean probability of a demonstration token passes this."""
     demonstration_weight: float = Field(default=0.0, ge=0, le=1)
-    """sdft only: share of the demonstration's next token in the target, wherever the completion has been the
-    demonstration so far: through the warm start, and up to and with the token where a sample leaves it."""
+    """sdft only: weight of the demonstration's next token in the target while the completion equals the demonstration,
+    including the first token that differs."""
     on_policy_share: float = Field(default=1.0, gt=0, le=1)
     """sdft only: share of the rows to learn that the student answers itself after the warm start; the others go on with
     the demonstration's own tokens."""
@@ -85,8 +85,8 @@ class TrainConfig(SettingsSection):
     """sdft with rollout.engine = "vllm" only: steps between updates of the server's weights. A resumed stage updates
     them at once, so above 1 it is not the uninterrupted one to the bit."""
     max_importance: float = Field(default=2.0, gt=1)
-    """overlap or update_sampler_every only: p(token) now over p(token) when it was sampled weighs the loss at the next
-    position (support = "sampled": its own), at most so much."""
+    """overlap or update_sampler_every only: cap on p(token now) / p(token when sampled). A token's ratio weighs the
+    loss at the next position; with support = "sampled", at its own."""
     kl_weight: float = Field(default=0.5, ge=0)
     """sft_kl only: weight of the divergence from the last version on the rows to learn."""
     reinvoke_steps: int = Field(default=20, ge=1)
@@ -94,9 +94,13 @@ class TrainConfig(SettingsSection):
     skip_first_tokens: int = Field(default=0, ge=0)
     """Completion tokens at the start of each row that carry no loss (the paper's code: 3)."""
     sampling_temperature: float = Field(default=1.0, gt=0)
+    """At which the student answers while it trains; 1 = as its probabilities are."""
     learning_rate: float = Field(default=1e-4, gt=0)
+    """Of AdamW: reached by a linear warm-up, from there on a cosine down to a tenth."""
     warmup_steps: int = Field(default=5, ge=0)
+    """Steps over which the learning rate rises to its value."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW, decoupled."""
     fsdp: bool = False
     """With several processes (torchrun, accelerate): masters, gradients and optimizer state are divided over them
     (FSDP2), not held by each."""
@@ -118,15 +122,20 @@ class TrainConfig(SettingsSection):
     """The layers below the adapters lie in 4 bits while a stage trains (QLoRA; bitsandbytes), a quarter of bfloat16's
     memory. Versions are not rounded by it."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """A step's gradient is scaled down to this norm."""
     validation_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the training rows that validate instead; the weights that were best on them are kept."""
     validation_max: int = Field(default=32, ge=0)
+    """At most so many validation rows; 0 = no validation."""
     validate_every: int = Field(default=20, ge=1)
+    """Steps between validations; there is one at the end, too."""
     patience: int = Field(default=2, ge=1)
     """Validations without a better accuracy before the stage stops."""
     validate_until: float = Field(default=2.0, gt=0)
-    """The stage ends at this accuracy on the validation rows, 16 or more, and there is a validation, too, once the
-    student's mean probability of a demonstration token passes ``warm_start_until``. Above 1 = never."""
+    """The stage ends when the accuracy on at least 16 validation rows reaches this; one more validation is taken when
+    the student's mean probability of a demonstration token first passes ``warm_start_until``. Above 1 = never."""
     checkpoint_every: int = Field(default=20, ge=1)
+    """Steps between checkpoints, from which a stage that was stopped goes on."""
     max_length_change: float = Field(default=0.0, ge=0)
     """Share by which the mean length of the answers to the validation rows may move from where the stage began, up or
     down; weights beyond it are not kept, and the stage ends there. 0 = no limit."""
@@ -138,11 +147,11 @@ class TrainConfig(SettingsSection):
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
-        if problems := [*self._ignored(), *self._unsampled(), *self._without_rows()]:
+        if problems := [*self.ignored(), *self._unsampled(), *self._without_rows()]:
             raise ValueError("; ".join(problems))
         return self
 
-    def _ignored(self) -> list[str]:
+    def ignored(self) -> list[str]:
         """Settings that were changed and would have no effect: better said than silently accepted."""
         uses = (
             ("jsd_beta", "divergence", "generalized_jsd"),

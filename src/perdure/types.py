@@ -84,8 +84,8 @@ class Rollout:
     label_weight: float = 0.0
     """Multiplies the loss of its labels (nll or dft): its own tokens, or ``labels``."""
     labels: tuple[int, ...] = ()
-    """The demonstration's tokens at the first places, as long as the completion before each is the demonstration's own
-    beginning. There they are the labels, and their weight is taken off the divergence's; other places have none."""
+    """Demonstration tokens that label the completion's first places, up to and with the first token that differs.
+    There ``label_weight`` is taken off the divergence's weight; later places have no label."""
     source: str = ""
     """The earlier skill that the row holds; empty for rows to learn and for general anchors."""
     lagging: bool = False

@@ -127,8 +127,8 @@ def measure_base(path: Path, plan: RunPlan, skills: dict[str, Path], threads: in
     scores = {name: _bits(skill_items(measure_skill(session, load_skill(folder), config, Silent(), "base")))
               for name, folder in skills.items()}  # fmt: skip
     probed = measure_probe(session, plan.probe, Silent(), "base")
-    replace_text(path, json.dumps({"skills": scores, "probe": probe_bits(probed), "eval_rows": config.eval.rows,
-                                   "probe_settings": plan.probe.probe.model_dump(mode="json")}) + "\n")  # fmt: skip
+    found = {"identity": plan.base_identity, "skills": scores, "probe": probe_bits(probed)}
+    replace_text(path, json.dumps(found) + "\n")
 
 
 def probe_bits(probed: ProbeResult | None) -> dict[str, str]:

@@ -140,6 +140,13 @@ class RunPlan:
         return parse(RunConfig, raw | {"seed": 0}, where=f"{self.method}: settings of the chain file")
 
     @property
+    def base_identity(self) -> str:
+        """Hash of all that decides what the base model scores but code and data, whatever the skills' order."""
+        config = self.config.model_dump(mode="json", include={"model", "context", "thinking", "rollout", "eval"})
+        said = [sorted(self.skills), config, self.probe.model_dump(mode="json", exclude_defaults=True)]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    @property
     def identity(self) -> str:
         """Hash of all that decides the run's result but code, data and the defaults that belong to the code."""
         settings, probe = (

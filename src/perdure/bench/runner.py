@@ -41,7 +41,8 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
     sweeping = {chain.methods[name].sweep_as or name for name in rows}  # those with a fixed rate have no sweep to run
     sweeps = [plan for plan in sweeps_of(chain) if plan.method in sweeping]
     first = runs_of(chain, {})[0]
-    todo: list[Job] = [] if base.is_file() else [("the base model", measure_base, (base, first, skills, threads))]
+    known = base.is_file() and read_json(base).get("identity") == first.base_identity
+    todo: list[Job] = [] if known else [("the base model", measure_base, (base, first, skills, threads))]
     todo += _jobs(sweeps, out, skills, None, threads)
     _work(todo, jobs, "bench: base and learning rates", reporter)
     rates = chosen_rates(chain, sweeps, out)
