@@ -18,7 +18,15 @@ from common import finish
 from perdure.config import GateConfig
 from perdure.gates import Guard, decide
 
-CASES = ((120, 3, 0.02), (300, 1, 0.0), (300, 1, 0.02), (300, 9, 0.02), (1000, 9, 0.02), (1000, 50, 0.02))
+CASES = (
+    (120, 3, 0.02),
+    (240, 7, 0.02),
+    (240, 7, 0.05),
+    (300, 1, 0.0),
+    (300, 9, 0.02),
+    (1000, 9, 0.02),
+    (1000, 50, 0.02),
+)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def settings(model: Path) -> RunConfig:
              "checkpoint_every": 5, "validate_every": 6}  # fmt: skip
     return RunConfig.model_validate(
         {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []}, "train": train,
-         "gate": {"budget": 0.45, "repair": 4, "significance": 0.1, "power": 0.1}}
+         "gate": {"budget": 0.45, "repair": 4, "significance": 0.1, "confidence": 0.1}}
     )  # fmt: skip
 
 

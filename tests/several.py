@@ -51,7 +51,7 @@ DIE_AFTER = "PERDURE_TEST_DIE_AFTER"
 def settings(model: Path, train: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(
         {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []}, "train": TRAIN | train,
-         "gate": {"budget": 0.45, "significance": 0.1, "power": 0.1, "enforce": False, "repair": 0},
+         "gate": {"budget": 0.45, "significance": 0.1, "confidence": 0.1, "enforce": False, "repair": 0},
          "preflight": {"forecast": False}}
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ HELD = TrainConfig(anchor_rehearsal=0.0)
     ("teacher", "ready", "taught", "other", "method", "settings"),
     [
         (1.0, True, 3, None, "sdft", {}),
-        (ABLE, True, 1, None, "sdft", {"train.demonstration_weight": 0.5}),
+        (ABLE, True, 1, None, "sdft", {}),
         (1.0, True, 0, None, "sft", {}),
         (0.5, True, 3, None, "sft", {}),
         (0.5, True, 3, 0.95, "sdft", {"train.teacher": "frozen"}),
@@ -58,15 +58,23 @@ def test_the_other_teacher_is_the_one_that_would_not_teach() -> None:
     assert "the champion on 95%" in recommend(lost, 3, HELD, 0.95).reasons[0]
 
 
-def test_a_teacher_that_errs_is_to_be_corrected_unless_it_is_already() -> None:
+def test_of_a_teacher_that_errs_it_says_what_may_help_unless_that_is_done() -> None:
     errs, corrected = replace(FOUND, teacher_accuracy=0.9), TrainConfig(anchor_rehearsal=0.0, demonstration_weight=0.3)
-    assert recommend(errs, 3, HELD).settings == {"train.demonstration_weight": 0.5}
-    assert recommend(errs, 3, corrected).settings == {} == recommend(FOUND, 3, HELD).settings
+    said = [" ".join(recommend(found, 3, train).reasons) for found, train in
+            ((errs, HELD), (errs, corrected), (FOUND, HELD))]  # fmt: skip
+    assert ["demonstration_weight" in text for text in said] == [True, False, False]
+
+
+def test_answers_without_thinking_are_no_labels_for_a_model_that_thinks() -> None:
+    assert recommend(FOUND, 0, TrainConfig(), supervised=False).method == "sdft"
+    assert recommend(replace(FOUND, teacher_accuracy=0.5), 3, TrainConfig(), supervised=False).method == "sdft"
 
 
 def test_missing_anchors_change_the_rule() -> None:
     assert recommend(FOUND, 0, TrainConfig(anchor_share=0.0)).method == "sdft"
     assert recommend(FOUND, 3, TrainConfig(anchor_share=0.0, steps=5)).method == "sdft"
+    unable = recommend(replace(FOUND, teacher_accuracy=0.7), 3, TrainConfig(anchor_share=0.0))
+    assert unable.method == "sft" and "nothing holds the rest" in unable.reasons[0]
 
 
 def test_the_original_model_is_asked_where_the_champion_cannot_teach(tmp_path: Path) -> None:
@@ -114,7 +122,9 @@ def test_auto_trains_as_the_preflight_recommends(tmp_path: Path) -> None:
     for name, stage in (("v001", "s01-colours"), ("v002", "s02-numbers")):
         told = read_json(workspace.run_folder(stage) / "stage.json")
         assert told["method"] == methods[name]
-        assert told["config"]["train"]["method"] == workspace.version(name)["config"]["train"]["method"] == "auto"
+        info = workspace.version(name)
+        assert told["config"]["train"]["method"] == info["asked"]["train"]["method"] == "auto"
+        assert info["config"]["train"]["method"] == methods[name]
     lines = read_jsonl(workspace.run_folder("s01-colours") / "metrics.jsonl")
     assert {line["phase"] for line in lines if "phase" in line} == {"sft"}
     again = learn(workspace, folders, config, Silent())  # found again by the settings of the command

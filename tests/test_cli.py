@@ -63,7 +63,7 @@ SURFACE = {
     "promote": {"version", "--workspace", "-w", "--reason", "--force"},
     "forget": {"skill", "--workspace", "-w", "--set"},
     "sync": {"tracker", "--workspace", "-w", "--tracking-uri", "--name"},
-    "rollback": {"--workspace", "-w", "--to"},
+    "rollback": {"--workspace", "-w", "--to", "--reason"},
     "report": {"workspace", "--workspace", "-w", "--json", "--open"},
     "chat": {"prompt", "--workspace", "-w", "--version", "--system", "--temperature", "--max-new-tokens"},
     "export": {"version", "folder", "--workspace", "-w", "--adapter", "--since", "--rank", "--dtype", "--json"},

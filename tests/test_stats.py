@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from perdure.stats import mcnemar_one_sided, paired_bootstrap_difference, paired_difference, wilson_interval
+from perdure.stats import (
+    _noise_under,
+    items_needed,
+    mcnemar_one_sided,
+    noninferiority_p,
+    noninferiority_power,
+    paired_bootstrap_difference,
+    paired_difference,
+    wilson_interval,
+)
 
 bools = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -129,3 +138,60 @@ def test_unknown_settings_are_refused():
         paired_bootstrap_difference([True, False], [False, True], resamples=10)
     with pytest.raises(ValueError, match="confidence"):
         paired_bootstrap_difference([True, False], [False, True], confidence=95)
+
+
+# Is the loss smaller than so much?
+
+
+def chances(n: int, loss: float, noise: float) -> dict[tuple[int, int], float]:
+    """(lost, gained) -> chance, one by one."""
+    same = 1 - loss - 2 * noise
+    return {
+        (lost, gained): comb(n, lost) * comb(n - lost, gained) * (loss + noise) ** lost * noise**gained
+        * same ** (n - lost - gained) for lost in range(n + 1) for gained in range(n + 1 - lost)
+    }  # fmt: skip
+
+
+@given(
+    st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
+    st.floats(0, 1),
+    st.sampled_from([0.04, 0.1, 0.3, 1.0]),
+)
+@settings(deadline=None)
+def test_noninferiority_is_the_chance_of_so_small_a_net_loss(counts, share, loss):
+    n, lost = counts
+    gained = round(share * (n - lost))
+    noise = _noise_under(n, lost, gained, loss)
+    wanted = sum(p for (a, b), p in chances(n, loss, noise).items() if a - b <= lost - gained)
+    assert noninferiority_p(n, lost, gained, loss) == pytest.approx(wanted, abs=1e-8)
+    # The noise is the likeliest: no other on a grid explains the counts better.
+    grid = np.linspace(0, (1 - loss) / 2, 200)
+    likely = [chances(n, loss, float(g))[lost, gained] for g in (noise, *grid)]
+    assert likely[0] >= max(likely) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("n", [12, 30])
+@pytest.mark.parametrize("loss", [0.04, 0.15, 0.4])
+def test_a_true_loss_of_so_much_hardly_ever_passes(n, loss):
+    """Exactly, over all outcomes: at most the level, whatever the noise."""
+    passes = {(a, b) for a, b in chances(n, loss, 0.0) if noninferiority_p(n, a, b, loss) <= 0.1}
+    for noise in (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.28):
+        assert sum(p for key, p in chances(n, loss, noise).items() if key in passes) <= 0.1 + 1e-9
+
+
+def test_noninferiority_at_its_ends():
+    assert noninferiority_p(60, 0, 0, 0.04) == pytest.approx(0.96**60)
+    assert [noninferiority_p(10, 10, 0, loss) for loss in (0.5, 1.0)] == pytest.approx([1.0, 1.0])
+    assert noninferiority_p(1000, 5, 40, 0.04) < 1e-6 < noninferiority_p(1000, 40, 5, 0.04)
+    for wrong in ((10, 8, 3, 0.1), (10, -1, 0, 0.1), (10, 1, 1, 0.0), (10, 1, 1, 1.1)):
+        with pytest.raises(ValueError, match="noninferiority_p"):
+            noninferiority_p(*wrong)
+
+
+def test_more_items_and_less_noise_pass_more_often():
+    powers = [noninferiority_power(n, 0.04, 0.02, 0.1) for n in (0, 60, 120, 240, 480)]
+    assert powers == sorted(powers) and powers[0] == 0 and powers[-1] > 0.98
+    assert noninferiority_power(240, 0.04, 0.01, 0.1) > noninferiority_power(240, 0.04, 0.05, 0.1)
+    needed = items_needed(0.04, 0.02, 0.1, 0.9)
+    assert needed and noninferiority_power(needed, 0.04, 0.02, 0.1) >= 0.9
+    assert items_needed(0.04, 0.4, 0.1, 0.99, most=100) is None

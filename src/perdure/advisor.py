@@ -63,7 +63,7 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
     model is to teach; only of interest where earlier skills are not rehearsed. ``supervised``: whether the
     demonstrations may be labels, which answers without thinking may not be for a model that thinks."""
     if not supervised:
-        return _corrected(found, train, (
+        return _sdft(found, train, (
             "The demonstrations are answers without thinking, and supervised fine-tuning would unlearn to think; the "
             "teacher thinks for itself."))  # fmt: skip
     accuracy = f"{found.teacher_accuracy:.0%}"
@@ -78,12 +78,15 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
         why = f"The teacher is right on {accuracy} of the rows only"
         if found.teacher_accuracy >= ABLE:
             why = f"The demonstration adds little (student {found.student_accuracy:.0%}, teacher {accuracy})"
+        rest = "the anchor rows hold the rest as well"
+        if train.anchor_share == 0:
+            rest = "but without anchor rows (train.anchor_share) nothing holds the rest: it kept 4 to 15 % of a chain"
         return Recommendation("sft", (
-            f"{why}, so self-distillation would teach little; supervised fine-tuning needs no teacher, and the anchor "
-            "rows hold the rest as well.",))  # fmt: skip
+            f"{why}, so self-distillation would teach little; supervised fine-tuning needs no teacher, and {rest}.",
+        ))  # fmt: skip
     able = f"The teacher is able ({accuracy})"
     if train.anchor_share == 0:
-        return _corrected(found, train, (
+        return _sdft(found, train, (
             f"{able} and no anchor rows hold the rest: then self-distillation kept half of an earlier skill where "
             "supervised fine-tuning kept nothing. Anchor rows keep more than either."))  # fmt: skip
     if not taught:
@@ -94,17 +97,18 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
         return Recommendation("sft", (
             f"{able}; but where earlier skills are rehearsed, supervised fine-tuning kept as much over six chains of "
             "six skills, learned 3.4 points more (95 %: 1.6 to 5.4), and took 70 % of the time.",))  # fmt: skip
-    return _corrected(found, train, (
+    return _sdft(found, train, (
         f"{able}, and earlier skills are held by the model's own answers alone (anchor_rehearsal = 0): then "
         "self-distillation kept 92 % of six skills where supervised fine-tuning kept 84 % (8 more; 95 %: -2 to +18), "
         "and learned 3 points less. Where the earlier demonstrations may be used, rehearse them."))  # fmt: skip
 
 
-def _corrected(found: Preflight, train: TrainConfig, reason: str) -> Recommendation:
-    """Self-distillation, and where its teacher is not always right, what keeps the student from learning that, too."""
+def _sdft(found: Preflight, train: TrainConfig, reason: str) -> Recommendation:
+    """Self-distillation; and where its teacher is not always right, what might keep the student from learning that."""
     if found.teacher_accuracy == 1 or train.demonstration_weight:
         return Recommendation("sdft", (reason,))
     return Recommendation("sdft", (
-        reason, "Where the teacher errs in spite of what it is shown, the demonstration can correct it: so a skill was "
-        "learned to 97 and 100 % (two runs) that had stopped at 89 % (six).",
-    ), {"train.demonstration_weight": 0.5})  # fmt: skip
+        reason, "Where the teacher errs in spite of what it is shown, train.demonstration_weight = 0.5 may help: one "
+        "skill was learned to 97 and 100 % that had stopped at 89 %, another no better, and the one chain with it kept "
+        "less.",
+    ))  # fmt: skip

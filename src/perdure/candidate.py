@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from perdure.gates import Guard, Items, decide
@@ -22,19 +22,20 @@ class Candidate:
     verdict: Verdict
 
 
-def measure_candidate(run: Run, before: Scores, kept: Sequence[Guard], name: str, strict: bool = False) -> Candidate:
+def measure_candidate(run: Run, before: Scores, kept: Sequence[Guard], name: str,
+                      hurt: Collection[str] | None = None) -> Candidate:  # fmt: skip
     """Measure the session's student on every skill in scope and on the prior tasks, and judge it against ``before``,
-    the parent's scores, and all that must be ``kept``. ``strict``: see ``gates.decide``; what then fails on the skills
+    the parent's scores, and all that must be ``kept``. ``hurt``: see ``gates.decide``; what then fails on the skills
     alone is not measured on the rest."""
     config, skill = run.config, run.skill.name
     earlier = run.earlier
 
     def verdict(after: dict[str, Items], kept: Sequence[Guard]) -> Verdict:
-        return decide(config.gate, skill, before.items.get(skill), after, kept, strict)
+        return decide(config.gate, skill, before.items.get(skill), after, kept, hurt)
 
     scores = {taught: _measure(run, name, taught) for taught in (*earlier, skill)}
     after: dict[str, Items] = {s.skill: skill_items(s) for s in scores.values()}
-    if strict:
+    if hurt is not None:
         first = verdict(after, [guard for guard in kept if guard.name in earlier])
         if first.decision != "promoted":
             return Candidate(tuple(scores.values()), None, first)

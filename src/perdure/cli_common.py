@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +44,15 @@ def reporter() -> Any:
     from perdure.progress import ConsoleReporter
 
     return ConsoleReporter(err)
+
+
+def actor() -> str:
+    """Who runs the command, as this machine knows them: for the ledger."""
+    try:
+        name = getpass.getuser()
+    except OSError:  # a user without a name, as in a container
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"
 
 
 def open_workspace(folder: Path, settings: list[str] | None) -> tuple[Workspace, RunConfig]:

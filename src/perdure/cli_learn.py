@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -128,10 +129,13 @@ def import_skill(
     run_importer(source, target, seed, file, grader, test_share, turns, given)
     skill = load_skill(target)
     least = least_budget(len(skill.test), guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
-    out.print(f"{target}: {len(skill.train)} training and {len(skill.test)} test rows. When later skills follow, so "
-              f"many test rows can judge a retention budget of {100 * least:.1f} points (a loss of twice that is found "
-              "nine times in ten); set retention_budget in skill.toml before it is taught. "
-              f"Next: perdure check {target} -w WORKSPACE", soft_wrap=True)  # fmt: skip
+    enough = f"can guard it with a retention budget of {100 * least:.1f} points (set it in skill.toml before teaching)"
+    guarded = enough if least < 0.2 else "are too few to guard it when later skills follow: bring more"
+    origin = f" ({skill.settings.source})" if source == "jsonl" else ""
+    said = (
+        f"{target}: {len(skill.train)} training and {len(skill.test)} test rows{origin}. So many test rows {guarded}."
+    )
+    out.print(Text(f"{said} Next: perdure check {shlex.quote(str(target))} -w WORKSPACE"), soft_wrap=True)
 
 
 @dataclass(frozen=True)

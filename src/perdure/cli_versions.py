@@ -21,11 +21,13 @@ from perdure.cli_common import (
     SetOption,
     WorkspaceArgument,
     WorkspaceOption,
+    actor,
     app,
     open_workspace,
     out,
     reporter,
 )
+from perdure.report.words import safe_line, safe_text
 from perdure.types import InputError
 
 
@@ -48,8 +50,9 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
         out.print("No skill was taught yet: perdure learn SKILL")
     if waiting := state["candidate"]:
         why = place.verdict(waiting)
-        out.print(Text(f"{waiting} is held: {why['reasons'][0] if why else ''} To serve it: perdure promote {waiting}"),
-                  soft_wrap=True)  # fmt: skip
+        said = f"{waiting} is held: {why['reasons'][0] if why else ''} To serve it: perdure promote {waiting}"
+        forced = "" if why is None or why["decision"] == "promoted" else ' --force --reason "..."'
+        out.print(Text(safe_line(f"{said} -w {same or workspace}{forced}")), soft_wrap=True)
     for stage in unfinished:
         out.print(f"unfinished stage {stage}: repeat the learn command to go on with it")
 
@@ -59,7 +62,9 @@ def log(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: J
     """The ledger, oldest event first, and what each stage cost.
 
     Beside it what was predicted. A broken chain is an error."""
-    place, _ = open_workspace(same or workspace, None)
+    from perdure.workspace import Workspace
+
+    place = Workspace.open(same or workspace)  # without its settings: what is served can be changed whatever they say
     place.verify_ledger()
     events = place.ledger()
     if as_json:
@@ -78,7 +83,6 @@ def verify(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
 
     Every byte of versions, skills and ledger, against what was written. Exit code 2: something was changed."""
     workspace = same or workspace
-    from perdure.report.text import safe_text
     from perdure.verify import verify as problems_of_workspace
 
     if not (workspace / "perdure.toml").is_file():
@@ -136,7 +140,10 @@ def promote(
 ) -> None:
     """Make a version the champion. One that the gate held or refused needs --force and a reason; both stay in the
     ledger. Exit code 1: the gate did not pass it."""
-    place, _ = open_workspace(workspace, None)
+    from perdure.verify import problems_of_version
+    from perdure.workspace import Workspace
+
+    place = Workspace.open(workspace)
     if force and not (reason or "").strip():
         raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
     name = place.resolve(version)
@@ -144,10 +151,12 @@ def promote(
     passed = verdict is None or verdict["decision"] == "promoted"
     if verdict and not passed and not force:
         words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "
-        out.print(Text(f'{words}perdure promote {name} --force --reason "..."'), soft_wrap=True)
+        out.print(Text(safe_line(f'{words}perdure promote {name} --force --reason "..."')), soft_wrap=True)
         raise typer.Exit(REFUSED)
+    if problems := problems_of_version(place, name):
+        raise InputError("\n".join(problems))
     forced: dict[str, Any] = {} if passed else {"forced": True}
-    place.promote(name, reason or "by hand", **forced)
+    place.promote(name, reason or "by hand", by=actor(), **forced)
     out.print(f"champion: {name}")
 
 
@@ -169,7 +178,7 @@ def forget(
         write_report(place.folder)
     out.print(f"{done.skill}: {done.before:.1%} before, {done.after:.1%} without it, on {done.n} items")
     for reason in done.reasons:
-        out.print(Text(reason), soft_wrap=True)
+        out.print(Text(safe_line(reason)), soft_wrap=True)
     verb = "is the champion" if done.decision == "promoted" else f"was {done.decision}; the champion stays"
     out.print(f"{done.version} {verb}")
     raise typer.Exit(0 if done.decision == "promoted" else REFUSED)
@@ -181,12 +190,15 @@ def rollback(
     to: Annotated[
         str | None, typer.Option(help="Version to go back to; default: the champion before this one.")
     ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
 ) -> None:
     """Go back to an earlier version.
 
     No weights are moved: it takes no time, also while a stage trains. What that stage ends with is then held."""
-    place, _ = open_workspace(workspace, None)
-    out.print(f"champion: {place.rollback(to)}")
+    from perdure.workspace import Workspace
+
+    about = {"by": actor()} | ({"reason": reason} if reason else {})
+    out.print(f"champion: {Workspace.open(workspace).rollback(to, **about)}")
 
 
 @app.command()
@@ -267,7 +279,9 @@ def chat(
     for text in _asked() if prompt is None else [prompt]:
         for name, conversation in chats.items():
             label = f"{name}: " if len(names) > 1 else ""
-            out.print(Text(label, style="bold").append(conversation.say(text), style="not bold"), soft_wrap=True)
+            out.print(
+                Text(label, style="bold").append(safe_text(conversation.say(text)), style="not bold"), soft_wrap=True
+            )
 
 
 def _asked() -> Iterator[str]:

@@ -146,8 +146,9 @@ class GateConfig(SettingsSection):
     """Off: the verdict is recorded, but the candidate is promoted all the same (research runs that compare methods)."""
     significance: float = Field(default=0.05, gt=0, lt=1)
     """Chance that a stage without any harm is refused."""
-    power: float = Field(default=0.9, gt=0, lt=1)
-    """Chance to find a loss of twice the budget; a comparison whose items give less is held."""
+    confidence: float = Field(default=0.9, gt=0, lt=1)
+    """With which the items of an earlier skill, and of all prior tasks together, must show that less than twice the
+    budget was lost; else the version is held."""
     repair: int = Field(default=4, ge=0, le=6)
     """Attempts to save a candidate that learned but hurt something: an earlier checkpoint of the stage, where there is
     one, three blends of its weights with its parent's (an evaluation each), then more anchors, then a smaller rate (a

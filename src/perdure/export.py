@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from perdure.files import file_sha256, new_folder, replace_text, to_json
 from perdure.models import LoadedModel, load, resolve, save
 from perdure.types import InputError
+from perdure.verify import problems_of_version
 from perdure.workspace import BASE, Workspace
 
 MOST_RANK = 128
@@ -128,6 +129,8 @@ def _save(base: Any, found: Difference, rank: int, source: str, folder: Path) ->
 
 
 def _version(workspace: Workspace, version: str) -> LoadedModel:
+    if problems := problems_of_version(workspace, version):
+        raise InputError("\n".join(problems))
     config = workspace.config()
     return load(config.model, None if version == BASE else workspace.version_folder(version), torch.device("cpu"))
 

@@ -79,10 +79,13 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
     if not any(event | key == event for event in workspace.ledger()):  # else killed before its promotion
         workspace.append(**key, before=accuracies[0], after=accuracies[1], decision=verdict.decision,
                          reasons=list(verdict.reasons))  # fmt: skip
-    decision = verdict.decision if config.gate.enforce else "promoted"
-    if decision == "promoted":
-        workspace.promote(version, f"without {name}")
-    return Forgotten(name, version, decision, verdict.reasons, *accuracies, n=len(before.items[name]))
+    decision, reasons = verdict.decision if config.gate.enforce else "promoted", verdict.reasons
+    if decision == "promoted" and not workspace.promote(version, f"without {name}", instead_of=champion):
+        now = workspace.resolve("champion")
+        reasons = (f"it was judged against {champion}, and {now} is the champion by now", *reasons)
+        decision = "held"
+        workspace.hold(version, parent=champion, skill=name, reason=reasons[0])
+    return Forgotten(name, version, decision, reasons, *accuracies, n=len(before.items[name]))
 
 
 def _scores(workspace: Workspace, version: str, skills: dict[str, Skill], config: RunConfig,

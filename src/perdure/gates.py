@@ -1,24 +1,27 @@
 """Is a candidate allowed to become the champion? Paired tests on per-item results, and three answers: promoted, held
 (the items cannot tell), refused.
 
-The promise, at the default settings: a candidate that harms nothing is refused in at most 5 % of stages, and one that
-costs a guarded capability twice its budget is promoted in at most 10 %, however few items there are.
+The promise, at the default settings and of a stage's first candidate: one that harms nothing is refused in at most 5 %
+of stages, and one that costs an earlier skill, or all prior tasks together, twice the budget is promoted in at most
+10 %, however few items there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from perdure.config import GateConfig
-from perdure.stats import holm, items_needed, mcnemar_one_sided, mcnemar_power
+from perdure.stats import holm, items_needed, mcnemar_one_sided, noninferiority_p, noninferiority_power
 from perdure.types import Verdict
 
 Items = Mapping[str, bool]
 """Item id -> right or wrong."""
 
 CANNOT_TELL = "cannot tell"
+TELLING_GAIN = 0.1
+"""A gain of the new skill that is so large and not significant is no sign that nothing was learned."""
 USUAL_NOISE = 0.02
 """Share of items that change each way between versions without meaning; seen in the demo: 0 to 0.06 (docs/log.md)."""
 
@@ -38,34 +41,35 @@ class Guard:
     budget: float
     """Accuracy that it may lose, 0..1."""
     decisive: bool = True
-    """Its items alone must be able to show a loss of twice the budget."""
+    """Its items alone must show that the loss is less than twice the budget."""
     chosen_from: int = 1
     """Versions among which the reference was picked as the best: the best of several noisy results is partly luck, so
     the p-value is multiplied by their number."""
 
 
 def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[str, Items],
-           guards: Sequence[Guard] = (), strict: bool = False) -> Verdict:  # fmt: skip
+           guards: Sequence[Guard] = (), hurt: Collection[str] | None = None) -> Verdict:  # fmt: skip
     """The verdict on a candidate: ``promoted``, ``held`` or ``refused``, with every failed check among the reasons.
 
     The new ``skill`` must gain significantly over ``before`` (one-sided exact McNemar test). A guard is refused when it
-    lost more than its budget and the loss is significant (the same test the other way, Holm over all guards). A
-    decisive guard is held when a true loss of twice its budget would be found with less than ``config.power``, by the
-    exact power of the test on so many items, with as much noise as was seen (items that changed each way). What has no
-    results on the same items is refused. ``strict``: a loss beyond the budget is refused, significant or not.
+    lost more than its budget, or more than half of what it had, and the loss is significant (the same test the other
+    way, Holm over all guards). A decisive guard is held unless its items show, with ``config.confidence``, that the
+    true loss is less than twice its budget (``stats.noninferiority_p``). What has no results on the same items is
+    refused. ``hurt``: names of guards that an earlier attempt hurt; these and the decisive ones are then refused by any
+    loss beyond the budget, significant or not.
 
     ``config.enforce`` changes nothing here: whoever promotes looks at it.
     """
-    return _verdict([_gain(config, skill, before, after.get(skill)), *_losses(config, after, guards, strict)])
+    return _verdict([_gain(config, skill, before, after.get(skill)), *_losses(config, after, guards, hurt)])
 
 
 def decide_kept(config: GateConfig, after: Mapping[str, Items], guards: Sequence[Guard]) -> Verdict:
     """The verdict on a candidate that was taught nothing new: it must keep every guard, as in ``decide``."""
-    return _verdict(_losses(config, after, guards, False))
+    return _verdict(_losses(config, after, guards, None))
 
 
 def _losses(
-    config: GateConfig, after: Mapping[str, Items], guards: Sequence[Guard], strict: bool
+    config: GateConfig, after: Mapping[str, Items], guards: Sequence[Guard], hurt: Collection[str] | None
 ) -> list[dict[str, Any]]:
     pairs = [_paired(guard.before, after.get(guard.name)) for guard in guards]
     p_values = [
@@ -73,10 +77,10 @@ def _losses(
         for guard, pair in zip(guards, pairs, strict=True)
     ]
     significant = holm(p_values, config.significance)
-    level = config.significance / max(1, len(guards))
+    strict = [hurt is not None and (guard.decisive or guard.name in hurt) for guard in guards]
     return [
-        _loss(guard, pair, p_value, real or strict, level, config.power)
-        for guard, pair, p_value, real in zip(guards, pairs, p_values, significant, strict=True)
+        _loss(guard, pair, p_value, real or any_loss, config.confidence)
+        for guard, pair, p_value, real, any_loss in zip(guards, pairs, p_values, significant, strict, strict=True)
     ]
 
 
@@ -115,50 +119,62 @@ def _gain(config: GateConfig, skill: str, before: Items | None, after: Items | N
     row["verdict"] = "learned" if real else "not learned"
     numbers = f"{row['before']:.0%} to {row['after']:.0%} on {row['n']} items (p = {p_value:.2g})"
     row["reason"] = f"{skill}: {row['verdict']}, {numbers}."
-    if not real and row["change"] > 0 and 0.5 ** pair[0].count(False) > config.significance:
+    blind = row["change"] > 0 and 0.5 ** pair[0].count(False) > config.significance
+    if not real and (blind or row["change"] >= TELLING_GAIN):
         row["verdict"] = CANNOT_TELL
-        row["reason"] = f"{skill}: {numbers}; so few items cannot show a gain: add test rows."
+        row["reason"] = f"{skill}: {numbers}; so few items cannot show a gain: teach it with more test rows."
     return row | {"passed": real}
 
 
-def _loss(guard: Guard, pair: tuple[list[bool], list[bool]] | None, p_value: float, counts: bool, level: float,
-          power: float) -> dict[str, Any]:  # fmt: skip
+def _loss(guard: Guard, pair: tuple[list[bool], list[bool]] | None, p_value: float, counts: bool,
+          confidence: float) -> dict[str, Any]:  # fmt: skip
+    """A guard's row of the verdict; ``counts``: whether a loss beyond what is allowed is one."""
     row = _row(guard.name, guard.kind, pair, budget=guard.budget, reference=guard.reference, p_value=p_value)
     if pair is None:
         return row
     label = "all prior tasks together" if guard.kind == "priors" else guard.name
     against = f" against {guard.reference}, its best" if guard.kind == "best ever" else ""
     numbers = f"{row['before']:.1%} to {row['after']:.1%}{against} on {row['n']} items (p = {p_value:.2g})"
-    if counts and row["change"] < -guard.budget:
+    # A budget is meant for what is known well: of a skill with less than twice of it, half may not go either.
+    if counts and row["change"] < -min(guard.budget, row["before"] / 2):
         reason = f"{label}: got worse, {numbers}, budget {guard.budget:.1%}."
         return row | {"verdict": "worse", "passed": False, "reason": reason}
-    if not guard.decisive or _can_tell(guard, pair, level, power):
+    if not guard.decisive or _is_kept(guard, pair, confidence):
         return row | {"verdict": "kept", "passed": True, "reason": f"{label}: kept, {numbers}."}
-    needed = items_needed(2 * guard.budget, _noise(pair), level, power, guard.budget)
+    needed = items_needed(_twice(guard, pair), _noise(pair), 1 - confidence, confidence)
     row["needed"] = needed
-    asked = f"that takes about {needed}" if needed else "a million cannot either"
+    asked = f"a version without any loss takes about {needed}" if needed else "a million cannot either"
     reason = (
-        f"{label}: cannot tell, {numbers}: so few items cannot show a loss of twice the budget of "
-        f"{guard.budget:.1%} ({asked}). Set gate.budget to what they can judge, or teach it with more test rows."
+        f"{label}: cannot tell, {numbers}: so few items cannot show that less than twice the budget of "
+        f"{guard.budget:.1%} was lost ({asked}). Set gate.budget to what they can judge, or teach it with more rows."
     )
     return row | {"verdict": CANNOT_TELL, "passed": False, "reason": reason}
 
 
-def _noise(pair: tuple[list[bool], list[bool]]) -> float:
-    """Share of the items that changed each way: what goes on without any loss."""
-    lost = sum(old and not new for old, new in zip(*pair, strict=True))
-    gained = sum(new and not old for old, new in zip(*pair, strict=True))
-    return min(lost, gained) / len(pair[0])
+def _twice(guard: Guard, pair: tuple[list[bool], list[bool]]) -> float:
+    """The loss that must be shown not to be: twice the budget, or all that there was."""
+    return min(2 * guard.budget, sum(pair[0]) / len(pair[0]))
 
 
-def _can_tell(guard: Guard, pair: tuple[list[bool], list[bool]], level: float, power: float) -> bool:
-    """A capability that holds no more right answers than the budget has nothing to lose beyond it."""
-    n, right = len(pair[0]), sum(pair[0])
-    loss = min(2 * guard.budget, right / n)
+def _is_kept(guard: Guard, pair: tuple[list[bool], list[bool]], confidence: float) -> bool:
+    """Whether the items show that the true loss is less than ``_twice``. What holds no more right answers than the
+    budget has nothing to lose beyond it."""
+    loss = _twice(guard, pair)
     if loss <= guard.budget:
         return True
-    noise = min(_noise(pair), (1 - loss) / 2)
-    return mcnemar_power(n, loss, noise, level, guard.budget) >= power
+    lost, gained = _changed(pair)
+    return noninferiority_p(len(pair[0]), lost, gained, loss) <= 1 - confidence
+
+
+def _changed(pair: tuple[list[bool], list[bool]]) -> tuple[int, int]:
+    """Items that became wrong, and items that became right."""
+    lost = sum(old and not new for old, new in zip(*pair, strict=True))
+    return lost, sum(new and not old for old, new in zip(*pair, strict=True))
+
+
+def _noise(pair: tuple[list[bool], list[bool]]) -> float:
+    """Share of the items that changed each way: what goes on without any loss."""
+    return min(_changed(pair)) / len(pair[0])
 
 
 def guards_of(skills: int, tasks: int) -> int:
@@ -167,10 +183,10 @@ def guards_of(skills: int, tasks: int) -> int:
 
 
 def least_budget(n: int, guards: int, config: GateConfig, noise: float) -> float:
-    """The smallest budget (in whole tenths of a point) that ``n`` items can judge beside so many guards."""
+    """The smallest budget (in whole tenths of a point) by which ``n`` items a guard let a version without any loss pass
+    so many guards with the gate's confidence."""
+    wanted = 1 - (1 - config.confidence) / max(1, guards)
     for tenths in range(1, 500):
-        budget = tenths / 1000
-        level = config.significance / max(1, guards)
-        if mcnemar_power(n, 2 * budget, min(noise, (1 - 2 * budget) / 2), level, budget) >= config.power:
-            return budget
+        if noninferiority_power(n, tenths / 500, noise, 1 - config.confidence) >= wanted:
+            return tenths / 1000
     return 0.5

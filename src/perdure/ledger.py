@@ -49,7 +49,12 @@ class Ledger:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        replace_text(self.head_path, _head_text(len(lines) + 1, line))
+            try:
+                replace_text(self.head_path, _head_text(len(lines) + 1, line))
+            except OSError:  # no room for it: then the event did not happen, or whoever repeats it would do it twice
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+                raise
 
     def events(self) -> list[dict[str, Any]]:
         """All events. Raises InputError naming the line that is no JSON object."""

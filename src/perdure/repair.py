@@ -2,8 +2,9 @@
 
 In order, until one passes: checkpoints of the stage from before the weights it ended with; the weights blended back
 towards the parent (three shares); a second training with more anchors; a third with a smaller learning rate. Several
-attempts are several chances to pass by luck, so the gate is strict with them: no observed loss beyond a budget,
-significant or not. The ledger holds every attempt and is what a resumed stage goes by.
+attempts are several chances to pass by luck, so the gate is strict with them: no observed loss beyond the budget of
+what was hurt, of an earlier skill or of all prior tasks together, significant or not. The ledger holds every attempt
+and is what a resumed stage goes by.
 """
 
 from __future__ import annotations
@@ -65,12 +66,13 @@ def repair(
     past = {
         event["attempt"]: event["decision"] for event in run.workspace.ledger() if event | key == event
     }  # a stage that was begun anew under other settings may have the same name
+    hurt = {row["name"] for row in harmed.table if row["verdict"] == "worse"}
     for label, attempt in list(tries.items())[: run.config.gate.repair]:
         if past.get(label, "promoted") != "promoted":
             continue
         run.reporter.note(f"Repair: {label}.")
         attempt()
-        found = measure_candidate(run, before, kept, name, strict=True)
+        found = measure_candidate(run, before, kept, name, hurt)
         decision, reason = found.verdict.decision, found.verdict.reasons[0]
         if label not in past:
             run.workspace.append(**key, skill=run.skill.name, attempt=label, decision=decision, reason=reason)

@@ -129,9 +129,12 @@ def unmeasured(scores: Scores, skills: Iterable[Skill], config: RunConfig) -> tu
 def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[str, Skill],
            config: RunConfig, way: Way) -> list[Guard]:  # fmt: skip
     """What a candidate that follows ``parent`` must keep: each of the earlier ``skills``, against the parent and
-    against its best ever on the same rows; each prior task, and all of them together."""
-    gate, found = config.gate, []
-    ancestors = {name: known_scores(workspace, name, way) for name in workspace.lineage(parent) if name != parent}
+    against its best ever on the same rows; each prior task, and all of them together. A version that was promoted in
+    spite of its verdict was accepted with its losses: from there on, nothing before it is a best."""
+    gate, found, lineage = config.gate, [], workspace.lineage(parent)
+    accepted = [name for name in lineage if (workspace.verdict(name) or {}).get("decision", "promoted") != "promoted"]
+    since = lineage.index(accepted[-1]) if accepted else 0
+    ancestors = {name: known_scores(workspace, name, way) for name in lineage[since:] if name != parent}
     for name, skill in skills.items():
         items = before.items.get(name)
         budget = skill.settings.retention_budget or gate.budget

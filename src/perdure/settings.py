@@ -26,7 +26,7 @@ Section = TypeVar("Section", bound=BaseModel)
 def parse_toml(data: bytes, path: Path) -> dict[str, Any]:
     """Raises InputError naming the file and the line that is no TOML."""
     try:
-        return tomllib.loads(data.decode("utf-8"))
+        return tomllib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: not UTF-8: {error.reason}") from error

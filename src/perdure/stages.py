@@ -16,6 +16,7 @@ from perdure.config import RunConfig
 from perdure.files import check_free, now, read_json, replace_text
 from perdure.models import compute_dtype, load
 from perdure.session import weights_sha256
+from perdure.settings import dotted
 from perdure.skills.base import Skill, load_skill
 from perdure.types import InputError
 from perdure.workspace import Workspace
@@ -146,6 +147,14 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
     return None
 
 
+def _differing(began: dict[str, Any], config: RunConfig) -> list[str]:
+    """``key = value`` of each setting that a stage began with and that is another one now. One that there was not yet
+    counts as its default."""
+    then = dotted(RunConfig().model_dump(mode="json")) | dotted(began)
+    return [f"{key} = {then[key]}" for key, value in dotted(config.model_dump(mode="json")).items()
+            if then.get(key) != value]  # fmt: skip
+
+
 def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, parent: str,
           branch: str | None = None) -> tuple[str, bool]:  # fmt: skip
     """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
@@ -159,7 +168,7 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
             continue
         if restart:
             workspace.remove_run(stage)
-        elif info["config"] == config.model_dump(mode="json"):
+        elif not (differing := _differing(info["config"], config)):
             if (began := info.get("compute_dtype", precision)) != precision:
                 raise InputError(
                     f"{folder}: this unfinished run of {skill.name} computes in {began}, and here {precision} was "
@@ -169,8 +178,8 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
             return stage, True
         else:
             raise InputError(
-                f"{folder}: an unfinished run of {skill.name} has other settings; give the same ones to go on with it, "
-                "or --restart to begin anew"
+                f"{folder}: an unfinished run of {skill.name} has other settings ({', '.join(differing)}); give the "
+                "same ones to go on with it, or --restart to begin anew"
             )
     name = workspace.next_stage(skill.name)
     folder = workspace.run_folder(name)

@@ -65,39 +65,59 @@ def mcnemar_one_sided(before: Sequence[bool], after: Sequence[bool], alternative
 
 
 @lru_cache(maxsize=4096)
-def mcnemar_power(n: int, loss: float, noise: float, level: float, beyond: float = 0.0) -> float:
-    """Probability that a true loss is found on ``n`` items: one-sided exact McNemar p-value at most ``level``, and an
-    observed loss of more than ``beyond``.
+def noninferiority_p(n: int, lost: int, gained: int, loss: float) -> float:
+    """P-value of the claim that the true accuracy dropped by ``loss`` or more, on ``n`` items of which ``lost`` became
+    wrong and ``gained`` right: the chance of a net loss no larger than the observed one. Small = the drop was smaller.
 
-    ``loss`` is the drop of the true accuracy; ``noise`` the share of items that change each way without any meaning, so
-    an item is lost with probability loss + noise and gained with probability noise. Exact, by summing over the number
-    of changed items (Duffy 1984). Raises ValueError for shares that are none."""
-    changed = loss + 2 * noise
-    if n < 0 or not (0 <= loss <= 1 and noise >= 0 and changed <= 1 and 0 < level < 1):
-        raise ValueError(f"mcnemar_power: n={n}, loss={loss}, noise={noise}, level={level} are no shares of items")
-    if changed == 0 or n == 0:
-        return 0.0
-    low, high = stats.binom.ppf([1e-10, 1 - 1e-10], n, changed)
-    counts = np.arange(int(low), int(high) + 1)
-    by_chance = stats.binom.isf(level, counts, 0.5) + 1  # the fewest lost items that are significant
-    by_size = np.floor((counts + round(beyond * n, 9)) / 2) + 1
-    found = stats.binom.sf(np.maximum(by_chance, by_size) - 1, counts, (loss + noise) / changed)
-    return float(np.sum(stats.binom.pmf(counts, n, changed) * found))
+    An item is lost with probability loss + noise and gained with probability noise; the noise is the likeliest one
+    under the claim (the constrained estimate of Tango 1998), and given that the chance is exact (an estimated p-value,
+    Lloyd 2008). Raises ValueError for counts or a loss that are none."""
+    if not (lost >= 0 and gained >= 0 and lost + gained <= n and 0 < loss <= 1):
+        raise ValueError(f"noninferiority_p: {lost} lost and {gained} gained of {n}, loss={loss}")
+    return _net_loss_cdf(n, loss, _noise_under(n, lost, gained, loss), lost - gained)
+
+
+def _noise_under(n: float, lost: float, gained: float, loss: float) -> float:
+    """The likeliest noise if the true loss is ``loss``: the root of the likelihood's derivative."""
+    linear = (lost + gained) * (1 - loss) - 2 * loss * (n - lost)
+    root = np.sqrt(linear**2 + 8 * n * gained * loss * (1 - loss))
+    return float(np.clip((linear + root) / (4 * n), 0.0, (1 - loss) / 2))
+
+
+def _net_loss_cdf(n: int, loss: float, noise: float, most: int) -> float:
+    """Chance that lost minus gained items are at most ``most``, summed over the number of gained ones."""
+    if noise == 0:
+        return float(stats.binom.cdf(most, n, loss))
+    gained = np.arange(int(stats.binom.ppf(1 - 1e-10, n, noise)) + 1)
+    lost = stats.binom.cdf(most + gained, n - gained, min(1.0, (loss + noise) / (1 - noise)))
+    return float(np.sum(stats.binom.pmf(gained, n, noise) * lost))
 
 
 @lru_cache(maxsize=4096)
-def items_needed(
-    loss: float, noise: float, level: float, power: float, beyond: float = 0.0, most: int = 1_000_000
-) -> int | None:
-    """The fewest items (to 1 %) on which ``mcnemar_power`` reaches ``power``; None where ``most`` do not."""
+def noninferiority_power(n: int, loss: float, noise: float, level: float) -> float:
+    """Chance that ``noninferiority_p`` is at most ``level`` where nothing was lost in truth, and each way a share
+    ``noise`` of the items changes without meaning (0..0.5)."""
+    if n == 0:
+        return 0.0
+    expected = _noise_under(1.0, noise, noise, loss)
+    low, high = -n - 1, n  # the largest net loss that still passes lies between
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _net_loss_cdf(n, loss, expected, middle) <= level else (low, middle)
+    return _net_loss_cdf(n, 0.0, noise, low) if noise else float(low >= 0)
+
+
+@lru_cache(maxsize=4096)
+def items_needed(loss: float, noise: float, level: float, power: float, most: int = 1_000_000) -> int | None:
+    """The fewest items (to 1 %) on which ``noninferiority_power`` reaches ``power``; None where ``most`` do not."""
     low, high = 0, 16
-    while mcnemar_power(high, loss, noise, level, beyond) < power:
+    while noninferiority_power(high, loss, noise, level) < power:
         low, high = high, high * 2
         if low >= most:
             return None
     while high - low > max(1, high // 100):
         middle = (low + high) // 2
-        low, high = (low, middle) if mcnemar_power(middle, loss, noise, level, beyond) >= power else (middle, high)
+        low, high = (low, middle) if noninferiority_power(middle, loss, noise, level) >= power else (middle, high)
     return high
 
 

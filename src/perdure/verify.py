@@ -46,6 +46,12 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     return problems
 
 
+def problems_of_version(workspace: Workspace, name: str) -> list[str]:
+    """What was changed of one version since it was written: to be asked before it is served."""
+    _, recorded = _ledger(workspace.folder)
+    return _version(workspace.folder / "versions" / name, recorded.get(name), {})
+
+
 def _children(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 

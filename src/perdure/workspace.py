@@ -77,7 +77,7 @@ class Workspace:
             raise InputError(f"{folder}: not a workspace (no perdure.toml); make one with: perdure init {folder}")
         workspace = cls(folder)
         if not workspace._aliases_agree():
-            with contextlib.suppress(InputError), workspace._turn():
+            with contextlib.suppress(InputError, OSError), workspace._turn():  # who only reads may not be able to write
                 workspace._heal()  # a living writer was between the two writes, and has finished now
         return workspace
 
@@ -120,7 +120,7 @@ class Workspace:
         """The last verdict on a version: its own, or a later one under another gate. None for the base model."""
         full = self.resolve(name)
         said = [event for event in self.ledger() if event["event"] == "verdict" and event.get("version") == full]
-        return said[-1] if said else self.version(full)["verdict"]
+        return said[-1] if said else self.version(full).get("verdict")
 
     def next_version(self) -> str:
         return f"v{int(self.versions()[-1][1:]) + 1:03d}"
@@ -180,6 +180,7 @@ class Workspace:
     # Aliases and ledger
 
     def aliases(self) -> dict[str, str | None]:
+        """As ``aliases.json`` has them, for readers without us; ``open`` and ``lock`` see to it that it is right."""
         return read_json(self.folder / "aliases.json")
 
     def promote(self, name: str, reason: str, instead_of: str | None = None, **fields: Any) -> bool:
@@ -197,8 +198,9 @@ class Workspace:
             self._write_aliases()
             return True
 
-    def rollback(self, name: str | None = None) -> str:
-        """Go back to ``name``, or to what was the champion before this one; returns the new champion.
+    def rollback(self, name: str | None = None, **fields: Any) -> str:
+        """Go back to ``name``, or to what was the champion before this one; returns the new champion. ``fields`` go
+        into the ledger as well.
 
         Raises InputError when there is nothing to go back to, or when ``name`` was never the champion."""
         with self._turn():
@@ -214,7 +216,7 @@ class Workspace:
                 raise InputError(
                     f"{self.folder}: {target} was never promoted; to serve it all the same: promote {target}"
                 )
-            self._append("rollback", version=target, parent=champion)
+            self._append("rollback", version=target, parent=champion, **fields)
             self._write_aliases()
             return target
 
@@ -270,7 +272,14 @@ class Workspace:
         return Ledger(self.folder).aliases()
 
     def _write_aliases(self) -> None:
-        replace_text(self.folder / "aliases.json", aliases_text(self.expected_aliases()))
+        path = self.folder / "aliases.json"
+        try:
+            replace_text(path, aliases_text(self.expected_aliases()))
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}). The ledger has what was asked for, so it counts: do not"
+                " repeat it; the next command that can write here mends the file"
+            ) from error
 
     # Skills
 

@@ -18,7 +18,8 @@ Turns = Literal["last", "all"]
 
 
 def build(target: Path, seed: int, file: Path, grader: str, test_share: float, turns: Turns = "last") -> Path:
-    """Write the skill folder. Rows with the same (first) prompt stay on one side, conversations are not cut apart.
+    """Write the skill folder. Rows with the same (first) prompt stay on one side, conversations are not cut apart;
+    lines that repeat another one are left out, and ``source`` says how many.
 
     Raises InputError listing every bad line."""
     name = skill_name(target)
@@ -39,7 +40,11 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
     groups: dict[str, list[Row]] = {}
     for example, row in zip(first.values(), lines, strict=True):
-        groups.setdefault(prompt_key(example), []).append(row)
+        same = groups.setdefault(prompt_key(example), [])
+        if row not in same:
+            same.append(row)
+    if twice := len(lines) - sum(map(len, groups.values())):  # they would count as independent items
+        settings["source"] = f"{file.name} without {twice} lines that were there already"
     if len(groups) < 2:
         raise InputError(f"{file}: {len(groups)} distinct prompts; at least 2 are needed to hold some out")
     order = list(groups.values())

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from perdure.skills.base import check_inside
 from perdure.types import InputError
 
 TEXT, HTML, PDF = (".txt", ".md", ".markdown", ".rst"), (".html", ".htm"), (".pdf",)
@@ -41,12 +42,15 @@ class _Paragraph:
 def read_passages(path: Path) -> list[Passage]:
     """The passages of a document, or of all documents below a folder, in the order of their names.
 
-    Raises one InputError that lists every document that cannot be read; nothing is left out silently."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    Raises one InputError that lists every document that cannot be read or lies elsewhere (a link); nothing is left out
+    silently, but what is hidden (``.git``, ``.DS_Store``)."""
+    files = sorted(file for file in path.rglob("*") if _counts(file, path)) if path.is_dir() else [path]
     found: list[Passage] = []
     problems: list[str] = []
     for file in files:
         try:
+            if path.is_dir():
+                check_inside(path, file)
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
             found += [Passage(text, source, name) for text, source in _cut(_paragraphs(file, name))]
         except InputError as error:
@@ -56,6 +60,10 @@ def read_passages(path: Path) -> list[Passage]:
     if problems:
         raise InputError("\n".join(problems))
     return found
+
+
+def _counts(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _paragraphs(file: Path, name: str) -> list[_Paragraph]:

@@ -158,7 +158,9 @@ def ledger_table(events: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table("time", "event", "version", "parent", "skill", "why", box=None, pad_edge=False)
     for event in events:
         why = event.get("reason") or event.get("decision") or ""
-        cells = [*(event.get(key) or "" for key in ("time", "event", "version", "parent", "skill")), why]
+        why += f" ({event['by']})" if event.get("by") else ""
+        what = f"{event.get('event', '')}{', forced' if event.get('forced') else ''}"
+        cells = [event.get("time") or "", what, *(event.get(key) or "" for key in ("version", "parent", "skill")), why]
         table.add_row(*(Text(safe_line(str(cell))) for cell in cells))
     console.print(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -27,6 +28,13 @@ def read_rows(
     data = path.read_bytes() if data is None else data
     examples: list[Example] = []
     seen: dict[str, int] = {}
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        problems.append(f"{path}:1: UTF-16; save it as UTF-8")
+        return ()
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.lstrip().startswith(b"["):
+        problems.append(f"{path}:1: a JSON array; expected one JSON object a line (jq -c '.[]' makes that of it)")
+        return ()
     rows = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
     if not rows:
         problems.append(f"{path}:1: empty; expected one JSON object a line")

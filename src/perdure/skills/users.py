@@ -30,7 +30,9 @@ def users_function(name: str, what: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(parts[1]), parts[2])
     except Exception as error:  # a module of the user's may fail in any way while it is imported
-        raise ValueError(f"the {what} {name!r} cannot be used: {error!r}") from error
+        hint = "; Python finds modules in installed packages and in the folders of PYTHONPATH"
+        hint = hint if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"the {what} {name!r} cannot be used: {error!r}{hint}") from error
     if not callable(found):
         raise ValueError(f"the {what} {name!r} cannot be used: it is not callable")
     return found
