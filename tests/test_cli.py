@@ -313,6 +313,26 @@ def test_what_the_gate_held_is_promoted_only_by_force_and_with_a_reason(held: Pa
     assert perdure("promote", "v001", "-w", held).returncode == 0  # passed once: no force
 
 
+def test_what_is_served_can_be_changed_whatever_the_settings_say(held: Path):
+    """And the ledger says who changed it."""
+    with (held / "perdure.toml").open("a") as file:
+        file.write("\n[gate2]\nx = 1\n")
+    assert perdure("promote", "v2", "-w", held, "--force", "--reason", "by hand").returncode == 0
+    assert perdure("rollback", "-w", held, "--reason", "customers complained").returncode == 0
+    shown = perdure("log", held)
+    assert shown.returncode == 0 and "promote, forced" in shown.stdout
+    last = json.loads(perdure("log", held, "--json").stdout)[-1]
+    assert (last["event"], last["version"], last["reason"]) == ("rollback", "v001", "customers complained")
+    assert "@" in last["by"]
+
+
+def test_altered_weights_are_not_promoted(held: Path):
+    weights = next((held / "versions" / "v002").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b"x")
+    assert_one_error(perdure("promote", "v2", "-w", held, "--force", "--reason", "r"), 2, "altered")
+    assert json.loads(perdure("status", held, "--json").stdout)["champion"] == "v001"
+
+
 def test_diff_compares_on_the_same_items(held: Path, capsys: pytest.CaptureFixture[str]):
     found = json.loads(perdure("diff", "v1", "v2", "-w", held, "--json").stdout)
     assert (found["first"], found["second"], found["between"]) == ("v001", "v002", ["v001", "v002"])

@@ -124,6 +124,19 @@ def test_documents_that_cannot_be_read_are_named(tmp_path: Path, name: str, cont
         read_passages(tmp_path / "docs")
 
 
+def test_hidden_files_are_no_documents_and_links_do_not_lead_out(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    (folder / ".git").mkdir(parents=True)
+    (folder / "a.txt").write_text("Cats are red.")
+    (folder / ".DS_Store").write_bytes(b"\x00")
+    (folder / ".git" / "notes.md").write_text("hidden")
+    assert [passage.text for passage in read_passages(folder)] == ["Cats are red."]
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "b.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(InputError, match="leads out of its folder"):
+        read_passages(folder)
+
+
 def test_encrypted_and_scanned_pdfs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="scanned pages"):
         read_passages(pdf(tmp_path / "scan.pdf", ""))

@@ -142,6 +142,27 @@ def test_jsonl_keeps_equal_prompts_on_one_side_and_both_row_forms(tmp_path: Path
     assert skill.settings.max_new_tokens >= 100
 
 
+def test_jsonl_leaves_out_lines_that_are_there_already(tmp_path: Path):
+    """They would count as independent items; another answer to the same prompt is another line."""
+    rows: list[dict] = [{"prompt": f"q{i % 10}", "completion": f"a{i % 20}"} for i in range(60)]
+    run_importer("jsonl", tmp_path / "s", 0, jsonl(tmp_path / "rows.jsonl", rows), "exact", 0.2)
+    skill = load_skill(tmp_path / "s")
+    assert len(skill.train) + len(skill.test) == 20
+    assert skill.settings.source == "rows.jsonl without 40 lines that were there already"
+
+
+def test_jsonl_as_windows_writes_it(tmp_path: Path):
+    text = "".join(json.dumps({"prompt": f"q{i}", "completion": "ä"}, ensure_ascii=False) + "\r\n" for i in range(4))
+    (tmp_path / "bom.jsonl").write_bytes(text.encode("utf-8-sig"))
+    run_importer("jsonl", tmp_path / "s", 0, tmp_path / "bom.jsonl", "exact", 0.2)
+    assert len(load_skill(tmp_path / "s").train) == 3
+    array = "[" + text.replace("\r\n", ",")[:-1] + "]"
+    for name, data, message in (("wide", text.encode("utf-16"), "UTF-16"), ("array", array.encode(), "a JSON array")):
+        (tmp_path / f"{name}.jsonl").write_bytes(data)
+        with pytest.raises(InputError, match=rf"{name}\.jsonl:1: {message}"):
+            run_importer("jsonl", tmp_path / name, 0, tmp_path / f"{name}.jsonl", "exact", 0.2)
+
+
 def test_jsonl_reports_every_bad_line(tmp_path: Path):
     file = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}, {"x": 1}])
     with pytest.raises(InputError, match=r"(?s)rows.jsonl:2.*rows.jsonl:3"):

@@ -32,6 +32,30 @@ def test_a_changed_line_is_found(grown, line):
         grown.verify_ledger()
 
 
+def test_an_event_whose_head_cannot_be_written_did_not_happen(grown, monkeypatch):
+    """Else the command fails, is repeated, and goes back twice."""
+    before, champion = (grown.folder / "ledger.jsonl").read_bytes(), grown.resolve("champion")
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(ledger, "replace_text", full)
+        grown.rollback()
+    assert (grown.folder / "ledger.jsonl").read_bytes() == before and grown.resolve("champion") == champion
+    assert grown.rollback() == "v001"
+
+
+def test_what_counts_although_its_aliases_cannot_be_written_says_so(grown, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="so it counts: do not repeat it"):
+        patched.setattr("perdure.workspace.replace_text", full)
+        grown.rollback()
+    assert Workspace.open(grown.folder).resolve("champion") == "v001"
+
+
 def test_lines_taken_out_put_in_or_swapped_are_found(grown):
     path = grown.folder / "ledger.jsonl"
     first, second, third, _ = path.read_bytes().split(b"\n")

@@ -168,3 +168,18 @@ def test_rows_of_another_content_are_not_the_same_rows_whatever_their_ids(worksp
     assert [(guard.reference, sum(guard.before.values())) for guard in best if guard.before] == [("v002", 7)]
     assert compare(workspace, "v001", "v003")["scores"]["colours"] is None
     assert compare(workspace, "v002", "v003")["scores"]["colours"]["change"] == pytest.approx(-0.1)
+
+
+def test_a_loss_that_was_accepted_is_no_best_ever_any_more(workspace: Workspace, tmp_path: Path) -> None:
+    """v002 was promoted in spite of its verdict, so that its successors are not refused for what it lost."""
+    made = load_skill(toy_skill(tmp_path / "colours"))
+    for right in (10, 6, 5):
+        add(workspace, {"colours": right}, made.content_hash)
+
+    def best() -> list[str]:
+        found = guards(workspace, "v003", known_scores(workspace, "v003", WAY), {"colours": made}, CONFIG, WAY)
+        return [guard.reference for guard in found if guard.kind == "best ever"]
+
+    assert best() == ["v001"]
+    workspace.append("verdict", version="v002", decision="refused", reasons=["got worse"])
+    assert best() == ["v002"]

@@ -96,6 +96,19 @@ def test_an_unfinished_stage_goes_on_with_the_same_settings_only(workspace: Work
     assert workspace.stages() == [name]
 
 
+def test_a_setting_that_is_new_since_counts_as_its_default(workspace: Workspace, skill: Skill):
+    begin(workspace, skill, CONFIG, restart=False, parent="v000")
+    path = workspace.run_folder("s01-toy") / "stage.json"
+    info = json.loads(path.read_text())
+    del info["config"]["train"]["overlap"]
+    info["config"]["train"]["gone"] = 3
+    path.write_text(json.dumps(info))
+    assert begin(workspace, skill, CONFIG, restart=False, parent="v000") == ("s01-toy", True)
+    other = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"overlap": True})})
+    with pytest.raises(InputError, match=r"other settings \(train\.overlap = False\)"):
+        begin(workspace, skill, other, restart=False, parent="v000")
+
+
 def test_all_skills_are_validated_before_anything_runs(tmp_path: Path):
     good = write_skill(tmp_path / "good")
     with pytest.raises(InputError, match=r"(?s)nowhere.*given twice: toy"):
