@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
 from perdure.bench.finished import best_rate, chosen_rates, results_so_far
-from perdure.bench.numbers import calibration, growth, summarise
+from perdure.bench.numbers import _intervals, calibration, growth, summarise
 from perdure.bench.plan import Source, load_chain, merged, runs_of, sweeps_of
 from perdure.bench.plots import chain_plot
 from perdure.bench.runner import run_bench
@@ -313,6 +314,26 @@ def test_the_same_numbers_come_out_again() -> None:
         for s in (0, 1)
     ]
     assert summarise(runs, BASE, "m") == summarise(runs, BASE, "m")
+
+
+def test_a_few_runs_are_judged_by_students_t_and_one_by_its_items() -> None:
+    at = [{"final": value} for value in (0.1, 0.2, 0.3)]
+    still = _intervals([at] * 50, ["final"])["final"]
+    assert still == pytest.approx([0.2, 0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5], abs=1e-4)
+    rng = np.random.default_rng(0)
+    shifted = [[{"final": run["final"] + shift} for run in at] for shift in rng.normal(0, 0.2, 2000)]
+    assert _intervals([at, *shifted], ["final"])["final"][2] - 0.2 == pytest.approx(
+        np.hypot(4.3027 * 0.1 / 3**0.5, 1.96 * 0.2), rel=0.05
+    )
+    one = _intervals(
+        [[at[0]], *([run] for run in ({"final": 0.0}, {"final": 0.2}))],
+        [
+            "final",
+        ],
+    )["final"]
+    assert one[0] == 0.1 and 0 <= one[1] < 0.01 and 0.19 < one[2] <= 0.2
+    assert _intervals([[{"drift": 0.5}]] * 9, ["drift"])["drift"] == [0.5, None, None]
+    assert _intervals([[{"final": float("nan")}]] * 9, ["final"])["final"] is None
 
 
 def test_growth_follows_the_number_of_skills() -> None:

@@ -96,7 +96,7 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
     if rehearses(train):
         return Recommendation("sft", (
             f"{able}; but where earlier skills are rehearsed, supervised fine-tuning kept as much over six chains of "
-            "six skills, learned 3.4 points more (95 %: 1.6 to 5.4), and took 70 % of the time.",))  # fmt: skip
+            "six skills, learned 3.4 points more (95 %: 1.2 to 5.5), and took 70 % of the time.",))  # fmt: skip
     return _sdft(found, train, (
         f"{able}, and earlier skills are held by the model's own answers alone (anchor_rehearsal = 0): then "
         "self-distillation kept 92 % of six skills where supervised fine-tuning kept 84 % (8 more; 95 %: -2 to +18), "

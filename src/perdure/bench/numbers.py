@@ -1,7 +1,8 @@
 """From runs to numbers: each method's means with 95 % intervals over runs and items, and paired differences.
 
-A bootstrap resample draws runs (an order with a seed) and, for each skill and prior task, items; the same draw serves
-every method, so that differences are paired. With one run the interval is over items alone.
+Runs (an order with a seed) are few, so what they scatter goes into an interval by Student's t; what the items scatter,
+which all runs share, by a bootstrap: a resample draws items for each skill and prior task, the same ones for every
+method and run, so that differences are paired. The two are added as variances. With one run there are only items.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from perdure import retention
 
 Array = NDArray[np.float64]
 Result = dict[str, Any]
+Metrics = Mapping[str, float]
+"""Metric -> value of one run."""
 METRICS = ("learned", "final", "retention", "forgetting", "backward_transfer", "forward_transfer", "prior_change",
            "drift", "minutes", "tokens")  # fmt: skip
 """What a row shows. Accuracies 0..1; drift in nats a token; minutes and tokens of training, whole chain. ``retention``
 here is what is left of all earlier skills together, the sum of their accuracies at the end over that when learned: a
 mean of ratios would be ruled by a skill that was hardly learned."""
+OF_ITEMS = METRICS[:7]
+"""Those that the items scatter; of the others one run says nothing of how they scatter."""
 PAIRED = ("learned", "final", "retention", "prior_change")
 RESAMPLES = 1000
 
 
 def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, seed: int = 0) -> dict[str, Any]:
-    """``rows``: method -> metric -> (mean, low, high), None where not measured; ``differences`` to ``reference`` over
+    """``rows``: method -> metric -> (mean, low, high), None where not measured (low and high alone, where nothing says
+    how it scatters); ``differences`` to ``reference`` over
     the runs that both have; ``skills``: method -> skill -> accuracy when learned and at the end; ``growth`` and
     ``calibration``."""
     methods = list(dict.fromkeys(result["method"] for result in results))
@@ -36,24 +42,20 @@ def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, s
     prior = {task: _bits(bits) for task, bits in base["probe"].items()}
     whole = {name: _bits(bits) for name, bits in base["skills"].items()}
     rng = np.random.default_rng(seed)
-    draws = [None, *(_draw(rng, len(runs), whole, prior) for _ in range(RESAMPLES))]
-    samples: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
-    paired: dict[str, list[dict[str, float]]] = {method: [] for method in methods if method != reference}
-    for draw in draws:
-        picked = runs if draw is None else [runs[place] for place in draw["runs"]]
+    samples: dict[str, list[list[Metrics]]] = {method: [] for method in methods}
+    paired: dict[str, list[list[Metrics]]] = {method: [] for method in methods if method != reference}
+    for draw in [None, *(_draw(rng, whole, prior) for _ in range(RESAMPLES))]:
         each = {key: _metrics(run, whole, prior, draw) for key, run in found.items()}
         for method in methods:
-            own = [each[method, *run] for run in picked if (method, *run) in each]
-            samples[method].append(_mean_of(own))
-            both = [run for run in picked if (method, *run) in each and (reference, *run) in each]
+            samples[method].append([each[method, *run] for run in runs if (method, *run) in each])
+            both = [run for run in runs if (method, *run) in each and (reference, *run) in each]
             if method in paired and both:
-                ours, theirs = (_mean_of([each[name, *run] for run in both]) for name in (method, reference))
-                paired[method].append({metric: ours[metric] - theirs[metric] for metric in PAIRED})
-    counts = {method: sum((method, *run) in found for run in runs) for method in methods}
+                paired[method].append([{metric: each[method, *run][metric] - each[reference, *run][metric]
+                                        for metric in PAIRED} for run in both])  # fmt: skip
     return {
-        "rows": {method: {"runs": counts[method], **_intervals(samples[method], METRICS, counts[method])}
+        "rows": {method: {"runs": len(samples[method][0]), **_intervals(samples[method], METRICS)}
                  for method in methods},
-        "differences": {method: _intervals(values, PAIRED, 1) for method, values in paired.items() if values},
+        "differences": {method: _intervals(values, PAIRED) for method, values in paired.items() if values},
         "skills": {method: _by_skill([r for r in results if r["method"] == method]) for method in methods},
         "growth": {method: growth([r for r in results if r["method"] == method]) for method in methods},
         "calibration": calibration(results),
@@ -126,11 +128,8 @@ def _decoded(result: Result) -> dict[str, Any]:
             "drift": result["drift"]}  # fmt: skip
 
 
-def _draw(
-    rng: np.random.Generator, runs: int, skills: Mapping[str, Array], prior: Mapping[str, Array]
-) -> dict[str, Any]:
+def _draw(rng: np.random.Generator, skills: Mapping[str, Array], prior: Mapping[str, Array]) -> dict[str, Any]:
     return {
-        "runs": rng.integers(runs, size=runs),
         "items": {name: rng.integers(len(bits), size=len(bits)) for name, bits in skills.items()},
         "prior": {task: rng.integers(len(bits), size=len(bits)) for task, bits in prior.items()},
     }
@@ -169,25 +168,24 @@ def _metrics(run: dict[str, Any], base: Mapping[str, Array], prior: Mapping[str,
     }
 
 
-def _mean_of(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean over runs; NaN where no run of the draw has the metric."""
-    found = {metric: [run[metric] for run in runs if not np.isnan(run[metric])] for metric in METRICS}
-    return {metric: float(np.mean(values)) if values else float("nan") for metric, values in found.items()}
-
-
-def _intervals(samples: Sequence[Mapping[str, float]], metrics: Sequence[str], runs: int) -> dict[str, Any]:
-    """(mean, low, high) of each metric: the first sample is the data's own."""
+def _intervals(samples: Sequence[Sequence[Metrics]], metrics: Sequence[str]) -> dict[str, Any]:
+    """(mean over runs, low, high) of each metric; ``samples``: the runs' metrics on all items, then on drawn ones."""
     found: dict[str, Any] = {}
     for metric in metrics:
-        values = np.array([sample[metric] for sample in samples])
-        drawn = values[1:][~np.isnan(values[1:])]
-        if np.isnan(values[0]):
+        runs = [value for run in samples[0] if not np.isnan(value := run[metric])]
+        if not runs:
             found[metric] = None
-        elif runs == 1 and metric in ("drift", "minutes", "tokens"):  # one run, no items: nothing to resample
-            found[metric] = [float(values[0]), None, None]
-        else:
-            low, high = np.percentile(drawn, [2.5, 97.5])
-            found[metric] = [float(values[0]), float(low), float(high)]
+            continue
+        mean = float(np.mean(runs))
+        drawn = [_nan_mean([run[metric] for run in draw]) for draw in samples[1:]]
+        by_items = np.array([value for value in drawn if value is not None])
+        if len(runs) == 1:  # an end of the items' own spread may be nearer than the other
+            ends = np.percentile(by_items, [2.5, 97.5]) if np.ptp(by_items) > 0 or metric in OF_ITEMS else (None, None)
+            found[metric] = [mean, *(None if end is None else float(end) for end in ends)]
+            continue
+        by_runs = stats.t.ppf(0.975, len(runs) - 1) * np.std(runs, ddof=1) / np.sqrt(len(runs))
+        half = float(np.hypot(by_runs, 1.96 * np.std(by_items)))
+        found[metric] = [mean, mean - half, mean + half]
     return found
 
 

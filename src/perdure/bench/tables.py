@@ -53,8 +53,8 @@ def page(chain: ChainFile, found: dict[str, Any]) -> str:
         "",
         f"`perdure bench` at {', '.join(found['commits'])}, {found['written'][:10]}, {found['machine']}, "
         f"{_listed(found['threads'])} thread a run. Finished: {min(runs)} to {max(runs)} of {wanted} runs a row (order "
-        f"times seed); {_listed(items.values())} test rows a skill. In brackets 95 % intervals over runs and items "
-        "(bootstrap); with one run over items alone.",
+        f"times seed); {_listed(items.values())} test rows a skill. In brackets 95 % intervals: over runs by "
+        "Student's t, with the items' variance (bootstrap) added; with one run over items alone.",
         "",
         "| method | rate | runs | learned | final | retention | forward transfer | prior, points | KL | min | Mtok |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
