@@ -220,6 +220,23 @@ def test_the_precision_probe_runs_once_and_is_remembered(tmp_path: Path, monkeyp
     assert compute_dtype(ModelConfig()) == torch.float32
 
 
+def test_a_revision_goes_to_the_hub_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def loading(source: str, **options: object) -> None:
+        asked.append({"source": source, **options})
+        raise OSError("no hub here")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", loading)
+    for revision in ("", "0123abc"):
+        with pytest.raises(InputError, match="no hub here"):
+            models.load_tokenizer(ModelConfig(source="someone/model", revision=revision))
+    assert [options.get("revision") for options in asked] == [None, "0123abc"]
+    for source in ("embedded", str(save_tiny_model(tmp_path / "model"))):
+        with pytest.raises(InputError, match="is for a hub id"):
+            models.load_tokenizer(ModelConfig(source=source, revision="0123abc"))
+
+
 # The embedded model
 
 

@@ -21,6 +21,8 @@ class ModelConfig(SettingsSection):
 
     source: str = "embedded"
     """``embedded``, a folder, a GGUF file or a hub id."""
+    revision: str = ""
+    """Of a hub id: branch, tag or commit; a commit pins weights and code. Empty: what the hub has now."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes the GPU where torch sees one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -76,9 +76,11 @@ def cache_folder() -> Path:
 
 def resolve(config: ModelConfig) -> str:
     """The folder or hub id that transformers loads; the embedded model is dequantised into the cache once."""
+    path = Path(config.source).expanduser()
+    if config.revision and (config.source == "embedded" or path.exists()):
+        raise InputError(f"model.revision = {config.revision!r} is for a hub id; {config.source} lies on this machine")
     if config.source == "embedded":
         return str(embedded_folder())
-    path = Path(config.source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(dequantised(path, cache_folder() / f"gguf-{file_sha256(path)[:16]}"))
     if path.is_dir() and not (path / "config.json").is_file():
@@ -90,6 +92,12 @@ def resolve(config: ModelConfig) -> str:
     return str(path) if path.exists() else config.source
 
 
+def hub_options(config: ModelConfig, folder: Path | None = None) -> dict[str, Any]:
+    """What transformers' loaders take beside the source; a version's ``folder`` has no revisions."""
+    revision = {} if folder or not config.revision else {"revision": config.revision}
+    return {"trust_remote_code": config.trust_remote_code, **revision}
+
+
 def load(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None) -> LoadedModel:
     """Load in float32 from ``folder`` (a version of a workspace) or from the configured source, to the configured
     ``device`` or another one.
@@ -98,7 +106,7 @@ def load(config: ModelConfig, folder: Path | None = None, device: torch.device |
     from transformers import AutoModelForCausalLM
 
     source = str(folder) if folder else resolve(config)
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options = hub_options(config, folder)
     tokenizer = load_tokenizer(config, folder)
     try:
         with _quiet():
@@ -128,7 +136,7 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> Any:
     source = str(folder) if folder else resolve(config)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(config, folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: cannot be loaded as a language model: {error}") from error
     if tokenizer.chat_template is None:
