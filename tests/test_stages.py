@@ -107,6 +107,10 @@ def test_a_setting_that_is_new_since_counts_as_its_default(workspace: Workspace,
     other = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"overlap": True})})
     with pytest.raises(InputError, match=r"other settings \(train\.overlap = False\)"):
         begin(workspace, skill, other, restart=False, parent="v000")
+    info["config"]["context"]["student_switches"] = {"enable_thinking": False}  # and one that is given up is another
+    path.write_text(json.dumps(info))
+    with pytest.raises(InputError, match=r"other settings \(context\.student_switches = "):
+        begin(workspace, skill, CONFIG, restart=False, parent="v000")
 
 
 def test_all_skills_are_validated_before_anything_runs(tmp_path: Path):

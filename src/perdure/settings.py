@@ -69,3 +69,10 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def by_field(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for sections and their fields only: a table that is a field's value stays whole."""
+    sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    inner = {f"{section}.{key}": value for section, fields in sections.items() for key, value in fields.items()}
+    return {key: value for key, value in settings.items() if key not in sections} | inner

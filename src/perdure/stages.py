@@ -16,7 +16,7 @@ from perdure.config import RunConfig
 from perdure.files import check_free, now, read_json, replace_text
 from perdure.models import compute_dtype, load
 from perdure.session import weights_sha256
-from perdure.settings import dotted
+from perdure.settings import by_field
 from perdure.skills.base import Skill, load_skill
 from perdure.types import InputError
 from perdure.workspace import Workspace
@@ -150,9 +150,9 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
 def _differing(began: dict[str, Any], config: RunConfig) -> list[str]:
     """``key = value`` of each setting that a stage began with and that is another one now. One that there was not yet
     counts as its default."""
-    then = dotted(RunConfig().model_dump(mode="json")) | dotted(began)
-    return [f"{key} = {then[key]}" for key, value in dotted(config.model_dump(mode="json")).items()
-            if then.get(key) != value]  # fmt: skip
+    then = by_field(RunConfig().model_dump(mode="json")) | by_field(began)
+    now = by_field(config.model_dump(mode="json"))
+    return [f"{key} = {then[key]}" for key, value in now.items() if then.get(key) != value]
 
 
 def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, parent: str,

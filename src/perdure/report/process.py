@@ -12,7 +12,7 @@ from perdure.report.charts import LineChart, Series, line_chart, stacked
 from perdure.report.numbers import PHASES
 from perdure.report.record import Record, Run, number
 from perdure.report.words import method_label
-from perdure.settings import dotted
+from perdure.settings import by_field
 from perdure.workspace import BASE
 
 CURVES = (
@@ -137,10 +137,10 @@ def settings(config: RunConfig) -> list[dict[str, Any]]:
 
 def overrides(record: Record) -> list[dict[str, Any]]:
     """Versions that were made with other settings than perdure.toml has now: their values that differ."""
-    now = dotted(record.config.model_dump(mode="json"))
+    now = by_field(record.config.model_dump(mode="json"))
     found = []
     for name, version in record.versions.items():
-        used = dotted(version.config)
+        used = by_field(version.config)
         differing = [f"{key} = {_setting(value)}" for key, value in used.items() if now.get(key, value) != value]
         if differing:
             found.append({"version": name, "settings": differing})
