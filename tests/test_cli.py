@@ -326,8 +326,9 @@ def test_what_is_served_can_be_changed_whatever_the_settings_say(held: Path):
     assert "@" in last["by"]
 
 
-def test_altered_weights_are_not_promoted(held: Path):
-    weights = next((held / "versions" / "v002").glob("*.safetensors"))
+def test_an_altered_version_is_not_promoted(held: Path):
+    files = (path for path in (held / "versions" / "v002").rglob("*") if path.is_file())
+    weights = next(path for path in sorted(files) if path.name != "version.json")
     weights.write_bytes(weights.read_bytes() + b"x")
     assert_one_error(perdure("promote", "v2", "-w", held, "--force", "--reason", "r"), 2, "altered")
     assert json.loads(perdure("status", held, "--json").stdout)["champion"] == "v001"
