@@ -15,7 +15,7 @@ import pytest
 from fakes import NUMBERS, save_tiny_model, toy_skill
 from perdure.bench.finished import best_rate, chosen_rates, results_so_far
 from perdure.bench.numbers import _intervals, calibration, growth, summarise
-from perdure.bench.plan import Source, load_chain, merged, runs_of, sweeps_of
+from perdure.bench.plan import RunPlan, Source, load_chain, merged, runs_of, sweeps_of
 from perdure.bench.plots import chain_plot
 from perdure.bench.runner import run_bench
 from perdure.bench.sources import harder, skill_folder
@@ -370,3 +370,8 @@ def test_calibration_ranks_predicted_against_realised_gain() -> None:
     assert calibration(runs[:2]) is None
     same = calibration([result("m", stage("x", "0000", "1000", "1000", 0.5))] * 3)
     assert same is not None and same["rank_correlation"] is None
+
+
+def test_the_base_is_measured_again_for_a_skill_that_only_another_order_has() -> None:
+    plan = RunPlan("k", "m", "M", "a", ("x",), 0, {})
+    assert plan.base_identity(["x", "y"]) == plan.base_identity({"y": 1, "x": 2}) != plan.base_identity(["x"])

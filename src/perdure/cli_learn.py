@@ -115,9 +115,7 @@ def import_skill(
     """Make a skill folder of a file or a known source.
 
     Of a JSONL file or documents of your own, or of one of the data packages."""
-    from perdure.gates import USUAL_NOISE, guards_of, least_budget
     from perdure.importers import run_importer
-    from perdure.skills.base import load_skill
 
     given: Path | Questions | None = questions
     asking = _Asking(ask, ask_model, pretest, save, model, workspace)
@@ -127,6 +125,14 @@ def import_skill(
         _check_asking(asking, questions, turns)
         given = _prepared(asking, target, file, questions, grader, seed)
     run_importer(source, target, seed, file, grader, test_share, turns, given)
+    _say_imported(target, source)
+
+
+def _say_imported(target: Path, source: str) -> None:
+    """What was made, and what its test rows are good for."""
+    from perdure.gates import USUAL_NOISE, guards_of, least_budget
+    from perdure.skills.base import load_skill
+
     skill = load_skill(target)
     least = least_budget(len(skill.test), guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
     enough = f"can guard it with a retention budget of {100 * least:.1f} points (set it in skill.toml before teaching)"

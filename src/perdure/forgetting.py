@@ -16,7 +16,7 @@ from perdure.reporting import Reporter
 from perdure.running import open_version
 from perdure.scores import Scores, guards, known_scores, probe_items, unmeasured
 from perdure.skills.base import Skill, load_skill
-from perdure.stages import settings_hash, settle_all, taught_this
+from perdure.stages import promote_or_hold, settings_hash, settle_all, taught_this
 from perdure.types import InputError, Verdict
 from perdure.workspace import Workspace
 
@@ -80,11 +80,9 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
         workspace.append(**key, before=accuracies[0], after=accuracies[1], decision=verdict.decision,
                          reasons=list(verdict.reasons))  # fmt: skip
     decision, reasons = verdict.decision if config.gate.enforce else "promoted", verdict.reasons
-    if decision == "promoted" and not workspace.promote(version, f"without {name}", instead_of=champion):
-        now = workspace.resolve("champion")
-        reasons = (f"it was judged against {champion}, and {now} is the champion by now", *reasons)
-        decision = "held"
-        workspace.hold(version, parent=champion, skill=name, reason=reasons[0])
+    about = {"parent": champion, "skill": name}
+    if decision == "promoted" and (late := promote_or_hold(workspace, version, f"without {name}", about)):
+        decision, reasons = "held", (late, *reasons)
     return Forgotten(name, version, decision, reasons, *accuracies, n=len(before.items[name]))
 
 

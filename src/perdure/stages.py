@@ -106,16 +106,25 @@ def follow(workspace: Workspace, info: dict[str, Any], verdict: dict[str, Any], 
         workspace.append("accept", version=name, **about, branch=info["branch"], reason=reason)
     elif accepted or not enforce:
         why = reason if accepted else f"{decision}, but gate.enforce is off"
-        if not workspace.promote(name, why, instead_of=info["parent"]):
-            reason = (f"it was judged against {info['parent']}, and {workspace.resolve('champion')} is the champion by "
-                      f"now; to serve it: perdure promote {name}")  # fmt: skip
-            workspace.hold(name, **about, reason=reason)
-            return Outcome(info["skill"], info["stage"], name, "held", (reason, *verdict["reasons"]))
+        if late := promote_or_hold(workspace, name, why, about):
+            return Outcome(info["skill"], info["stage"], name, "held", (late, *verdict["reasons"]))
     elif decision == "held":
         workspace.hold(name, **about, reason=reason)
     else:
         workspace.append("refuse", version=name, **about, reason=reason)
     return Outcome(info["skill"], info["stage"], name, decision if enforce else "promoted", tuple(verdict["reasons"]))
+
+
+def promote_or_hold(workspace: Workspace, name: str, why: str, about: dict[str, Any]) -> str | None:
+    """Promote a version that was judged against ``about["parent"]``. Where that is not the champion any more, the
+    version is held for a person, and what is returned says so; ``about`` is what the ledger then holds."""
+    parent = about["parent"]
+    if workspace.promote(name, why, instead_of=parent):
+        return None
+    late = (f"it was judged against {parent}, and {workspace.resolve('champion')} is the champion by now; to serve it: "
+            f"perdure promote {name}")  # fmt: skip
+    workspace.hold(name, **about, reason=late)
+    return late
 
 
 def turned_away(info: dict[str, Any], verdict: dict[str, Any]) -> Outcome:

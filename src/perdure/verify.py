@@ -48,8 +48,7 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
 
 def problems_of_version(workspace: Workspace, name: str) -> list[str]:
     """What was changed of one version since it was written: to be asked before it is served."""
-    _, recorded = _ledger(workspace.folder)
-    return _version(workspace.folder / "versions" / name, recorded.get(name), {})
+    return _version(workspace.folder / "versions" / name, _recorded(workspace.ledger()).get(name), {})
 
 
 def _children(folder: Path) -> list[Path]:
@@ -68,7 +67,12 @@ def _ledger(folder: Path) -> tuple[list[str], dict[str, Any]]:
         events = ledger.events()
     except InputError:
         return problems, {}
-    return problems, {str(e.get("version")): e[MANIFEST] for e in events if MANIFEST in e}
+    return problems, _recorded(events)
+
+
+def _recorded(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Version -> the hash of its version.json, as the ledger holds it."""
+    return {str(e.get("version")): e[MANIFEST] for e in events if MANIFEST in e}
 
 
 def _aliases(folder: Path) -> list[str]:

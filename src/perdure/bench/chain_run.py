@@ -127,7 +127,7 @@ def measure_base(path: Path, plan: RunPlan, skills: dict[str, Path], threads: in
     scores = {name: _bits(skill_items(measure_skill(session, load_skill(folder), config, Silent(), "base")))
               for name, folder in skills.items()}  # fmt: skip
     probed = measure_probe(session, plan.probe, Silent(), "base")
-    found = {"identity": plan.base_identity, "skills": scores, "probe": probe_bits(probed)}
+    found = {"identity": plan.base_identity(skills), "skills": scores, "probe": probe_bits(probed)}
     replace_text(path, json.dumps(found) + "\n")
 
 

@@ -41,7 +41,7 @@ def chosen_rates(chain: ChainFile, sweeps: Sequence[RunPlan], out: Path) -> dict
     of equals the smallest."""
     found: dict[str, list[dict[str, Any]]] = {}
     for plan in sweeps:
-        found.setdefault(plan.method, []).append(read_json(folder_of(out, plan) / "result.json"))
+        found.setdefault(plan.method, []).append(read_json(folder_of(out, plan) / RESULT))
     limit = chain.sweep.max_drift if chain.sweep else None
     return {method: best_rate(results, limit) for method, results in found.items()}
 

@@ -33,9 +33,8 @@ RESAMPLES = 1000
 
 def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, seed: int = 0) -> dict[str, Any]:
     """``rows``: method -> metric -> (mean, low, high), None where not measured (low and high alone, where nothing says
-    how it scatters); ``differences`` to ``reference`` over
-    the runs that both have; ``skills``: method -> skill -> accuracy when learned and at the end; ``growth`` and
-    ``calibration``."""
+    how it scatters); ``differences`` to ``reference`` over the runs that both have; ``skills``: method -> skill ->
+    accuracy when learned and at the end; ``growth`` and ``calibration``."""
     methods = list(dict.fromkeys(result["method"] for result in results))
     runs = list(dict.fromkeys((result["order"], result["seed"]) for result in results))
     found = {(r["method"], r["order"], r["seed"]): _decoded(r) for r in results}

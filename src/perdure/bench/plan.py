@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,10 @@ class RunPlan:
         raw = {section: values for section, values in self.settings.items() if section in ("model", "probe")}
         return parse(RunConfig, raw | {"seed": 0}, where=f"{self.method}: settings of the chain file")
 
-    @property
-    def base_identity(self) -> str:
-        """Hash of all that decides what the base model scores but code and data, whatever the skills' order."""
+    def base_identity(self, skills: Iterable[str]) -> str:
+        """Hash of all that decides what the base model scores on ``skills`` but code and data."""
         config = self.config.model_dump(mode="json", include={"model", "context", "thinking", "rollout", "eval"})
-        said = [sorted(self.skills), config, self.probe.model_dump(mode="json", exclude_defaults=True)]
+        said = [sorted(skills), config, self.probe.model_dump(mode="json", exclude_defaults=True)]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.bench.chain_run import measure_base, run_chain
-from perdure.bench.finished import chosen_rates, finished, folder_of
+from perdure.bench.finished import RESULT, chosen_rates, finished, folder_of
 from perdure.bench.plan import ChainFile, RunPlan, runs_of, sweeps_of
 from perdure.bench.sources import skill_folder
 from perdure.files import read_json
@@ -41,14 +41,14 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
     sweeping = {chain.methods[name].sweep_as or name for name in rows}  # those with a fixed rate have no sweep to run
     sweeps = [plan for plan in sweeps_of(chain) if plan.method in sweeping]
     first = runs_of(chain, {})[0]
-    known = base.is_file() and read_json(base).get("identity") == first.base_identity
+    known = base.is_file() and read_json(base).get("identity") == first.base_identity(skills)
     todo: list[Job] = [] if known else [("the base model", measure_base, (base, first, skills, threads))]
     todo += _jobs(sweeps, out, skills, None, threads)
     _work(todo, jobs, "bench: base and learning rates", reporter)
     rates = chosen_rates(chain, sweeps, out)
     plans = [p for p in runs_of(chain, rates) if p.method in rows and p.seed in (seeds or chain.seeds)]
     _work(_jobs(plans, out, skills, base, threads), jobs, "bench: chains", reporter)
-    return [read_json(folder_of(out, plan) / "result.json") for plan in plans]
+    return [read_json(folder_of(out, plan) / RESULT) for plan in plans]
 
 
 def _jobs(plans: Sequence[RunPlan], out: Path, skills: dict[str, Path], base: Path | None, threads: int) -> list[Job]:

@@ -38,16 +38,14 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     for example in examples:
         first.setdefault(example.origin.partition(" (turn ")[0], example)
     lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, dict[str, Row]] = {}  # prompt -> whole line -> row
     for example, row in zip(first.values(), lines, strict=True):
-        same = groups.setdefault(prompt_key(example), [])
-        if row not in same:
-            same.append(row)
+        groups.setdefault(prompt_key(example), {}).setdefault(json.dumps(row, sort_keys=True), row)
     if twice := len(lines) - sum(map(len, groups.values())):  # they would count as independent items
         settings["source"] = f"{file.name} without {twice} lines that were there already"
     if len(groups) < 2:
         raise InputError(f"{file}: {len(groups)} distinct prompts; at least 2 are needed to hold some out")
-    order = list(groups.values())
+    order = [list(group.values()) for group in groups.values()]
     random.Random(f"{seed}/jsonl").shuffle(order)
     held_out = min(len(order) - 1, max(1, round(len(order) * test_share)))
     test, train = ([row for group in part for row in group] for part in (order[:held_out], order[held_out:]))
