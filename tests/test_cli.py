@@ -16,7 +16,7 @@ import pytest
 
 from fake_workspace import FakeWorkspace
 from fakes import COLOURS, save_tiny_model, toy_skill
-from perdure.cli import app
+from perdure.cli import ORDER, app
 from perdure.config import load_config
 from perdure.types import InputError
 from perdure.workspace import Workspace
@@ -92,7 +92,7 @@ def test_the_surface_is_frozen():
         }
         for name, command in commands.items()
     }
-    assert found == SURFACE
+    assert found == SURFACE and tuple(found) == ORDER
 
 
 def perdure(*words: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

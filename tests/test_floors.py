@@ -16,8 +16,8 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "settings", "train_config", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "processes", "sharding", "thinking", "templates", "contexts", "packing", "attention", "batching",
-        "nf4", "adapters", "models", "teacher", "likelihood",
+        "files", "servers", "processes", "sharding", "thinking", "templates", "contexts", "packing", "attention",
+        "batching", "nf4", "adapters", "models", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
@@ -40,7 +40,7 @@ FLOORS = {
         "report.samples", "report.results", "report.process", "report.text", "report.html",
         "bench", "bench.plan", "bench.sources", "bench.finished", "bench.chain_run", "bench.runner", "bench.numbers",
         "bench.plots", "bench.tables",
-        "export", "chat", "trackers", "progress", "demo", "cli_common", "cli_learn",
+        "export", "chat", "trackers", "progress", "demo", "cli_common", "cli_import", "cli_learn",
         "cli_versions", "cli_bench", "cli",
     ],
 }  # fmt: skip

@@ -312,13 +312,31 @@ def test_an_error_ends_the_asking() -> None:
 
 
 def test_urls_and_keys_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
     for url in ("modle", "ftp://host", "http://", "http://host:port"):
-        with pytest.raises(InputError, match=r"expected 'model', or a URL|not a URL"):
+        with pytest.raises(InputError, match=r"expected a URL such as|not a URL"):
             Endpoint(url, "big")
+    for url in ("https://me:secret@host/v1", "https://secret@host"):
+        with pytest.raises(InputError, match=rf"^https://host: the URL holds a name or a password.*{KEY}") as caught:
+            Endpoint(url, "big")
+        assert "secret" not in str(caught.value)
     monkeypatch.setenv(KEY, "sk-\nsecret")
     with pytest.raises(InputError, match=KEY) as caught:
         Endpoint("http://host", "big")
     assert "secret" not in str(caught.value)
+
+
+def test_a_key_does_not_cross_the_internet_in_clear_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "sk-secret")
+    for url in ("http://api.example.com/v1", "http://8.8.8.8:8000"):
+        with pytest.raises(InputError, match=f"would send the key in {KEY} in clear text; use https") as caught:
+            Endpoint(url, "big")
+        assert "sk-secret" not in str(caught.value)
+    for url in ("http://localhost:8000", "http://127.0.0.1", "http://[::1]:8000", "http://10.0.0.7", "http://vllm:8000",
+                "http://llm.svc", "https://api.example.com"):  # fmt: skip
+        Endpoint(url, "big")
+    monkeypatch.delenv(KEY)
+    Endpoint("http://api.example.com/v1", "big")
 
 
 # The command: a tiny model that repeats what followed its turn's mark before
@@ -391,6 +409,11 @@ def test_the_command_leaves_out_what_is_known(model: Path, document: Path, tmp_p
     ("words", "parts"),
     [
         (("jsonl", "T", "--pretest"), ("import jsonl: --pretest is for docs only",)),
+        (("sst2", "T", "--grader", "exact"), ("import sst2: --grader is for jsonl and docs only",)),
+        (("sst2", "T", "--test-share", "0.5"), ("import sst2: --test-share is for jsonl only",)),
+        (("sst2", "T", "--file", "F"), ("import sst2: --file is for jsonl and docs only",)),
+        (("docs", "T", "--file", "F", "--ask", "model", "--test-share", "0.5"), ("--test-share is for jsonl only",)),
+        (("ssst2", "T"), ("unknown source 'ssst2'",)),
         (("docs", "T", "--file", "F", "--ask", "model", "--questions", "F"), ("--questions or --ask, not both",)),
         (("docs", "T", "--file", "F", "--pretest"), ("--pretest needs --questions",)),
         (("docs", "T", "--file", "F", "--ask", "modle"), ("--ask takes 'model', or a URL with --ask-model",)),
@@ -403,7 +426,7 @@ def test_the_command_leaves_out_what_is_known(model: Path, document: Path, tmp_p
         (("docs", "T", "--file", "F", "--ask", "model", "--save-questions", "T/q.jsonl"), ("its own files only",)),
         (("docs", "T", "--file", "F", "--ask", "model", "--grader", "vibes"), ("--grader", "vibes")),
         (("docs", "T", "--file", "N", "--ask", "model"), ("none.md: no such document",)),
-        (("docs", "T", "--file", "F", "--ask", "ftp://x", "--ask-model", "big"), ("ftp://x: expected 'model', or",)),
+        (("docs", "T", "--file", "F", "--ask", "ftp://x", "--ask-model", "big"), ("ftp://x: expected a URL such as",)),
         (("docs", "T", "--file", "F", "--ask", "model", "--model", "N"), ("none.md",)),
         (("docs", "T", "--file", "F", "--ask", "model", "--model", "M"), ("cats.md line 1", "window of 1024")),
     ],

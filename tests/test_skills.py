@@ -117,7 +117,10 @@ BAD_ROWS = [
     ({"messages": [{"role": "user", "content": "x"}] * 2}, "no assistant turn found"),
     ({"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "a"}]}, "unknown role 'bot'"),
     ({"messages": ["x", {"role": "assistant", "content": "a"}]}, "every message must be an object"),
-    ({"messages": [{"role": "user", "content": ["x"]}, {"role": "assistant", "content": "a"}]}, "found list"),
+    ({"messages": [{"role": "user", "content": ["x"]}, {"role": "assistant", "content": "a"}]}, "found 'str'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}]},
+     "found 'image_url'"),
+    ({"messages": [{"role": "user", "content": {}}, {"role": "assistant", "content": "a"}]}, "found dict"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": "f"}]}, "'tool_calls' must"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "c"}]}]},
      "'tool_calls' must be"),
@@ -130,6 +133,16 @@ BAD_ROWS = [
     ({"prompt": "x", "completion": "a", "id": True}, "'id' must be"),
     ({"prompt": "x", "completion": "a", "id": ""}, "'id' must be"),
 ]  # fmt: skip
+
+
+def test_rows_as_openai_has_them(tmp_path):
+    row = {"messages": [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": [{"type": "text", "text": "Say "}, {"type": "text", "text": "yes"}], "name": "ann"},
+        {"role": "assistant", "content": "yes", "refusal": None}], "parallel_tool_calls": False}  # fmt: skip
+    (example,) = load_skill(write(tmp_path / "s", train=rows(row))).train
+    assert [(m["role"], m["content"]) for m in example.messages] == [("system", "Be short."), ("user", "Say yes")]
+    assert example.demonstration["content"] == "yes"
 
 
 @pytest.mark.parametrize(("row", "words"), BAD_ROWS, ids=range(len(BAD_ROWS)))

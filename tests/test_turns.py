@@ -176,4 +176,4 @@ def test_import_keeps_conversations_whole(tmp_path: Path) -> None:
     skill = load_skill(tmp_path / "chats")
     assert (len(skill.train), len(skill.test), skill.settings.turns) == (24, 6, "all")
     with pytest.raises(InputError, match="--turns is for jsonl only"):
-        run_importer("mmlu", tmp_path / "other", 0, None, "exact", 0.2, "all")
+        run_importer("mmlu", tmp_path / "other", 0, None, None, None, "all")

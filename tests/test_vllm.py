@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,12 @@ class Server:
         self.engine = LocalEngine(loaded(self.model), self.model)
         self.version, self.reloads, self.requests = "default", 0, []
         self.caches_old_weights = False
+        self.keys: set[str | None] = set()
+        self.folders: set[Path] = set()
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         path, body = request.url.path, json.loads(request.content or b"{}")
+        self.keys.add(request.headers.get("Authorization"))
         if path == "/v1/completions":
             return httpx2.Response(200, json={"choices": [self.complete(body)]})
         if not self.dev:
@@ -54,7 +59,9 @@ class Server:
             return httpx2.Response(200)
         assert path == "/collective_rpc" and body["method"] == "reload_weights"
         self.reloads, self.caches_old_weights = self.reloads + 1, True
-        found = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+        folder = Path(body["kwargs"]["weights_path"])
+        self.folders.add(folder)
+        found = load_file(folder / "model.safetensors")
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name not in self.ignores:
@@ -72,8 +79,8 @@ class Server:
                 "finish_reason": "stop" if answer.finished else "length"}  # fmt: skip
 
 
-def engine_on(server: Any, folder: Path, model: Any = None) -> VllmEngine:
-    config = RolloutConfig(engine="vllm", url="http://fake", weights_folder=str(folder), concurrency=1)
+def engine_on(server: Any, folder: Path | None, model: Any = None) -> VllmEngine:
+    config = RolloutConfig(engine="vllm", url="http://fake", weights_folder=str(folder or ""), concurrency=1)
     subject = model or tiny_model(seed=1)
     return VllmEngine(loaded(subject), working_copy(subject, torch.float32), config, httpx2.MockTransport(server))
 
@@ -113,6 +120,21 @@ def test_weights_travel_when_they_have_changed_whoever_changed_them(tmp_path: Pa
     server.version = "default"  # it was started anew
     said(engine)
     assert server.reloads == 5 and {path.name for path in tmp_path.iterdir()} == {"model.safetensors"}
+
+
+def test_without_a_folder_weights_travel_through_one_that_nobody_else_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    monkeypatch.setenv("VLLM_API_KEY", "sk-secret")
+    engine = engine_on(server, None)
+    engine.generate(PROMPTS, SamplingParams(3, 0), [0] * 4)
+    sync_weights(engine.working, tiny_model(seed=3))
+    engine.generate(PROMPTS, SamplingParams(3, 0), [0] * 4)
+    (folder,) = server.folders
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and server.reloads == 2
+    assert server.keys == {"Bearer sk-secret"}
+    del engine
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_weights_travel_after_a_step_of_adapters_that_train_on_the_working_copy(tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from perdure import __version__, cli_bench, cli_learn, cli_versions
+from perdure import __version__, cli_bench, cli_import, cli_learn, cli_versions
 from perdure.cli_common import BAD_INPUT, INTERRUPTED, app, err, out
 from perdure.types import InputError
 
-COMMANDS = (cli_learn, cli_versions, cli_bench)
-"""Importing them has registered their commands, in this order."""
+COMMANDS = (cli_import, cli_learn, cli_versions, cli_bench)
+"""Importing them has registered their commands."""
+ORDER = ("demo", "init", "import", "check", "learn", "eval", "status", "report", "log", "show", "diff", "chat",
+         "promote", "rollback", "forget", "verify", "export", "sync", "bench")  # fmt: skip
+"""As --help lists them: in the order of their first use."""
+app.registered_commands.sort(key=lambda command: ORDER.index(command.name or getattr(command.callback, "__name__", "")))
 _BY_SIGNAL = 130
 """What typer exits with when Ctrl-C reaches it."""
 FAULT = 4

@@ -7,7 +7,6 @@ loaded model is one (questions.Student), an OpenAI-compatible endpoint another.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +18,7 @@ import httpx2
 from perdure.importers.docs import plain
 from perdure.importers.passages import Passage
 from perdure.rollout.base import Progress
+from perdure.servers import headers_for, without_key
 from perdure.types import InputError, Message
 
 KEY = "OPENAI_API_KEY"
@@ -98,21 +98,13 @@ class Endpoint:
     """Seconds that one request may take."""
 
     def __post_init__(self) -> None:
-        try:
-            parts = httpx2.URL(self.url)
-        except httpx2.InvalidURL as error:
-            raise InputError(f"{self.url}: not a URL: {error}") from error
-        if parts.scheme not in ("http", "https") or not parts.host:
-            raise InputError(f"{self.url}: expected 'model', or a URL such as http://localhost:8000")
-        if not (_key().isascii() and _key().isprintable()):
-            raise InputError(f"{KEY}: holds characters that no key has; set it anew")
+        headers_for(self.url, KEY)
 
     def __call__(self, passages: Sequence[Passage], progress: Progress) -> list[str]:
         """See Writer. Raises InputError naming the URL and what came back."""
         replies: dict[int, str] = {}
-        headers = {"Authorization": f"Bearer {_key()}"} if _key() else {}
         with (
-            httpx2.Client(headers=headers, timeout=self.timeout) as client,
+            httpx2.Client(headers=headers_for(self.url, KEY), timeout=self.timeout) as client,
             ThreadPoolExecutor(AT_ONCE) as pool,
         ):
             jobs = {pool.submit(self._ask, client, passage): place for place, passage in enumerate(passages)}
@@ -134,8 +126,8 @@ class Endpoint:
         except httpx2.TimeoutException as error:
             raise InputError(f"{url}: no answer within {self.timeout:g} seconds") from error
         except (httpx2.HTTPError, UnicodeError) as error:  # the latter: a host that no name can have
-            raise InputError(_without_key(f"{url}: no answer: {error}")) from error
-        came = _without_key(response.text)[:SHOWN_OF_A_REPLY]
+            raise InputError(without_key(f"{url}: no answer: {error}", KEY)) from error
+        came = without_key(response.text, KEY)[:SHOWN_OF_A_REPLY]
         if not response.is_success:
             raise InputError(f"{url}: status {response.status_code}: {came}")
         try:
@@ -145,15 +137,6 @@ class Endpoint:
         if not isinstance(content, str):
             raise InputError(f"{url}: the message holds no text: {came}")
         return content
-
-
-def _key() -> str:
-    return os.environ.get(KEY, "").strip()
-
-
-def _without_key(text: str) -> str:
-    """Servers repeat a key that they refuse."""
-    return text.replace(_key(), "***") if _key() else text
 
 
 # What came back

@@ -38,27 +38,37 @@ IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
 """Source -> builder of (folder to make, seed). Each raises InputError when its data package is missing."""
 
 
-def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str | None, test_share: float,
-                 turns: jsonl.Turns = "last", questions: Path | docs.Questions | None = None) -> Path:  # fmt: skip
-    """Make a skill folder from a known source, from a JSONL ``file``, or from documents (``file``) and ``questions``.
+_OF_OWN_DATA = {"turns": ("jsonl",), "test_share": ("jsonl",), "questions": ("docs",), "file": ("jsonl", "docs"),
+                "grader": ("jsonl", "docs")}  # fmt: skip
+"""Option -> the sources that use it; the known ones have their files, graders and splits."""
 
-    Raises InputError for an unknown source, and for an option that the source does not use."""
+
+def check_options(source: str, **given: object) -> None:
+    """Raises InputError for an unknown source, and for an option given (not None) that the source does not use."""
     if source not in (*IMPORTERS, "jsonl", "docs"):
         raise InputError(f"unknown source {source!r}: use {', '.join(IMPORTERS)}, docs or jsonl")
-    if turns != "last" and source != "jsonl":
-        raise InputError(f"perdure import {source}: --turns is for jsonl only")
-    if questions is not None and source != "docs":
-        raise InputError(f"perdure import {source}: --questions is for docs only")
+    for option, value in given.items():
+        if value is not None and source not in _OF_OWN_DATA[option]:
+            takes = " and ".join(_OF_OWN_DATA[option])
+            raise InputError(f"perdure import {source}: --{option.replace('_', '-')} is for {takes} only")
+
+
+def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str | None, test_share: float | None,
+                 turns: jsonl.Turns | None = None, questions: Path | docs.Questions | None = None) -> Path:  # fmt: skip
+    """Make a skill folder from a known source, from a JSONL ``file``, or from documents (``file``) and ``questions``.
+
+    Raises InputError as ``check_options`` does, and where the file is missing."""
+    check_options(source, turns=turns, test_share=test_share, questions=questions, file=file, grader=grader)
     if source == "jsonl":
         if file is None:
             raise InputError("perdure import jsonl: name the demonstrations with --file rows.jsonl")
-        return jsonl.build(target, seed, file, grader or "exact", test_share, turns)
+        return jsonl.build(
+            target, seed, file, grader or "exact", 0.2 if test_share is None else test_share, turns or "last"
+        )
     if source == "docs":
         if file is None or questions is None:
             raise InputError(
                 "perdure import docs: name document or folder with --file, and --questions FILE (or --ask model)"
             )
         return docs.build(target, file, questions, grader or "contains")
-    if file is not None:
-        raise InputError(f"perdure import {source} reads its data package; --file is for jsonl and docs only")
     return IMPORTERS[source](target, seed)

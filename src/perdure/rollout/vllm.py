@@ -5,9 +5,11 @@ Start it in an environment of its own, with the base model of the workspace, and
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --served-model-name perdure --logprobs-mode processed_logprobs \\
       --generation-config vllm --hf-overrides '{"tie_word_embeddings": false}'
 
-Development mode is what offers the reloading of weights; keep such a server on a network of your own. The override is
-for models whose head is their embedding: vLLM does not reload a tied head, so it gets one of its own. Weights travel
-through ``rollout.weights_folder``, which both sides must see. Log-probabilities are those of the distribution sampled
+Development mode is what offers the reloading of weights; keep such a server on a network of your own. Where it asks for
+a key (``--api-key``), that is taken from the environment's ``VLLM_API_KEY``. The override is for models whose head is
+their embedding: vLLM does not reload a tied head, so it gets one of its own. Weights travel through
+``rollout.weights_folder``, which both sides must see; without it through a temporary folder that this user alone can
+read, gone with the engine. Log-probabilities are those of the distribution sampled
 from (processed, not raw). After every reload a few tokens are scored by both sides, and a server that disagrees is
 refused: samples of another model would not be on-policy.
 """
@@ -16,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import mkdtemp
 from typing import Any
 
 import httpx2
@@ -35,8 +38,10 @@ from perdure.config import RolloutConfig
 from perdure.losses import pick
 from perdure.models import LoadedModel, head_of, hidden_at_loss_positions
 from perdure.rollout.base import Progress, SamplingParams, references_of
+from perdure.servers import headers_for, without_key
 from perdure.types import Completion, InputError, Prompt, Rollout
 
+KEY = "VLLM_API_KEY"
 HEAD = "lm_head.weight"
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """What a server would otherwise take from the model's generation_config.json: samples of another distribution."""
@@ -55,8 +60,10 @@ class VllmEngine:
         self.config = config
         self.name = uuid.uuid4().hex[:12]
         self.lags, self.sent = False, False
-        self.client = httpx2.Client(base_url=config.url, timeout=config.timeout, transport=transport)
+        headers = headers_for(config.url, KEY)
+        self.client = httpx2.Client(base_url=config.url, headers=headers, timeout=config.timeout, transport=transport)
         weakref.finalize(self, self.client.close)
+        self._own_folder: Path | None = None
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int],
                  progress: Progress | None = None,
@@ -96,7 +103,6 @@ class VllmEngine:
         if self._ask("GET", "/weight_info").get("weight_version") == version:
             return False
         folder = self._folder()
-        folder.mkdir(parents=True, exist_ok=True)
         beside = folder / f".{self.name}.tmp"
         save_file(self._weights(), beside)
         os.replace(beside, folder / "model.safetensors")
@@ -115,8 +121,15 @@ class VllmEngine:
         return tensors
 
     def _folder(self) -> Path:
-        given = self.config.weights_folder
-        return Path(given).expanduser().resolve() if given else Path(gettempdir()) / f"perdure-vllm-{os.getpid()}"
+        """Where weights travel through; it is there."""
+        if self.config.weights_folder:
+            folder = Path(self.config.weights_folder).expanduser().resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        if self._own_folder is None:
+            self._own_folder = Path(mkdtemp(prefix="perdure-vllm-"))
+            weakref.finalize(self, shutil.rmtree, self._own_folder, ignore_errors=True)
+        return self._own_folder
 
     @torch.no_grad()
     def _check(self, prompt: Prompt) -> None:
@@ -141,5 +154,7 @@ class VllmEngine:
         if response.status_code == 404 and not path.startswith("/v1/"):
             raise InputError(f"{self.config.url}: offers no {path}; start vLLM with VLLM_SERVER_DEV_MODE=1")
         if response.is_error:
-            raise InputError(f"{self.config.url}{path}: {response.status_code}: {response.text[:300]}")
+            raise InputError(
+                f"{self.config.url}{path}: {response.status_code}: {without_key(response.text, KEY)[:300]}"
+            )
         return response.json() if response.content else {}

@@ -16,6 +16,8 @@ from perdure.types import Example, Message
 
 _ROLES = ("system", "user", "assistant", "tool")
 _KEYS = {"messages", "tools", "prompt", "completion", "document", "id", "metadata"}
+_OF_REQUESTS = {"parallel_tool_calls"}
+"""Keys of OpenAI's fine-tuning files that say how a request is made: nothing in a demonstration depends on them."""
 _DEPTH = 64
 """Levels of a row's JSON. Far beyond any data, far below what a recursive walk can take."""
 
@@ -114,11 +116,11 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
     """The demonstrations of one row in either form: one, or with ``turns = "all"`` one for each assistant turn.
 
     Raises ValueError saying what is wrong and what was expected."""
-    if unknown := row.keys() - _KEYS:
-        raise ValueError(f"unknown keys {sorted(unknown)}; allowed: {sorted(_KEYS)}")
-    messages = _turns(row)
-    for message in messages:
-        _check_message(message)
+    if unknown := row.keys() - _KEYS - _OF_REQUESTS:
+        raise ValueError(
+            f"unknown keys {sorted(unknown)}; allowed: {sorted(_KEYS)} (what is only to be kept goes into 'metadata')"
+        )
+    messages = tuple(map(_checked_message, _turns(row)))
     check_order(messages)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the demonstration must be an assistant turn, not {messages[-1]['role']!r}")
@@ -189,10 +191,15 @@ def _as_turns(value: Any, key: str, role: str) -> tuple[Message, ...]:
     raise ValueError(f"'{key}' must be a text or a list of messages{turns}{hint}")
 
 
-def _check_message(message: Any) -> None:
+def _checked_message(message: Any) -> Message:
+    """The message as chat templates know it: OpenAI's "developer" is the system role, parts of text are one text.
+
+    Raises ValueError for what is no message."""
     if not isinstance(message, dict):
         raise ValueError(f"every message must be an object, found {type(message).__name__}")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    role = "system" if role == "developer" else role
+    content = _joined(content) if isinstance(content, list) else content
     if role not in _ROLES:
         raise ValueError(f"unknown role {role!r}; expected one of {', '.join(_ROLES)}")
     if content is not None and not isinstance(content, str):
@@ -204,6 +211,16 @@ def _check_message(message: Any) -> None:
     # A tool may have nothing to say.
     if not content and not calls and not (role == "tool" and content == ""):
         raise ValueError(f"the {role} turn is empty; expected text in 'content'")
+    return message | {"role": role} | ({"content": content} if "content" in message else {})
+
+
+def _joined(parts: list[Any]) -> str:
+    """Raises ValueError for a part that is no text: pictures and sound cannot be learned from here."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f'a part of \'content\' must be {{"type": "text", "text": text}}, found {kind!r}')
+    return "".join(part["text"] for part in parts)
 
 
 def _is_call(call: Any) -> bool:
