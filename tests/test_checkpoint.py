@@ -79,7 +79,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert load_checkpoint(checkpoints(tmp_path)[0], model, adam(model))[0] == {"step": 5, "a": 2}
 
 
-@pytest.mark.parametrize("at", ["save_file", "sync_folder", "os.replace", "shutil.rmtree"])
+@pytest.mark.parametrize("at", ["save_file", "put_in_place", "os.replace", "shutil.rmtree"])
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:

@@ -16,8 +16,8 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "settings", "train_config", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "servers", "processes", "sharding", "thinking", "templates", "contexts", "packing", "attention",
-        "batching", "nf4", "adapters", "models", "teacher", "likelihood",
+        "files", "provenance", "servers", "processes", "sharding", "thinking", "templates", "contexts", "packing",
+        "attention", "batching", "nf4", "adapters", "models", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
@@ -31,9 +31,9 @@ FLOORS = {
         "footprint",
     ],
     "F5 deciding": [
-        "gates", "ledger", "workspace", "verify", "scores", "measure", "compare", "stages", "staging", "forecast",
-        "running", "candidate", "repair",
-        "card", "judging", "curriculum", "forgetting", "question_writers", "questions",
+        "gates", "ledger", "run_folders", "workspace", "verify", "scores", "measure", "compare", "stages", "staging",
+        "forecast", "running", "candidate", "repair", "card", "judging", "curriculum", "forgetting",
+        "question_writers", "questions",
     ],
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",

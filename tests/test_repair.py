@@ -148,7 +148,7 @@ def test_another_gate_judges_what_is_on_file_and_trains_nothing(tmp_path: Path, 
     strict = settings(made[0], repair=0, significance=0.01)
     (_, second) = learn(workspace, made[1], strict, Silent())
     assert (second.version, second.decision) == ("v002", "refused")  # 0 to 75 % on 8 items, p = 0.016
-    assert workspace.versions() == ["v000", "v001", "v002"] and len(workspace.stages()) == 2
+    assert workspace.versions() == ["v000", "v001", "v002"] and len(workspace.runs.names()) == 2
     assert [event["event"] for event in workspace.ledger()[lines:]] == ["verdict", "refuse"]
     assert len(learn(workspace, made[1], strict, Silent())) == 2 and len(workspace.ledger()) == lines + 2  # once
     free = settings(made[0], repair=0, enforce=False)

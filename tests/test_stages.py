@@ -93,7 +93,7 @@ def test_an_unfinished_stage_goes_on_with_the_same_settings_only(workspace: Work
     assert not resumed
     stage = json.loads((workspace.run_folder(name) / "stage.json").read_text())
     assert stage["config"]["train"]["steps"] == 7
-    assert workspace.stages() == [name]
+    assert workspace.runs.names() == [name]
 
 
 def test_a_setting_that_is_new_since_counts_as_its_default(workspace: Workspace, skill: Skill):

@@ -202,7 +202,7 @@ def test_stages_in_the_order_they_were_begun(grown):
         grown.run_folder(stage).mkdir(parents=True)
         (grown.run_folder(stage) / "stage.json").write_text("{}", encoding="utf-8")
     grown.run_folder("s07-skill7").mkdir()  # not begun
-    assert grown.stages() == ["s01-skill1", "s04-skill4", "s07-skill7", "s09-skill9", "s100-skill8"]
+    assert grown.runs.names() == ["s01-skill1", "s04-skill4", "s07-skill7", "s09-skill9", "s100-skill8"]
     assert grown.unfinished() == ["s04-skill4", "s09-skill9", "s100-skill8"]  # s01 gave v001
     assert grown.next_stage("new") == "s101-new"
 
@@ -217,7 +217,7 @@ def test_a_run_is_removed_whole(workspace):
     run = workspace.run_folder("s01-toy")
     (run / "baseline").mkdir(parents=True)
     (run / "stage.json").write_text("{}", encoding="utf-8")
-    workspace.remove_run("s01-toy")
+    workspace.runs.remove("s01-toy")
     assert list((workspace.folder / "runs").iterdir()) == []
 
 

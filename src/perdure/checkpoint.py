@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from perdure.adapters import trainable
-from perdure.files import sync_folder, sync_path
+from perdure.files import beside_of, put_in_place
 from perdure.processes import GROUP, barrier
 from perdure.sharding import like, whole
 
@@ -47,7 +47,7 @@ def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.O
             tensors[f"optimizer.{key}.{name}"] = value
     tensors |= {f"teacher.{name}": value for name, value in teacher.items()}
     final = run / f"{_PREFIX}{step:06d}"
-    beside = run / f".{final.name}.tmp"
+    beside = beside_of(final)
     divided = any(isinstance(value, DTensor) for value in tensors.values())
     if GROUP.lead:
         _sweep(run)
@@ -61,10 +61,8 @@ def save_checkpoint(run: Path, step: int, student: Any, optimizer: torch.optim.O
     if not divided:
         save_file({name: value.contiguous() for name, value in tensors.items()}, beside / WHOLE)
     (beside / "loop.json").write_text(json.dumps({"step": step, **loop}), encoding="utf-8")
-    sync_folder(beside)
     _remove(final)
-    os.replace(beside, final)
-    sync_path(run)
+    put_in_place(beside, final)
     for other in checkpoints(run):
         if other != final:
             _remove(other)
@@ -157,13 +155,12 @@ def checkpoint_step(folder: Path) -> int:
 
 def save_weights(student: Any, path: Path) -> None:
     """The student's parameters that train as one safetensors file, replaced atomically. Every process calls it."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = beside_of(path)
     tensors = {name: whole(p.detach()).contiguous() for name, p in trainable(student).items()}
     if not GROUP.lead:
         return
     save_file(tensors, beside)
-    sync_path(beside)
-    os.replace(beside, path)
+    put_in_place(beside, path)
 
 
 def load_weights(student: Any, path: Path) -> None:

@@ -66,7 +66,7 @@ def learn_one(
     check = check_before(run)
     if check and not check["ready"] and not force:
         workspace.append("refuse", stage=stage, skill=skill.name, parent=parent, reason=check["advice"][0])
-        workspace.remove_run(stage)
+        workspace.runs.remove(stage)
         hint = "--force trains anyway."
         return Outcome(skill.name, stage, None, "refused", (*check["advice"], hint))
     before = baseline(run)

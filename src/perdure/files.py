@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from perdure import __version__
 from perdure.types import InputError
 
 
@@ -73,21 +68,37 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield beside
         if target.exists():
             target.rmdir()
-        os.replace(beside, target)
+        put_in_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def now() -> str:
-    """UTC to the second, as written into ledger and versions."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old or the new one, never half of either."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = beside_of(path)
     beside.write_text(text, encoding="utf-8")
-    sync_path(beside)
+    put_in_place(beside, path)
+
+
+def beside_of(path: Path) -> Path:
+    """Where a file or folder is written before it takes the place of ``path``: hidden, in the same folder."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def folder_beside(path: Path) -> Path:
+    """An empty folder at ``beside_of``; what an attempt that was cut off left there is gone."""
+    beside = beside_of(path)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Make a file or folder visible as ``path`` in one rename, safe on the disk: whole, or not there."""
+    if beside.is_dir():
+        sync_folder(beside)
+    else:
+        sync_path(beside)
     os.replace(beside, path)
     sync_path(path.parent)
 
@@ -171,28 +182,6 @@ def files_sha256(paths: Sequence[Path]) -> str:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def code_state() -> dict[str, Any]:
-    """Version of this package and, in a checkout, its commit and whether files differ from it."""
-    state: dict[str, Any] = {"perdure": __version__, "commit": None, "dirty": None}
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return state
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(root)]
-        state["commit"] = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-        state["dirty"] = bool(status.strip())
-    return state
-
-
-def environment() -> dict[str, str]:
-    """Versions of what computes, by name, and the machine's kind."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
-    return {"python": platform.python_version(), **packages, "platform": platform.platform()}
 
 
 @contextlib.contextmanager

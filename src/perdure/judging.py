@@ -9,11 +9,11 @@ from typing import Any
 from perdure.candidate import measure_candidate
 from perdure.card import model_card
 from perdure.config import RunConfig
-from perdure.files import code_state, environment, now
 from perdure.forecast import priced
 from perdure.gates import decide
 from perdure.measure import probe_json, score_json, way_of, write_items
 from perdure.models import save
+from perdure.provenance import code_state, environment, now
 from perdure.repair import repair, worth_repairing
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perdure.files import line_sha256, now, read_json, read_jsonl, replace_text, to_json
+from perdure.files import line_sha256, read_json, read_jsonl, replace_text, to_json
+from perdure.provenance import now
 from perdure.types import InputError
 
 

@@ -101,7 +101,7 @@ def known_scores(workspace: Workspace, version: str, way: Way | None = None) -> 
     scores = Scores()
     if version != BASE:
         scores.read(workspace.version(version), workspace.version_folder(version) / "evaluation", way)
-    for stage in workspace.stages():
+    for stage in workspace.runs.names():
         folder = workspace.run_folder(stage)
         if (folder / "baseline.json").is_file():
             entry = read_json(folder / "baseline.json")

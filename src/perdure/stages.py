@@ -13,8 +13,9 @@ import torch
 
 from perdure.checkpoint import checkpoints, drop_training_state
 from perdure.config import RunConfig
-from perdure.files import check_free, now, read_json, replace_text
+from perdure.files import check_free, read_json, replace_text
 from perdure.models import compute_dtype, load
+from perdure.provenance import now
 from perdure.session import weights_sha256
 from perdure.settings import by_field
 from perdure.skills.base import Skill, load_skill
@@ -168,7 +169,7 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
           branch: str | None = None) -> tuple[str, bool]:  # fmt: skip
     """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
     closed, precision = workspace.closed_stages(), str(compute_dtype(config.model)).removeprefix("torch.")
-    for stage in workspace.stages():
+    for stage in workspace.runs.names():
         folder = workspace.run_folder(stage)
         if stage in closed or not (folder / "stage.json").is_file():
             continue
@@ -176,7 +177,7 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
         if (info["skill_hash"], info["parent"], info["branch"]) != (skill.content_hash, parent, branch):
             continue
         if restart:
-            workspace.remove_run(stage)
+            workspace.runs.remove(stage)
         elif not (differing := _differing(info["config"], config)):
             if (began := info.get("compute_dtype", precision)) != precision:
                 raise InputError(

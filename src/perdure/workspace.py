@@ -8,7 +8,6 @@ Whoever changes a workspace holds its ``lock``.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,23 +19,24 @@ from perdure.files import (
     check_free,
     file_sha256,
     files_sha256,
+    folder_beside,
     manifest_of,
-    now,
     only_one,
+    put_in_place,
     read_json,
     read_object,
     replace_text,
-    sync_folder,
     sync_path,
     to_json,
 )
 from perdure.ledger import Ledger, aliases_text
+from perdure.provenance import now
+from perdure.run_folders import RunFolders, next_name
 from perdure.skills.base import check_inside, content_hash, skill_files
 from perdure.types import InputError
 
 BASE = "v000"
 _VERSION = re.compile(r"v[0-9]{3,}")
-_STAGE = re.compile(r"s([0-9]{2,})-")
 _SKILL_FOLDER = re.compile(r"[a-z0-9][a-z0-9_-]*@[0-9a-f]{8}")
 MANIFEST = "version_sha256"
 """Entry of the ledger lines that introduce a version: the sha256 of its version.json."""
@@ -51,6 +51,7 @@ class Workspace:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.runs = RunFolders(folder / "runs")
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, base_hash: str) -> Workspace:
@@ -151,9 +152,7 @@ class Workspace:
         Adding the same version again changes nothing. Raises InputError when the name stands for another one."""
         assert _VERSION.fullmatch(info["version"]), info["version"]
         final = self.folder / "versions" / info["version"]
-        beside = final.with_name(f".{final.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        beside = folder_beside(final)
         write(beside)
         weights = sorted(beside.glob("*.safetensors"))
         if weights:
@@ -166,9 +165,7 @@ class Workspace:
             self._check_same(final, info)
             shutil.rmtree(beside)
             return
-        sync_folder(beside)
-        os.replace(beside, final)
-        sync_path(final.parent)
+        put_in_place(beside, final)
 
     def _check_same(self, final: Path, info: dict[str, Any]) -> None:
         there = read_json(final / "version.json")
@@ -295,14 +292,10 @@ class Workspace:
             if content_hash(skill_files(final)) != content:
                 raise InputError(f"{final}: damaged, its files are not those of the skill that was kept here")
             return final
-        beside = final.with_name(f".{final.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        beside = folder_beside(final)
         for file, data in files.items():
             (beside / file).write_bytes(data)
-        sync_folder(beside)
-        os.replace(beside, final)
-        sync_path(final.parent)
+        put_in_place(beside, final)
         sync_path(self.folder)
         return final
 
@@ -324,18 +317,14 @@ class Workspace:
             raise InputError(f"{self.folder}: {folder!r} is no name of a kept skill")
         return self.folder / "skills" / folder
 
-    def run_folder(self, stage: str) -> Path:
-        return self.folder / "runs" / stage
+    # Stages
 
-    def stages(self) -> list[str]:
-        """Names of all run folders, in the order they were begun."""
-        names = (path.name for path in (self.folder / "runs").glob("s*") if _STAGE.match(path.name))
-        return sorted(names, key=_stage_number)
+    def run_folder(self, stage: str) -> Path:
+        return self.runs.folder_of(stage)
 
     def next_stage(self, skill: str) -> str:
         """A name for a new stage: one more than the last one that has begun or has a version."""
-        numbers = [_stage_number(name) for name in (*self._begun(), *self.closed_stages())]
-        return f"s{max(numbers, default=0) + 1:02d}-{skill}"
+        return next_name(skill, [*self.runs.begun(), *self.closed_stages()])
 
     def closed_stages(self) -> set[str]:
         """Stages that gave a version."""
@@ -345,19 +334,7 @@ class Workspace:
     def unfinished(self) -> list[str]:
         """Stages that have begun and given no version yet, in order."""
         closed = self.closed_stages()
-        return [stage for stage in self._begun() if stage not in closed]
-
-    def _begun(self) -> list[str]:
-        """A folder without its stage.json was left by a kill before the stage began."""
-        return [stage for stage in self.stages() if (self.run_folder(stage) / "stage.json").is_file()]
-
-    def remove_run(self, stage: str) -> None:
-        """Drop a stage's run folder. One rename hides it first: a half-removed run could be taken for a whole one."""
-        folder = self.run_folder(stage)
-        hidden = folder.with_name(f".{stage}.removed")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.replace(folder, hidden)
-        shutil.rmtree(hidden)
+        return [stage for stage in self.runs.begun() if stage not in closed]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -376,9 +353,3 @@ def _record(folder: Path) -> dict[str, Any]:
 def _of_content(entry: Any) -> Any:
     """An entry of version.json without the state of the code, which may change between two calls."""
     return {key: value for key, value in entry.items() if key != "code"} if isinstance(entry, dict) else entry
-
-
-def _stage_number(stage: str) -> int:
-    match = _STAGE.match(stage)
-    assert match, stage
-    return int(match[1])

@@ -19,10 +19,11 @@ from perdure.anchors import answered, general_prompts
 from perdure.bench.finished import RESULT
 from perdure.bench.plan import RunPlan
 from perdure.curriculum import learn
-from perdure.files import code_state, environment, now, read_json, read_jsonl, replace_text
+from perdure.files import read_json, read_jsonl, replace_text
 from perdure.measure import measure_probe, measure_skill, skill_items
 from perdure.monitor import drift
 from perdure.probe import ProbeResult
+from perdure.provenance import code_state, environment, now
 from perdure.reporting import Phase, Silent
 from perdure.running import open_version
 from perdure.scores import Scores, known_scores

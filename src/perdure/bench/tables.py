@@ -11,7 +11,8 @@ from typing import Any
 from perdure.bench.numbers import summarise
 from perdure.bench.plan import ChainFile
 from perdure.bench.plots import Cell, chain_plot, in_millions, plot
-from perdure.files import now, read_json, replace_text
+from perdure.files import read_json, replace_text
+from perdure.provenance import now
 from perdure.types import InputError
 
 PLOTS = {
