@@ -263,3 +263,54 @@ def test_cannot_tell_begins_where_the_calculation_says(noise):
 @pytest.mark.parametrize(("n", "noise"), [(240, 0.02), (400, 0.03)])
 def test_without_a_loss_a_usual_number_of_rows_suffices(n, noise):
     assert simulate(n, 1, 0.0, noise)["promoted"] >= 0.85
+
+
+# Conversations
+
+
+def talks(right: int, of: int, turns: int) -> dict[str, bool]:
+    """``of`` conversations of ``turns`` turns each; of the first ``right`` every turn is right."""
+    return {f"c{talk}/{turn}": talk < right for talk in range(of) for turn in range(turns)}
+
+
+def of_talk(items: Items) -> dict[str, str]:
+    return {name: name.partition("/")[0] for name in items}
+
+
+def test_turns_of_a_conversation_are_no_independent_items():
+    """Three conversations lost whole are 15 items of 15 changed, and three throws of a coin: p = 1/8."""
+    before, after = talks(30, 40, 5), talks(27, 40, 5)
+    alone = verdict([guard(before)], {"old": after})
+    assert alone.decision == "refused" and alone.table[1]["p_value"] == pytest.approx(2**-15)
+    together = verdict([guard(before, conversations=of_talk(before))], {"old": after})
+    assert together.decision == "promoted" and together.table[1]["p_value"] == pytest.approx(2**-3)
+    assert "on 200 items of 40 conversations" in together.table[1]["reason"]
+    assert together.table[1]["change"] == pytest.approx(-3 / 40) and together.table[1]["n"] == 200
+    judged = verdict([guard(before, decisive=True, conversations=of_talk(before))], {"old": after})
+    assert judged.decision == "held" and f"takes about {judged.table[1]['needed']} conversations" in judged.reasons[0]
+
+
+def test_a_skill_of_conversations_is_learned_by_conversations():
+    before, after = talks(0, 10, 8), talks(4, 10, 8)
+    assert decide(CONFIG, "new", before, {"new": after}).decision == "promoted"
+    together = decide(CONFIG, "new", before, {"new": after}, conversations=of_talk(before))
+    assert together.table[0]["p_value"] == pytest.approx(2**-4) and together.decision == "held"  # a gain of 40 %
+
+
+def test_what_the_turns_of_a_conversation_lost_and_gained_cancels():
+    before = {"c/1": True, "c/2": False, "d/1": True, "d/2": True, "e": True}
+    after = {"c/1": False, "c/2": True, "d/1": True, "d/2": False, "e": True}
+    row = verdict([guard(before, conversations={k: k[0] for k in before if "/" in k})], {"old": after}).table[1]
+    assert row["p_value"] == pytest.approx(1 / 2) and "5 items of 3 conversations" in row["reason"]
+
+
+def test_turns_that_depend_on_each_other_leave_the_gate_its_word():
+    """True losses of twice the budget that come as whole conversations: promoted in at most one case of ten."""
+    rng, promoted = np.random.default_rng(0), 0
+    before = talks(120, 120, 4)
+    for _ in range(300):
+        gone = rng.random(120) < 0.08
+        after = {name: not gone[int(name[1:].partition("/")[0])] for name in before}
+        one = guard(before, budget=0.04, decisive=True, conversations=of_talk(before))
+        promoted += verdict([one], {"old": after}).decision == "promoted"
+    assert promoted <= 0.1 * 300 + 2 * (300 * 0.1 * 0.9) ** 0.5

@@ -27,11 +27,11 @@ def measure_candidate(run: Run, before: Scores, kept: Sequence[Guard], name: str
     """Measure the session's student on every skill in scope and on the prior tasks, and judge it against ``before``,
     the parent's scores, and all that must be ``kept``. ``hurt``: see ``gates.decide``; what then fails on the skills
     alone is not measured on the rest."""
-    config, skill = run.config, run.skill.name
-    earlier = run.earlier
+    config, skill, earlier = run.config, run.skill.name, run.earlier
 
     def verdict(after: dict[str, Items], kept: Sequence[Guard]) -> Verdict:
-        return decide(config.gate, skill, before.items.get(skill), after, kept, hurt)
+        return decide(config.gate, skill, before.items.get(skill), after, kept, hurt,
+                      run.skill.conversations)  # fmt: skip
 
     scores = {taught: _measure(run, name, taught) for taught in (*earlier, skill)}
     after: dict[str, Items] = {s.skill: skill_items(s) for s in scores.values()}

@@ -84,16 +84,19 @@ def import_skill(
 def _say_imported(target: Path, source: str) -> None:
     """What was made, and what its test rows are good for."""
     from perdure.gates import USUAL_NOISE, guards_of, least_budget
-    from perdure.skills.base import load_skill
+    from perdure.skills.base import independent, load_skill
 
     skill = load_skill(target)
-    least = least_budget(len(skill.test), guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
+    units = independent(skill.test)
+    least = least_budget(units, guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
     enough = f"can guard it with a retention budget of {100 * least:.1f} points (set it in skill.toml before teaching)"
     guarded = enough if least < 0.2 else "are too few to guard it when later skills follow: bring more"
-    origin = f" ({skill.settings.source})" if source == "jsonl" else ""
-    said = (
-        f"{target}: {len(skill.train)} training and {len(skill.test)} test rows{origin}. So many test rows {guarded}."
+    turns, what = (
+        ("", "test rows") if units == len(skill.test) else (f", turns of {units} conversations", "conversations")
     )
+    origin = f" ({skill.settings.source})" if source == "jsonl" else ""
+    rows = f"{len(skill.train)} training and {len(skill.test)} test rows{turns}{origin}"
+    said = f"{target}: {rows}. So many {what} {guarded}."
     out.print(Text(f"{said} Next: perdure check {shlex.quote(str(target))} -w WORKSPACE"), soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ import datetime
 import textwrap
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 from perdure.settings import SettingsSection, parse, parse_toml
 from perdure.train_config import TrainConfig
 from perdure.types import InputError
+
+Row = TypeVar("Row")
 
 
 class ModelConfig(SettingsSection):
@@ -125,6 +127,10 @@ class EvalConfig(SettingsSection):
     """Test rows per skill, the first ones; 0 = all."""
     batch_tokens: int = Field(default=8192, ge=64)
     """Most prompt tokens in one batch of the decode."""
+
+    def taken(self, test: tuple[Row, ...]) -> tuple[Row, ...]:
+        """Those of a skill's test rows that are answered."""
+        return test[: self.rows or None]
 
 
 class ProbeConfig(SettingsSection):

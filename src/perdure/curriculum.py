@@ -16,7 +16,7 @@ from perdure.measure import measure_probe, measure_skill, probe_json, score_json
 from perdure.methods import method_label
 from perdure.reporting import Reporter
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
-from perdure.skills.base import Skill, load_skill
+from perdure.skills.base import Skill, independent, load_skill
 from perdure.stages import Outcome, begin, finished, load_all, settle_all
 from perdure.subject import candidates
 from perdure.types import InputError
@@ -106,9 +106,10 @@ def check_hardware(
 def _test_power(workspace: Workspace, skill: Skill, config: RunConfig) -> dict[str, Any]:
     """Which loss the gate could see on this skill's test rows, once it is an earlier one."""
     guards = guards_of(1 + len(workspace.taught().keys() - {skill.name}), len(config.probe.tasks))
-    rows = len(skill.test[: config.eval.rows or None])
-    return {"rows": rows, "budget": skill.settings.retention_budget or config.gate.budget,
-            "least_budget": least_budget(rows, guards, config.gate, USUAL_NOISE)}  # fmt: skip
+    rows = config.eval.taken(skill.test)
+    units = independent(rows)
+    return {"rows": len(rows), "units": units, "budget": skill.settings.retention_budget or config.gate.budget,
+            "least_budget": least_budget(units, guards, config.gate, USUAL_NOISE)}  # fmt: skip
 
 
 def evaluate_version(workspace: Workspace, version: str, folders: Sequence[Path], config: RunConfig, with_probe: bool,

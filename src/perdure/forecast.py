@@ -120,7 +120,7 @@ def _evaluate(workspace: Workspace, parent: str, session: Session, skill: Skill,
               config: RunConfig) -> float:  # fmt: skip
     """The candidate on every skill, and the parent on those that it was not measured on yet."""
     missing, _ = unmeasured(known_scores(workspace, parent, way_of(config)), scope.values(), config)
-    rows = {name: len(other.test[: config.eval.rows or None]) for name, other in scope.items()}
+    rows = {name: len(config.eval.taken(other.test)) for name, other in scope.items()}
     few = skill.train[:EVALUATED]
     start = time.perf_counter()
     evaluate(session.engine, session.renderer, skill.name, few, skill.grade, skill.settings.max_new_tokens,

@@ -9,8 +9,8 @@ of stages, and one that costs an earlier skill, or all prior tasks together, twi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from perdure.config import GateConfig
 from perdure.stats import holm, items_needed, mcnemar_one_sided, noninferiority_p, noninferiority_power
@@ -18,6 +18,8 @@ from perdure.types import Verdict
 
 Items = Mapping[str, bool]
 """Item id -> right or wrong."""
+Conversations = Mapping[str, str]
+"""Item id -> the conversation of which it is one of several turns; an item that is not there stands by itself."""
 
 CANNOT_TELL = "cannot tell"
 TELLING_GAIN = 0.1
@@ -45,10 +47,12 @@ class Guard:
     chosen_from: int = 1
     """Versions among which the reference was picked as the best: the best of several noisy results is partly luck, so
     the p-value is multiplied by their number."""
+    conversations: Conversations = field(default_factory=dict)
 
 
 def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[str, Items],
-           guards: Sequence[Guard] = (), hurt: Collection[str] | None = None) -> Verdict:  # fmt: skip
+           guards: Sequence[Guard] = (), hurt: Collection[str] | None = None,
+           conversations: Conversations | None = None) -> Verdict:  # fmt: skip
     """The verdict on a candidate: ``promoted``, ``held`` or ``refused``, with every failed check among the reasons.
 
     The new ``skill`` must gain significantly over ``before`` (one-sided exact McNemar test). A guard is refused when it
@@ -58,9 +62,14 @@ def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[
     refused. ``hurt``: names of guards that an earlier attempt hurt; these and the decisive ones are then refused by any
     loss beyond the budget, significant or not.
 
+    The tests count what is independent: of the turns of one conversation (``conversations``: those of the new skill)
+    that it lost, gained or neither, by the sign of their sum. That holds however they depend on one another, since a
+    share of all turns can be lost only where at least that share of the conversations lost some.
+
     ``config.enforce`` changes nothing here: whoever promotes looks at it.
     """
-    return _verdict([_gain(config, skill, before, after.get(skill)), *_losses(config, after, guards, hurt)])
+    pair = _paired(before, after.get(skill), conversations or {})
+    return _verdict([_gain(config, skill, pair), *_losses(config, after, guards, hurt)])
 
 
 def decide_kept(config: GateConfig, after: Mapping[str, Items], guards: Sequence[Guard]) -> Verdict:
@@ -71,9 +80,9 @@ def decide_kept(config: GateConfig, after: Mapping[str, Items], guards: Sequence
 def _losses(
     config: GateConfig, after: Mapping[str, Items], guards: Sequence[Guard], hurt: Collection[str] | None
 ) -> list[dict[str, Any]]:
-    pairs = [_paired(guard.before, after.get(guard.name)) for guard in guards]
+    pairs = [_paired(guard.before, after.get(guard.name), guard.conversations) for guard in guards]
     p_values = [
-        min(1.0, guard.chosen_from * mcnemar_one_sided(*pair, alternative="worse")) if pair else 1.0
+        min(1.0, guard.chosen_from * mcnemar_one_sided(*pair.units, alternative="worse")) if pair else 1.0
         for guard, pair in zip(guards, pairs, strict=True)
     ]
     significant = holm(p_values, config.significance)
@@ -92,58 +101,98 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> Verdict:
     return Verdict("held" if failed[0]["verdict"] == CANNOT_TELL else "refused", reasons, tuple(rows))
 
 
-def _paired(old: Items | None, new: Items | None) -> tuple[list[bool], list[bool]] | None:
-    """The same items before and after, in one order; None when they cannot be paired."""
+Before = After = list[bool]
+
+
+class _Pair(NamedTuple):
+    """The same items before and after, each in one order."""
+
+    items: tuple[Before, After]
+    units: tuple[Before, After]
+    """What is independent: items, or conversations that lost, gained or neither."""
+
+    @property
+    def n(self) -> int:
+        return len(self.units[0])
+
+    @property
+    def said(self) -> str:
+        """How many there are, for people."""
+        items = f"{len(self.items[0])} items"
+        return items if self.n == len(self.items[0]) else f"{items} of {self.n} conversations"
+
+    @property
+    def changed(self) -> tuple[int, int]:
+        """Units that became wrong, and units that became right."""
+        lost = sum(old and not new for old, new in zip(*self.units, strict=True))
+        return lost, sum(new and not old for old, new in zip(*self.units, strict=True))
+
+    @property
+    def noise(self) -> float:
+        """Share of the units that changed each way: what goes on without any loss."""
+        return min(self.changed) / self.n
+
+
+def _paired(old: Items | None, new: Items | None, conversations: Conversations) -> _Pair | None:
+    """None when they cannot be paired."""
     if not old or not new or old.keys() != new.keys():
         return None
-    return [old[item] for item in old], [new[item] for item in old]
+    items = [old[item] for item in old], [new[item] for item in old]
+    changes: dict[str, int] = {}
+    whole: dict[str, bool] = {}  # right before, in each turn
+    for item in old:
+        unit = conversations.get(item, item)
+        changes[unit] = changes.get(unit, 0) + new[item] - old[item]
+        whole[unit] = whole.get(unit, True) and old[item]
+    before = [change < 0 or (change == 0 and whole[unit]) for unit, change in changes.items()]
+    after = [change > 0 or (change == 0 and whole[unit]) for unit, change in changes.items()]
+    return _Pair(items, (before, after))
 
 
-def _row(name: str, kind: str, pair: tuple[list[bool], list[bool]] | None, **more: Any) -> dict[str, Any]:
+def _row(name: str, kind: str, pair: _Pair | None, **more: Any) -> dict[str, Any]:
     row = {"name": name, "kind": kind, "before": None, "after": None, "change": None, "n": 0, "p_value": None,
            "budget": None, "reference": None, "needed": None} | more  # fmt: skip
     if pair is None:
         reason = f"{name}: there is no result before and after on the same items, so it cannot be judged."
         return row | {"p_value": None, "verdict": "not measured", "passed": False, "reason": reason}
-    (old, new), n = pair, len(pair[0])
+    (old, new), n = pair.items, len(pair.items[0])
     return row | {"before": sum(old) / n, "after": sum(new) / n, "change": (sum(new) - sum(old)) / n, "n": n}
 
 
-def _gain(config: GateConfig, skill: str, before: Items | None, after: Items | None) -> dict[str, Any]:
-    pair = _paired(before, after)
-    p_value = mcnemar_one_sided(*pair, alternative="better") if pair else None
+def _gain(config: GateConfig, skill: str, pair: _Pair | None) -> dict[str, Any]:
+    p_value = mcnemar_one_sided(*pair.units, alternative="better") if pair else None
     row = _row(skill, "new skill", pair, p_value=p_value)
     if pair is None or p_value is None:
         return row
     real = row["change"] > 0 and p_value <= config.significance
     row["verdict"] = "learned" if real else "not learned"
-    numbers = f"{row['before']:.0%} to {row['after']:.0%} on {row['n']} items (p = {p_value:.2g})"
+    numbers = f"{row['before']:.0%} to {row['after']:.0%} on {pair.said} (p = {p_value:.2g})"
     row["reason"] = f"{skill}: {row['verdict']}, {numbers}."
-    blind = row["change"] > 0 and 0.5 ** pair[0].count(False) > config.significance
+    blind = row["change"] > 0 and 0.5 ** pair.units[0].count(False) > config.significance
     if not real and (blind or row["change"] >= TELLING_GAIN):
         row["verdict"] = CANNOT_TELL
         row["reason"] = f"{skill}: {numbers}; so few items cannot show a gain: teach it with more test rows."
     return row | {"passed": real}
 
 
-def _loss(guard: Guard, pair: tuple[list[bool], list[bool]] | None, p_value: float, counts: bool,
-          confidence: float) -> dict[str, Any]:  # fmt: skip
+def _loss(guard: Guard, pair: _Pair | None, p_value: float, counts: bool, confidence: float) -> dict[str, Any]:
     """A guard's row of the verdict; ``counts``: whether a loss beyond what is allowed is one."""
     row = _row(guard.name, guard.kind, pair, budget=guard.budget, reference=guard.reference, p_value=p_value)
     if pair is None:
         return row
     label = "all prior tasks together" if guard.kind == "priors" else guard.name
     against = f" against {guard.reference}, its best" if guard.kind == "best ever" else ""
-    numbers = f"{row['before']:.1%} to {row['after']:.1%}{against} on {row['n']} items (p = {p_value:.2g})"
+    numbers = f"{row['before']:.1%} to {row['after']:.1%}{against} on {pair.said} (p = {p_value:.2g})"
     # A budget is meant for what is known well: of a skill with less than twice of it, half may not go either.
     if counts and row["change"] < -min(guard.budget, row["before"] / 2):
         reason = f"{label}: got worse, {numbers}, budget {guard.budget:.1%}."
         return row | {"verdict": "worse", "passed": False, "reason": reason}
     if not guard.decisive or _is_kept(guard, pair, confidence):
         return row | {"verdict": "kept", "passed": True, "reason": f"{label}: kept, {numbers}."}
-    needed = items_needed(_twice(guard, pair), _noise(pair), 1 - confidence, confidence)
+    needed = items_needed(_twice(guard, pair), pair.noise, 1 - confidence, confidence)
     row["needed"] = needed
-    asked = f"a version without any loss takes about {needed}" if needed else "a million cannot either"
+    what = "" if pair.n == row["n"] else " conversations"
+    asked = f"a version without any loss takes about {needed}{what}" if needed else "a million cannot either"
     reason = (
         f"{label}: cannot tell, {numbers}: so few items cannot show that less than twice the budget of "
         f"{guard.budget:.1%} was lost ({asked}). Set gate.budget to what they can judge, or teach it with more rows."
@@ -151,30 +200,18 @@ def _loss(guard: Guard, pair: tuple[list[bool], list[bool]] | None, p_value: flo
     return row | {"verdict": CANNOT_TELL, "passed": False, "reason": reason}
 
 
-def _twice(guard: Guard, pair: tuple[list[bool], list[bool]]) -> float:
+def _twice(guard: Guard, pair: _Pair) -> float:
     """The loss that must be shown not to be: twice the budget, or all that there was."""
-    return min(2 * guard.budget, sum(pair[0]) / len(pair[0]))
+    return min(2 * guard.budget, sum(pair.items[0]) / len(pair.items[0]))
 
 
-def _is_kept(guard: Guard, pair: tuple[list[bool], list[bool]], confidence: float) -> bool:
+def _is_kept(guard: Guard, pair: _Pair, confidence: float) -> bool:
     """Whether the items show that the true loss is less than ``_twice``. What holds no more right answers than the
     budget has nothing to lose beyond it."""
     loss = _twice(guard, pair)
     if loss <= guard.budget:
         return True
-    lost, gained = _changed(pair)
-    return noninferiority_p(len(pair[0]), lost, gained, loss) <= 1 - confidence
-
-
-def _changed(pair: tuple[list[bool], list[bool]]) -> tuple[int, int]:
-    """Items that became wrong, and items that became right."""
-    lost = sum(old and not new for old, new in zip(*pair, strict=True))
-    return lost, sum(new and not old for old, new in zip(*pair, strict=True))
-
-
-def _noise(pair: tuple[list[bool], list[bool]]) -> float:
-    """Share of the items that changed each way: what goes on without any loss."""
-    return min(_changed(pair)) / len(pair[0])
+    return noninferiority_p(pair.n, *pair.changed, loss) <= 1 - confidence
 
 
 def guards_of(skills: int, tasks: int) -> int:

@@ -93,7 +93,8 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
               config.eval.rows)  # fmt: skip
     before = known_scores(workspace, parent, way)
     kept = guards(workspace, parent, before, earlier, config, way)
-    return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept)
+    return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept,
+                  conversations=skill.conversations)  # fmt: skip
 
 
 def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:

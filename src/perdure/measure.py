@@ -43,7 +43,7 @@ def _hash(settings: Sequence[Any]) -> str:
 
 def measure_skill(session: Session, skill: Skill, config: RunConfig, reporter: Reporter, who: str) -> SkillScore:
     """Greedy answers to the skill's test rows, graded."""
-    rows = skill.test[: config.eval.rows or None]
+    rows = config.eval.taken(skill.test)
     with reporter.phase(f"evaluate {who} on {skill.name}", len(rows), "rows") as phase:
         return evaluate(
             session.engine, session.renderer, skill.name, rows, skill.grade, skill.settings.max_new_tokens,

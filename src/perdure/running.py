@@ -131,7 +131,7 @@ def subject_of(
     """What the preflight looks at; ``original``: working copy and engine of the base model, where that is to teach."""
     return Subject(skill.name, skill.train, skill.grade, skill.settings.max_new_tokens, session.loaded,
                    session.working, session.engine, session.renderer, session.dtype,
-                   original, skill.acting, skill.test[: config.eval.rows or None])  # fmt: skip
+                   original, skill.acting, config.eval.taken(skill.test))  # fmt: skip
 
 
 def check_before(run: Run) -> dict[str, Any] | None:

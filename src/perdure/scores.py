@@ -114,7 +114,7 @@ def current(scores: Scores, skill: Skill, config: RunConfig) -> bool:
     """Whether a score is of the rows that would be measured now, by the same code: content, ``eval.rows`` and a user's
     own grader may have changed since."""
     score = scores.skills.get(skill.name)
-    rows = len(skill.test[: config.eval.rows or None])
+    rows = len(config.eval.taken(skill.test))
     by = (skill.content_hash, skill.code_hash, rows)
     return score is not None and (score["skill_hash"], score.get("code_hash", ""), score["n"]) == by
 
@@ -138,7 +138,7 @@ def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[st
     for name, skill in skills.items():
         items = before.items.get(name)
         budget = skill.settings.retention_budget or gate.budget
-        found.append(Guard(name, "skill", parent, items, budget))
+        found.append(Guard(name, "skill", parent, items, budget, conversations=skill.conversations))
         if not items:
             continue
         known = {version: scores.items[name] for version, scores in ancestors.items()
@@ -146,7 +146,8 @@ def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[st
         right = {version: sum(those.values()) for version, those in known.items() if those.keys() == items.keys()}
         best = max(right, key=lambda version: right[version], default=parent)
         if right.get(best, 0) > sum(items.values()):
-            found.append(Guard(name, "best ever", best, known[best], budget, decisive=False, chosen_from=len(right)))
+            found.append(Guard(name, "best ever", best, known[best], budget, decisive=False, chosen_from=len(right),
+                               conversations=skill.conversations))  # fmt: skip
     tasks = [f"{PROBE}/{task}" for task in config.probe.tasks]
     for name in tasks:
         found.append(Guard(name, "prior", parent, before.items.get(name), gate.prior_budget, decisive=len(tasks) == 1))

@@ -98,7 +98,9 @@ def _preflight_line(found: Mapping[str, Any]) -> str:
 
 def _test_line(test: Mapping[str, Any]) -> str:
     least, budget = percent(test["least_budget"], 1), percent(test["budget"], 1)
-    text = f"{test['rows']} test rows can judge a retention budget of about {least} or more; the budget is {budget}"
+    rows, units = test["rows"], test.get("units", test["rows"])
+    what = f"{rows} test rows" if units == rows else f"{rows} test rows, turns of {units} conversations,"
+    text = f"{what} can judge a retention budget of about {least} or more; the budget is {budget}"
     if test["budget"] >= test["least_budget"]:
         return f"{text}."
     return f"{text}, so later versions would be held: add test rows, or set retention_budget in skill.toml."

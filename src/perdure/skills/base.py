@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,16 @@ class Skill:
     @property
     def name(self) -> str:
         return self.settings.name
+
+    @property
+    def conversations(self) -> dict[str, str]:
+        """Test row -> the conversation of which it is one of several turns."""
+        return {example.id: example.conversation for example in self.test if example.conversation}
+
+
+def independent(rows: Sequence[Example]) -> int:
+    """How many of the rows are independent: the turns of one conversation together count once."""
+    return len({("turns of", row.conversation) if row.conversation else ("row", row.id) for row in rows})
 
 
 def load_skill(folder: Path) -> Skill:
