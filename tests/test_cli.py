@@ -313,7 +313,7 @@ def test_what_the_gate_held_is_promoted_only_by_force_and_with_a_reason(held: Pa
     assert perdure("promote", "v001", "-w", held).returncode == 0  # passed once: no force
 
 
-def test_what_is_served_can_be_changed_whatever_the_settings_say(held: Path):
+def test_what_is_served_can_be_seen_and_changed_whatever_the_settings_say(held: Path):
     """And the ledger says who changed it."""
     with (held / "perdure.toml").open("a") as file:
         file.write("\n[gate2]\nx = 1\n")
@@ -324,6 +324,8 @@ def test_what_is_served_can_be_changed_whatever_the_settings_say(held: Path):
     last = json.loads(perdure("log", held, "--json").stdout)[-1]
     assert (last["event"], last["version"], last["reason"]) == ("rollback", "v001", "customers complained")
     assert "@" in last["by"]
+    for words in (("show", "v2", "-w", held), ("diff", "v1", "v2", "-w", held), ("status", held, "--json")):
+        assert perdure(*words).returncode == 0
 
 
 def test_an_altered_version_is_not_promoted(held: Path):

@@ -55,8 +55,13 @@ def actor() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-def open_workspace(folder: Path, settings: list[str] | None) -> tuple[Workspace, RunConfig]:
+def open_place(folder: Path) -> Workspace:
+    """A workspace without its settings: what is served can be seen and changed whatever perdure.toml says."""
     from perdure.workspace import Workspace
 
-    place = Workspace.open(folder)
+    return Workspace.open(folder)
+
+
+def open_workspace(folder: Path, settings: list[str] | None) -> tuple[Workspace, RunConfig]:
+    place = open_place(folder)
     return place, with_settings(place.config(), settings or [])

@@ -23,6 +23,7 @@ from perdure.cli_common import (
     WorkspaceOption,
     actor,
     app,
+    open_place,
     open_workspace,
     out,
     reporter,
@@ -37,7 +38,7 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
     from perdure.report.numbers import summary
     from perdure.report.text import skill_table
 
-    place, _ = open_workspace(same or workspace, None)
+    place = open_place(same or workspace)
     unfinished = place.unfinished()
     state = {**place.aliases(), "skills": list(place.taught()), "unfinished": unfinished}
     if as_json:
@@ -62,9 +63,8 @@ def log(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: J
     """The ledger, oldest event first, and what each stage cost.
 
     Beside it what was predicted. A broken chain is an error."""
-    from perdure.workspace import Workspace
 
-    place = Workspace.open(same or workspace)  # without its settings: what is served can be changed whatever they say
+    place = open_place(same or workspace)
     place.verify_ledger()
     events = place.ledger()
     if as_json:
@@ -106,7 +106,7 @@ def show(
     """A version's record, as JSON.
 
     Its parent, skill, scores, verdict, hashes, settings and cost."""
-    place, _ = open_workspace(workspace, None)
+    place = open_place(workspace)
     out.print_json(json.dumps(place.version(version)))
 
 
@@ -123,7 +123,7 @@ def diff(
     from perdure.compare import compare
     from perdure.report.text import diff_tables
 
-    place, _ = open_workspace(workspace, None)
+    place = open_place(workspace)
     found = compare(place, first, second)
     if as_json:
         out.print_json(json.dumps(found))
@@ -141,9 +141,8 @@ def promote(
     """Make a version the champion. One that the gate held or refused needs --force and a reason; both stay in the
     ledger. Exit code 1: the gate did not pass it."""
     from perdure.verify import problems_of_version
-    from perdure.workspace import Workspace
 
-    place = Workspace.open(workspace)
+    place = open_place(workspace)
     if force and not (reason or "").strip():
         raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
     name = place.resolve(version)
@@ -195,10 +194,9 @@ def rollback(
     """Go back to an earlier version.
 
     No weights are moved: it takes no time, also while a stage trains. What that stage ends with is then held."""
-    from perdure.workspace import Workspace
 
     about = {"by": actor()} | ({"reason": reason} if reason else {})
-    out.print(f"champion: {Workspace.open(workspace).rollback(to, **about)}")
+    out.print(f"champion: {open_place(workspace).rollback(to, **about)}")
 
 
 @app.command()
@@ -217,7 +215,7 @@ def sync(
 
     if tracker != "mlflow":
         raise InputError(f"no tracker {tracker!r}; there is: mlflow")
-    place, _ = open_workspace(workspace, None)
+    place = open_place(workspace)
     mirror = sync_mlflow(place, tracking_uri, name)
     out.print(f"{mirror.uri}: {len(mirror.added)} versions added to {mirror.model}", soft_wrap=True)
     for alias, version in mirror.aliases.items():
@@ -246,7 +244,7 @@ def export(
         raise InputError("--rank and --since are of an adapter: add --adapter")
     if adapter and rank is not None and rank > MOST_RANK:
         raise InputError(f"--rank {rank}: at most {MOST_RANK}")
-    place, _ = open_workspace(workspace, None)
+    place = open_place(workspace)
     found = (export_adapter(place, version, since, folder, rank) if adapter
              else export_weights(place, version, folder, dtype))  # fmt: skip
     if as_json:
@@ -307,7 +305,7 @@ def report(
     from perdure.report.html import write_report
     from perdure.report.numbers import summary
 
-    place, _ = open_workspace(same or workspace, None)
+    place = open_place(same or workspace)
     if as_json:
         out.print_json(json.dumps(summary(place.folder)))
         return
