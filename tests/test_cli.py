@@ -62,6 +62,7 @@ SURFACE = {
     "diff": {"first", "second", "--workspace", "-w", "--json"},
     "promote": {"version", "--workspace", "-w", "--reason", "--force"},
     "forget": {"skill", "--workspace", "-w", "--set"},
+    "erase": {"skill", "--workspace", "-w", "--yes", "--reason"},
     "sync": {"tracker", "--workspace", "-w", "--tracking-uri", "--name"},
     "rollback": {"--workspace", "-w", "--to", "--reason"},
     "report": {"workspace", "--workspace", "-w", "--json", "--open"},

@@ -32,7 +32,7 @@ FLOORS = {
     ],
     "F5 deciding": [
         "gates", "ledger", "run_folders", "workspace", "verify", "scores", "measure", "compare", "stages", "staging",
-        "forecast", "running", "candidate", "repair", "card", "judging", "curriculum", "forgetting",
+        "forecast", "running", "candidate", "repair", "card", "judging", "curriculum", "forgetting", "erasing",
         "question_writers", "questions",
     ],
     "F6 talking": [

@@ -19,7 +19,7 @@ from perdure.types import InputError
 COMMANDS = (cli_import, cli_learn, cli_versions, cli_bench)
 """Importing them has registered their commands."""
 ORDER = ("demo", "init", "import", "check", "learn", "eval", "status", "report", "log", "show", "diff", "chat",
-         "promote", "rollback", "forget", "verify", "export", "sync", "bench")  # fmt: skip
+         "promote", "rollback", "forget", "erase", "verify", "export", "sync", "bench")  # fmt: skip
 """As --help lists them: in the order of their first use."""
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name or getattr(command.callback, "__name__", "")))
 _BY_SIGNAL = 130

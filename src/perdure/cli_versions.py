@@ -184,6 +184,32 @@ def forget(
 
 
 @app.command()
+def erase(
+    skill: Annotated[str, typer.Argument(help="Name of a skill that the champion was not taught (perdure forget).")],
+    workspace: WorkspaceOption = HERE,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it. Without: say what would be erased.")] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
+) -> None:
+    """Remove a skill's rows for good.
+
+    Its demonstrations, all answers to its rows, and the weights of every version that was trained on them."""
+    from perdure.erasing import erase as erase_skill
+    from perdure.erasing import what_holds
+
+    place = open_place(workspace)
+    found = what_holds(place, skill)
+    what = f"{found.present} files, {found.size / 1e6:.1f} MB"
+    what += f", among them the weights of {', '.join(found.versions)}" if found.versions else ""
+    if not yes:
+        out.print(Text(f"{skill}: {what}. They cannot be brought back: --yes erases them."), soft_wrap=True)
+        raise typer.Exit(REFUSED)
+    with place.lock():
+        erase_skill(place, skill, **({"by": actor()} | ({"reason": reason} if reason else {})))
+    out.print(Text(f"{skill}: erased {what}. Not touched: the folder it was imported from, exports, backups."),
+              soft_wrap=True)  # fmt: skip
+
+
+@app.command()
 def rollback(
     workspace: WorkspaceOption = HERE,
     to: Annotated[

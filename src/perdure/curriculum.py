@@ -116,6 +116,7 @@ def evaluate_version(workspace: Workspace, version: str, folders: Sequence[Path]
                      reporter: Reporter) -> dict[str, Any]:  # fmt: skip
     """Measure a version on the given skills (default: those taught on the way to it); nothing is written."""
     name = workspace.resolve(version)
+    workspace.check_not_erased(name)
     skills = load_all(folders) if folders else [load_skill(folder) for folder in workspace.taught(name).values()]
     if not skills and not with_probe:
         raise InputError(f"{name}: no skill was taught yet; name one with --skill FOLDER, or ask for --probe")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +116,9 @@ def aliases_text(aliases: dict[str, str | None]) -> str:
 
 def _head_text(count: int, last: bytes) -> str:
     return to_json({"lines": count, "sha256": line_sha256(last)}) + "\n"
+
+
+def erased_files(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """File below the workspace -> the skill with which it was erased, by the ledger's ``erase`` events."""
+    return {str(path): str(event.get("skill")) for event in events if event.get("event") == "erase"
+            for path in event.get("files") or ()}  # fmt: skip

@@ -84,6 +84,7 @@ def open_version(workspace: Workspace, name: str, config: RunConfig) -> Session:
     """Load a version by its full name; the base model has no weights of its own here.
 
     Raises InputError where the base model is not the one that the workspace was made with."""
+    workspace.check_not_erased(name)
     base = workspace.version(BASE)["hashes"]["base"]
     return open_session(config, None if name == BASE else workspace.version_folder(name), base)
 

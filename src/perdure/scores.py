@@ -7,7 +7,7 @@ them; reading them needs no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,9 @@ def probe_items(rows: Iterable[Mapping[str, Any]]) -> dict[str, Items]:
 class Scores:
     """What is known of one version: numbers for people, items for the gates."""
 
-    def __init__(self) -> None:
+    def __init__(self, erased: Collection[str] = ()) -> None:
+        self.erased = erased
+        """Skills whose items were erased in some versions: a score without items is left out."""
         self.skills: dict[str, dict[str, Any]] = {}
         self.probe: dict[str, Any] | None = None
         self.items: dict[str, Items] = {}
@@ -77,10 +79,11 @@ class Scores:
         """Add the scores of a version.json or baseline.json whose items lie in ``folder``, those taken in this ``way``
         where one is given."""
         for name, score in entry["scores"].items():
-            if way and not way.fits(score):
+            path = folder / f"{name}.jsonl"
+            if (way and not way.fits(score)) or (name in self.erased and not path.is_file()):
                 continue
             self.skills[name] = score
-            self.items[name] = {row["id"]: row["score"] >= 1 for row in read_jsonl(folder / f"{name}.jsonl")}
+            self.items[name] = {row["id"]: row["score"] >= 1 for row in read_jsonl(path)}
         if entry["probe"] and (way is None or entry["probe"].get("measured_with") == way.probe):
             self.probe = entry["probe"]
             self.items = {name: items for name, items in self.items.items() if name.split("/")[0] != PROBE}
@@ -98,7 +101,7 @@ def known_scores(workspace: Workspace, version: str, way: Way | None = None) -> 
     began at it.
 
     A baseline is measured later, where the version's own score is missing or of other rows, so it counts."""
-    scores = Scores()
+    scores = Scores(set(workspace.erased().values()))
     if version != BASE:
         scores.read(workspace.version(version), workspace.version_folder(version) / "evaluation", way)
     for stage in workspace.runs.names():

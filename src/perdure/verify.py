@@ -8,12 +8,12 @@ that was taught: who changes a byte has to change the ledger's lines from there 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from perdure.files import file_sha256, manifest_of, read_json
-from perdure.ledger import Ledger, aliases_text
+from perdure.ledger import Ledger, aliases_text, erased_files
 from perdure.skills.base import content_hash, skill_files
 from perdure.types import InputError
 from perdure.workspace import MANIFEST, Workspace
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     """Every problem as ``path: what is wrong``, empty when all is as it was written. Changes nothing."""
-    problems, recorded = _ledger(folder)
+    problems, recorded, erased = _ledger(folder)
     problems += _aliases(folder)
     versions = sorted(path for path in _children(folder / "versions") if not path.name.startswith("."))
     skills = sorted(path for path in _children(folder / "skills") if not path.name.startswith("."))
@@ -36,27 +36,33 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     taught: dict[str, str] = {}
     for done, path in enumerate([*versions, *skills], 1):
         if path.parent.name == "versions":
-            problems += _version(path, recorded.get(path.name), taught)
+            problems += _version(path, recorded.get(path.name), taught, erased)
         else:
             problems += _skill(path, taught)
         if progress:
             progress(done, len(versions) + len(skills))
-    problems += [f"{folder / 'skills' / name}: missing; a version was taught it" for name in taught
-                 if name not in {path.name for path in skills}]  # fmt: skip
+    there = {path.name for path in skills} | {path.split("/")[1] for path in erased if path.startswith("skills/")}
+    missing = [name for name in taught if name not in there]
+    left = [path for path in erased if path.startswith(("versions/", "runs/")) and (folder / path).exists()]
+    problems += [f"{folder / 'skills' / name}: missing; a version was taught it" for name in missing]
+    problems += [f"{folder / path}: to be erased; repeat perdure erase {erased[path]} --yes" for path in left]
     return problems
 
 
 def problems_of_version(workspace: Workspace, name: str) -> list[str]:
-    """What was changed of one version since it was written: to be asked before it is served."""
-    return _version(workspace.folder / "versions" / name, _recorded(workspace.ledger()).get(name), {})
+    """What was changed of one version since it was written: to be asked before it is served. Raises InputError where
+    its weights were erased."""
+    workspace.check_not_erased(name)
+    events = workspace.ledger()
+    return _version(workspace.folder / "versions" / name, _recorded(events).get(name), {}, erased_files(events))
 
 
 def _children(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _ledger(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Problems of the ledger, and the hash of each version's version.json that it holds."""
+def _ledger(folder: Path) -> tuple[list[str], dict[str, Any], dict[str, str]]:
+    """Problems of the ledger, the hash of each version's version.json that it holds, and the files that were erased."""
     ledger = Ledger(folder)
     problems = []
     try:
@@ -66,8 +72,8 @@ def _ledger(folder: Path) -> tuple[list[str], dict[str, Any]]:
     try:
         events = ledger.events()
     except InputError:
-        return problems, {}
-    return problems, _recorded(events)
+        return problems, {}, {}
+    return problems, _recorded(events), erased_files(events)
 
 
 def _recorded(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def _aliases(folder: Path) -> list[str]:
     return [f"{path}: not what the ledger says; the next command that opens the workspace mends it"]
 
 
-def _version(folder: Path, recorded: Any, taught: dict[str, str]) -> list[str]:
+def _version(folder: Path, recorded: Any, taught: dict[str, str], erased: Collection[str]) -> list[str]:
     info_path = folder / "version.json"
     if not folder.is_dir() or not info_path.is_file():
         return [f"{folder}: no version (it has no version.json)"]
@@ -100,7 +106,9 @@ def _version(folder: Path, recorded: Any, taught: dict[str, str]) -> list[str]:
         return [f"{info_path}: altered (its hash is not the one in the ledger)"]
     info = read_json(info_path)
     listed, found = info["files"], manifest_of(folder)
-    problems = [f"{folder / name}: missing" for name in listed if name not in found]
+    gone = {name for name in listed if name not in found}
+    problems = [f"{folder / name}: missing" for name in listed
+                if name in gone and f"versions/{folder.name}/{name}" not in erased]  # fmt: skip
     problems += [f"{folder / name}: altered" for name in listed if name in found and found[name] != listed[name]]
     problems += [f"{folder / name}: not of this version; it was put here later" for name in found if name not in listed]
     if info["skill"] is not None:

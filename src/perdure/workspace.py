@@ -29,7 +29,7 @@ from perdure.files import (
     sync_path,
     to_json,
 )
-from perdure.ledger import Ledger, aliases_text
+from perdure.ledger import Ledger, aliases_text, erased_files
 from perdure.provenance import now
 from perdure.run_folders import RunFolders, next_name
 from perdure.skills.base import check_inside, content_hash, skill_files
@@ -213,6 +213,7 @@ class Workspace:
                 raise InputError(
                     f"{self.folder}: {target} was never promoted; to serve it all the same: promote {target}"
                 )
+            self.check_not_erased(target)
             self._append("rollback", version=target, parent=champion, **fields)
             self._write_aliases()
             return target
@@ -242,6 +243,16 @@ class Workspace:
     def ledger(self) -> list[dict[str, Any]]:
         """All events. Raises InputError naming the line that is no JSON object."""
         return Ledger(self.folder).events()
+
+    def erased(self) -> dict[str, str]:
+        """File below the workspace -> the skill with which it was erased."""
+        return erased_files(self.ledger())
+
+    def check_not_erased(self, version: str) -> None:
+        """Raises InputError for a version whose weights were erased with a skill."""
+        for path, skill in self.erased().items():
+            if path.startswith(f"versions/{version}/") and path.endswith(".safetensors"):
+                raise InputError(f"{self.folder}: the weights of {version} were erased with the skill {skill!r}")
 
     def verify_ledger(self) -> int:
         """See Ledger.verify."""

@@ -1,0 +1,154 @@
+"""Erasing a skill: nothing of its rows is left, what is left can be worked with, and a kill in between is made good."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fakes import NUMBERS, save_tiny_model, toy_skill
+from perdure.cli import app
+from perdure.config import RunConfig
+from perdure.curriculum import evaluate_version, learn
+from perdure.erasing import erase, what_holds
+from perdure.forgetting import forget
+from perdure.report.html import write_report
+from perdure.report.numbers import summary
+from perdure.reporting import Silent
+from perdure.skills.base import load_skill
+from perdure.stages import create_workspace
+from perdure.types import InputError
+from perdure.verify import verify
+from perdure.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def skills(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("skills")
+    return [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, skills: list[Path]) -> Path:
+    """v001 was taught colours, v002 numbers; anchors of colours take part in the second stage."""
+    folder = tmp_path_factory.mktemp("learned")
+    train = {"method": "sft", "learning_rate": 3e-3, "steps": 12, "warm_start_steps": 6, "anchor_general_tokens": 4}
+    config = RunConfig.model_validate(
+        {"model": {"source": str(save_tiny_model(folder / "model", copies=True)), "compute_dtype": "float32"},
+         "probe": {"tasks": []}, "train": train, "gate": {"enforce": False, "repair": 0}}
+    )  # fmt: skip
+    learn(create_workspace(folder / "bot", config), skills, config, Silent())
+    write_report(folder / "bot")
+    return folder / "bot"
+
+
+@pytest.fixture
+def forgotten(tmp_path: Path, learned: Path) -> Workspace:
+    """And v003 numbers alone."""
+    workspace = Workspace(shutil.copytree(learned, tmp_path / "bot"))
+    assert forget(workspace, "colours", workspace.config(), Silent()).version == "v003"
+    return workspace
+
+
+def holds(folder: Path, skill: Path) -> list[str]:
+    """Files in which a prompt of the skill stands."""
+    loaded = load_skill(skill)
+    prompts = {str(example.messages[-1]["content"]).encode() for example in (*loaded.train, *loaded.test)}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        {path.relative_to(folder).as_posix() for path in files if any(p in path.read_bytes() for p in prompts)}
+    )
+
+
+def test_nothing_of_the_skill_is_left_and_the_rest_is(forgotten: Workspace, skills: list[Path]):
+    folder, colours = forgotten.folder, load_skill(skills[0])
+    kept = f"skills/colours@{colours.content_hash[:8]}"
+    before, others = holds(folder, skills[0]), holds(folder, skills[1])
+    wanted = {f"{kept}/{name}" for name in ("train.jsonl", "test.jsonl")}
+    wanted |= {"versions/v003/evaluation/colours.jsonl", "runs/s01-colours/baseline/colours.jsonl", "report.html"}
+    assert wanted <= {*before}
+    assert (forgotten.version_folder("v002") / "model.safetensors").is_file()
+    found = erase(forgotten, "colours", by="ann@host", reason="asked to")
+    assert found.versions == ("v001", "v002") and found.present == len(found.files) > len(before)
+    assert holds(folder, skills[0]) == [] and not (folder / kept).exists()
+    of_second_stage = {"runs/s02-numbers/samples.jsonl", "runs/s02-numbers/baseline/numbers.jsonl"}
+    assert {*others} - {*holds(folder, skills[1])} <= of_second_stage | {"report.html"}
+    weights = [path.parent.name for path in folder.glob("versions/*/model.safetensors")]
+    assert weights == ["v003"] and verify(folder) == []
+    event = forgotten.ledger()[-1]
+    assert (event["event"], event["skill"], event["versions"]) == ("erase", "colours", ["v001", "v002"])
+    assert (event["by"], event["reason"]) == ("ann@host", "asked to")
+
+
+def test_what_is_left_can_be_worked_with(forgotten: Workspace, skills: list[Path]):
+    config = forgotten.config()
+    erase(forgotten, "colours")
+    for refused in (lambda: forgotten.rollback(), lambda: forgotten.rollback("v001"),
+                    lambda: evaluate_version(forgotten, "v002", [], config, False, Silent())):  # fmt: skip
+        with pytest.raises(InputError, match=r"the weights of v00[12] were erased with the skill 'colours'"):
+            refused()
+    assert summary(forgotten.folder)["champion"] == "v003"
+    for words in (["promote", "v2", "--force", "--reason", "r"], ["export", "v2", str(forgotten.folder / "out")]):
+        with pytest.raises(InputError, match="erased"):
+            app([*words, "-w", str(forgotten.folder)], standalone_mode=False)
+    for words in (["status"], ["log"], ["report"]):
+        assert CliRunner().invoke(app, [*words, str(forgotten.folder)]).exit_code == 0
+    assert CliRunner().invoke(app, ["diff", "v1", "v3", "-w", str(forgotten.folder)]).exit_code == 0
+    (outcome,) = learn(forgotten, skills[:1], config, Silent())  # the same rows, brought again
+    assert (outcome.version, outcome.decision) == ("v004", "promoted")
+    assert list(forgotten.taught()) == ["numbers", "colours"] and verify(forgotten.folder) == []
+
+
+def test_a_kill_at_any_file_is_made_good_by_the_same_command(
+    forgotten: Workspace, skills: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    class Killed(BaseException):
+        pass
+
+    unlink, left = Path.unlink, [0]
+
+    def dying(path: Path, missing_ok: bool = False) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", dying)
+    for more in (0, 1, 4, 6):
+        assert more < len(what_holds(forgotten, "colours").files)
+        left[0] = more
+        with pytest.raises(Killed):
+            erase(forgotten, "colours")
+        assert any("to be erased; repeat perdure erase colours" in problem for problem in verify(forgotten.folder))
+    monkeypatch.undo()
+    erase(forgotten, "colours")
+    erase(forgotten, "colours")
+    assert holds(forgotten.folder, skills[0]) == [] and verify(forgotten.folder) == []
+    assert [event["event"] for event in forgotten.ledger()].count("erase") == 1
+
+
+def test_the_command_says_what_it_would_do_and_does_it_with_yes(forgotten: Workspace, skills: list[Path]):
+    words = ["erase", "colours", "-w", str(forgotten.folder)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1 and "the weights of v001, v002. They cannot be brought back: --yes" in done.output
+    assert holds(forgotten.folder, skills[0])
+    assert CliRunner().invoke(app, [*words, "--yes"]).exit_code == 0
+    assert not holds(forgotten.folder, skills[0])
+
+
+def test_a_skill_that_the_champion_was_taught_is_forgotten_first(learned: Path):
+    workspace = Workspace(learned)
+    with pytest.raises(InputError, match=r"champion v002 was taught 'colours'; .* perdure forget colours"):
+        what_holds(workspace, "colours")
+    with pytest.raises(InputError, match="holds no skill 'poetry'"):
+        what_holds(workspace, "poetry")
+
+
+def test_a_skill_that_was_refused_can_be_erased(forgotten: Workspace, skills: list[Path]):
+    """Nobody forgets what was never promoted: its kept rows and its refused version go as well."""
+    forgotten.rollback("v000")
+    found = erase(forgotten, "numbers")
+    assert found.versions == ("v002", "v003") and holds(forgotten.folder, skills[1]) == []
+    assert verify(forgotten.folder) == []
