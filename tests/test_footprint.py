@@ -110,6 +110,19 @@ def test_lengths_are_those_of_the_rendered_rows(tmp_path: Path) -> None:
     assert work_of(renderer, rows, templates, TrainConfig(method="sft")).teacher_prompt == 0
 
 
+def test_a_template_that_cannot_show_the_rows_is_left_out(tmp_path: Path) -> None:
+    """In-line needs a prompt that ends with the user; the preflight leaves it out as well."""
+    config = ModelConfig(source=str(save_tiny_model(tmp_path / "model")))
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows = [replace(row, messages=(*row.messages, call, {"role": "tool", "content": "4"}))
+            for row in toy_examples(tmp_path)]  # fmt: skip
+    inline, turns = parse_template("inline"), parse_template("turns:1")
+    renderer, train = lengths_renderer(config), TrainConfig()
+    assert work_of(renderer, rows, [inline, turns], train) == work_of(renderer, rows, [turns], train)
+    with pytest.raises(InputError, match="turns:N"):
+        work_of(renderer, rows, [inline], train)
+
+
 def test_the_command_says_whether_it_fits(tmp_path: Path) -> None:
     model, skill = save_tiny_model(tmp_path / "model"), toy_skill(tmp_path / "colours")
     config = parse(RunConfig, {"model": {"source": str(model)}, "context": {"template": "turns:1"}}, "test")

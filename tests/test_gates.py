@@ -314,3 +314,28 @@ def test_turns_that_depend_on_each_other_leave_the_gate_its_word():
         one = guard(before, budget=0.04, decisive=True, conversations=of_talk(before))
         promoted += verdict([one], {"old": after}).decision == "promoted"
     assert promoted <= 0.1 * 300 + 2 * (300 * 0.1 * 0.9) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "case", ["whole conversations", "few that lose much, as many that gain one", "long ones break"]
+)
+def test_a_share_of_all_turns_that_is_lost_in_few_conversations(case: str):
+    """True losses of twice the budget, however they fall on the conversations: hardly ever promoted."""
+    rng, promoted, runs = np.random.default_rng(1), 0, 100
+    sizes = [20 if talk % 10 == 0 else 2 for talk in range(400)] if case == "long ones break" else [10] * 400
+    names = {f"c{talk}/{turn}": (talk, turn) for talk, size in enumerate(sizes) for turn in range(size)}
+    talks_of = {name: f"c{talk}" for name, (talk, _) in names.items()}
+    before = {name: turn > 0 for name, (_, turn) in names.items()}  # the first turn is wrong
+    for _ in range(runs):
+        draw = rng.random(400)
+        if case == "whole conversations":
+            lost, won = draw < 0.045, draw > 2
+        elif case == "long ones break":
+            lost, won = (draw < 0.081) & (np.array(sizes) == 20), draw > 2
+        else:
+            lost, won = draw < 0.05, (draw > 0.5) & (draw < 0.55)
+        after = {name: (before[name] and not lost[talk]) or (turn == 0 and bool(won[talk]))
+                 for name, (talk, turn) in names.items()}  # fmt: skip
+        one = guard(before, budget=0.02, decisive=True, conversations=talks_of)
+        promoted += verdict([one], {"old": after}).decision == "promoted"
+    assert promoted <= 0.25 * runs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,9 @@ def test_what_another_grader_of_the_users_said_is_measured_again(workspace: Work
     found.skills["colours"] = score
     assert unmeasured(found, [made], CONFIG) == ([], bool(CONFIG.probe.tasks))
     (tmp_path / "our_grading.py").write_text("def quality(completion, example):\n    return 0.0\n")
+    assert load_skill(folder).code_hash == made.code_hash  # what grades in this process is what was imported
+    monkeypatch.delitem(sys.modules, "our_grading")
+    importlib.invalidate_caches()
     changed = load_skill(folder)
     assert changed.content_hash == made.content_hash and changed.code_hash != made.code_hash
     assert unmeasured(found, [changed], CONFIG)[0] == [changed]
@@ -155,6 +160,21 @@ def test_scores_of_a_few_rows_do_not_take_the_place_of_those_of_all(workspace: W
     for rows, found in ((0, 10), (10, 10), (99, 10), (4, 4)):
         assert len(known_scores(workspace, "v001", replace(WAY, rows=rows)).items["colours"]) == found
     assert "colours" not in known_scores(workspace, "v001", replace(WAY, rows=5)).items
+
+
+def test_a_later_measurement_on_other_rows_does_not_take_the_place_of_these(workspace: Workspace,
+                                                                           tmp_path: Path) -> None:  # fmt: skip
+    """A refused stage brought other rows of a skill's name, and measured the champion on them."""
+    made = load_skill(toy_skill(tmp_path / "colours"))
+    add(workspace, {"colours": 9}, made.content_hash)
+    folder = workspace.run_folder("s02-colours")
+    other = {"accuracy": 0.4, "n": 10, "test_rows": 10, "skill_hash": "other", "measured_with": WAY.skills}
+    write_jsonl(folder / "baseline" / "colours.jsonl",
+                [{"id": f"test-{place}", "score": float(place < 4)} for place in range(10)])  # fmt: skip
+    (folder / "baseline.json").write_text(json.dumps({"version": "v001", "probe": None, "scores": {"colours": other}}))
+    (folder / "stage.json").write_text("{}")
+    assert sum(known_scores(workspace, "v001", WAY).items["colours"].values()) == 4
+    assert sum(known_scores(workspace, "v001", WAY.of([made])).items["colours"].values()) == 9
 
 
 def test_rows_of_another_content_are_not_the_same_rows_whatever_their_ids(workspace: Workspace, tmp_path: Path) -> None:

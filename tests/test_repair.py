@@ -204,8 +204,8 @@ def test_forgetting_gives_the_weights_that_were_never_taught_the_skill(tmp_path:
     assert (done.before, done.after, done.n) == (0.75, 0.0, 8)
     assert workspace.version("v003")["hashes"]["weights"] == clean.version("v001")["hashes"]["weights"]
     assert list(workspace.taught()) == ["numbers"] and workspace.lineage() == ["v000", "v003"]
-    events = [event["event"] for event in workspace.ledger()][-5:]
-    assert events == ["candidate", "verdict", "accept", "forget", "promote"]
+    events = [event["event"] for event in workspace.ledger()][-6:]
+    assert events == ["candidate", "verdict", "accept", "verdict", "forget", "promote"]
     assert workspace.rollback() == "v002"  # and nothing is lost
     assert list(workspace.taught()) == ["colours", "numbers"]
 

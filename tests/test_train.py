@@ -22,7 +22,7 @@ from perdure.models import working_copy
 from perdure.monitor import anchor_drift, describe, validate
 from perdure.rollout.base import RolloutEngine
 from perdure.rollout.local import LocalEngine
-from perdure.rows import batch_rows, complete, phase_of, sample, step_rollouts
+from perdure.rows import batch_rows, complete, completed, phase_of, sample, step_rollouts
 from perdure.runlog import Clock, LoopState
 from perdure.skills.graders import exact
 from perdure.stage import Anchors, Stage
@@ -30,7 +30,7 @@ from perdure.teacher import FixedTeacher, make_teacher
 from perdure.templates import parse_template
 from perdure.train import score, train
 from perdure.types import Completion, Example, InputError, Rollout
-from perdure.update import make_optimizer, optimise, set_learning_rate
+from perdure.update import loss_tokens, make_optimizer, optimise, set_learning_rate
 from perdure.written import with_written
 
 TURNS = parse_template("turns:2")
@@ -650,3 +650,20 @@ def test_the_weight_of_anchors_is_that_of_their_divergence(tmp_path: Path) -> No
     replayed = replace(stage, anchors=Anchors((label,)))
     rows = batch_rows(replayed, settings(anchor_share=0.5, anchor_weight=4.0), LoopState())
     assert {(row.weight, row.label_weight) for row in rows if isinstance(row, Rollout)} == {(0.0, 1.0)}
+
+
+def test_rows_without_a_token_that_carries_loss_are_no_fault_where_two_teachers_score(tmp_path: Path) -> None:
+    """As where an answer is shorter than the tokens to skip, in a micro-batch of its own."""
+    stage = make_stage(tmp_path, tiny_model(), kind="original")
+    start = FixedTeacher(working_copy(stage.student.model, torch.float32), is_start=True)
+    config = settings(skip_first_tokens=2, micro_batch_tokens=64, warm_start_steps=4, steps=1)
+    found = replace(stage, holder=start)
+    rows = batch_rows(found, config, LoopState())
+    rollouts = completed(found, config, rows)
+    assert {loss_tokens(row, config) for row in rollouts if row.has_demonstration} == {0}
+    assert any(loss_tokens(row, config) for row in rollouts)
+    hidden = score(found, config, rollouts, {}, LoopState())
+    metrics = optimise(
+        found, config, make_optimizer(found, config), rollouts, hidden, "warm_start", Clock(), LoopState()
+    )
+    assert metrics["loss"] == pytest.approx(0, abs=1e-6)  # what is held has not moved yet

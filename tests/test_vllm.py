@@ -179,7 +179,7 @@ def test_the_server_may_stay_some_steps_behind_and_its_answers_are_marked(tmp_pa
     for step in range(7):
         with torch.no_grad():
             next(iter(stage.engine.working.parameters())).mul_(1.001)  # as an optimizer step does
-        rows = sample(stage, config, batch_rows(stage, config, LoopState(step)), LoopState(step))
+        rows = sample(stage, config, batch_rows(stage, config, LoopState(step)), LoopState(step, first_own=0))
         marked.append({row.lagging for row in rows})
         reloads.append(server.reloads)
     assert reloads == [1, 1, 1, 2, 2, 2, 3]
@@ -190,6 +190,21 @@ def test_the_server_may_stay_some_steps_behind_and_its_answers_are_marked(tmp_pa
         next(iter(stage.engine.working.parameters())).mul_(1.001)
     stage.engine.generate(PROMPTS[:1], SamplingParams(2), [0])
     assert server.reloads == 4
+
+
+def test_the_first_own_answers_come_from_what_the_warm_start_taught(tmp_path: Path) -> None:
+    """It has the weights of the stage's start since the anchors were answered, and the warm start ends at step 4."""
+    server = Server()
+    stage = make_stage(tmp_path, tiny_model(seed=1), anchors=False)
+    stage = replace(stage, engine=engine_on(server, tmp_path / "weights", stage.student.model))
+    stage.engine.generate(PROMPTS, SamplingParams(2), [0] * 4)
+    config, state, reloads = settings(update_sampler_every=3, anchor_share=0.0, batch_size=2), LoopState(4), []
+    for state.step in range(4, 9):
+        with torch.no_grad():
+            next(iter(stage.engine.working.parameters())).mul_(1.001)
+        sample(stage, config, batch_rows(stage, config, state), state)
+        reloads.append(server.reloads)
+    assert reloads == [2, 2, 2, 3, 3] and state.first_own == 4
 
 
 def test_only_a_server_can_stay_behind() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from perdure.config import TrainConfig
-from perdure.nf4 import in_nf4, is_nf4, weight_of
+from perdure.nf4 import in_nf4, is_nf4, plain_of, weight_of
 from perdure.types import InputError
 
 
@@ -165,7 +165,7 @@ def effective_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
             plain = _merged(layer, weight_of(layer.get_base_layer())) if last == "weight" else parameter
             yield f"{owner}.{last}", plain
         elif not any(name.startswith(f"{layer}.lora_") for layer in layers):
-            yield name, parameter
+            yield name, plain_of(parameter)
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
         return _label(renderer.rollout(bare[place], demonstrations[place], None))
 
     if method.earlier == "demonstrations":
-        return [stored(place) for place in range(len(rows))]
+        # An answer without thinking is no example for a model that thinks.
+        return [stored(place) for place, row in enumerate(rows) if not renderer.lacks_thinking(row)]
     drafts = [demonstration.token_ids for demonstration in demonstrations]
     answers = answered(session, bare, skill.settings.max_new_tokens, seed, progress, drafts)
     if method.earlier == "answers" and config.anchor_rehearsal == 0:
@@ -75,7 +76,6 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
 
     def rehearsed(place: int) -> bool:
         share = config.anchor_rehearsal  # spread over the rows, so that every stretch of them has its part
-        # An answer without thinking is no example for a model that thinks.
         return int((place + 1) * share) > int(place * share) and not renderer.lacks_thinking(rows[place])
 
     # What the last version had right is held, too; what it had wrong must not be.

@@ -35,8 +35,9 @@ def _name(info: Mapping[str, Any]) -> str:
 
 
 def _result(name: str, kind: str, revision: str | None, score: Mapping[str, Any]) -> EvalResult:
+    # The data set's type tells results apart: those with the same one are shown as several metrics of the first.
     return EvalResult(
-        task_type="text-generation", task_name=kind, dataset_type=kind, dataset_name=name, dataset_revision=revision,
+        task_type="text-generation", task_name=kind, dataset_type=name, dataset_name=name, dataset_revision=revision,
         dataset_split="test" if kind == "skill" else None, metric_type="accuracy", metric_name="accuracy",
         metric_value=round(score["accuracy"], 4),
     )  # fmt: skip
@@ -52,7 +53,7 @@ def _text(info: Mapping[str, Any], taught: list[str]) -> str:
         f"# {_name(info)}",
         "",
         f"Version {info['version']}, made from {info['parent']} on {info['created']} by teaching it "
-        f"**{info['skill']}** with Perdure ([{METHODS[info['method']].label}]({PAPER})).",
+        f"**{info['skill']}** with Perdure ({_method(info['method'])}).",
         f"Skills in order: {', '.join(taught)}.",
         "",
         f"The gate's verdict: **{verdict['decision']}**.",
@@ -76,6 +77,11 @@ def _text(info: Mapping[str, Any], taught: list[str]) -> str:
         *(f"| {kind} | {value} |" for kind, value in (info["cost"].get("priced") or {}).items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _method(name: str) -> str:
+    label = METHODS[name].label
+    return f"[{label}]({PAPER})" if name == "sdft" else label
 
 
 def _rows(info: Mapping[str, Any]) -> list[str]:

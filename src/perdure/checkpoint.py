@@ -87,6 +87,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob(f"{_PREFIX}*"))
 
 
+def trainings(run: Path) -> list[Path]:
+    """The folders of a stage's trainings: its own, and those of attempts at repair."""
+    return [run, *sorted(path for path in run.glob("repair-*") if path.is_dir())]
+
+
 def drop_training_state(run: Path) -> None:
     """Remove what only a resume needs, once the stage's version is published: the folder keeps what people read."""
     _sweep(run)
@@ -156,7 +161,11 @@ def checkpoint_step(folder: Path) -> int:
 def save_weights(student: Any, path: Path) -> None:
     """The student's parameters that train as one safetensors file, replaced atomically. Every process calls it."""
     beside = beside_of(path)
-    tensors = {name: whole(p.detach()).contiguous() for name, p in trainable(student).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable(student).items():
+        value = whole(parameter.detach())  # every process takes part; one tensor at a time, so that they need not fit
+        if GROUP.lead:
+            tensors[name] = value.to("cpu", copy=True).contiguous()
     if not GROUP.lead:
         return
     save_file(tensors, beside)

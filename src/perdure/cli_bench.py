@@ -18,7 +18,9 @@ def bench(
         Path | None, typer.Option("--out", help="Where runs and tables go; default: bench-workspace/NAME.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each on its share of the cores.", min=1)] = 1,
-    method: Annotated[list[str] | None, typer.Option(help="Only this row of the chain file; may be repeated.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this row of the chain file; may be repeated.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; may be repeated.")] = None,
     tables: Annotated[bool, typer.Option("--tables", help="Run nothing: tables of what is finished.")] = False,
     as_json: JsonOption = False,

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from perdure.config import RunConfig, with_settings
+from perdure.types import InputError
 
 if TYPE_CHECKING:
     from perdure.workspace import Workspace
@@ -35,7 +36,9 @@ WorkspaceOption = Annotated[
 ]
 WorkspaceArgument = Annotated[Path, typer.Argument(envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
 SameOption = Annotated[Path | None, typer.Option("--workspace", "-w", help="The same, as other commands take it.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting as in perdure.toml: train.steps=80")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting as in perdure.toml: train.steps=80")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 HERE = Path(".")
 
@@ -53,6 +56,13 @@ def actor() -> str:
     except OSError:  # a user without a name, as in a container
         name = str(os.getuid())
     return f"{name}@{socket.gethostname()}"
+
+
+def the_one(workspace: Path, same: Path | None) -> Path:
+    """The folder that was named, as an argument or by -w. Raises InputError where both name one, and not the same."""
+    if same is None or workspace in (HERE, same):
+        return same or workspace
+    raise InputError(f"two folders are named, {workspace} and {same}: give one")
 
 
 def open_place(folder: Path) -> Workspace:

@@ -89,14 +89,21 @@ def _say_imported(target: Path, source: str) -> None:
     skill = load_skill(target)
     units = independent(skill.test)
     least = least_budget(units, guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
-    enough = f"can guard it with a retention budget of {100 * least:.1f} points (set it in skill.toml before teaching)"
-    guarded = enough if least < 0.2 else "are too few to guard it when later skills follow: bring more"
+    default = GateConfig().budget
+    guarded = "are too few to guard it when later skills follow: bring more"
+    if least < 0.2:
+        guarded = f"can show a loss of {100 * least:.1f} points of accuracy"
+        guarded += f"; the budget is {100 * default:g} points" if least <= default else (
+            f", and the default budget is {100 * default:g}: bring more rows, or write retention_budget = {least:.3f} "
+            "into skill.toml before you teach it")  # fmt: skip
     turns, what = (
         ("", "test rows") if units == len(skill.test) else (f", turns of {units} conversations", "conversations")
     )
     origin = f" ({skill.settings.source})" if source == "jsonl" else ""
     rows = f"{len(skill.train)} training and {len(skill.test)} test rows{turns}{origin}"
     said = f"{target}: {rows}. So many {what} {guarded}."
+    if skill.settings.grader == "tool_call" and not any(example.tools for example in skill.train):
+        said += " No row has 'tools', so the model will not be told which functions there are."
     out.print(Text(f"{said} Next: perdure check {shlex.quote(str(target))} -w WORKSPACE"), soft_wrap=True)
 
 

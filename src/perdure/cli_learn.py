@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -118,6 +119,7 @@ def learn(
         ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Where each stage's training time went.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Teach skills, keep what it knew, or refuse.
 
@@ -127,6 +129,8 @@ def learn(
     from perdure.report.numbers import summary
     from perdure.report.text import render
 
+    if profile and as_json:
+        raise InputError("--profile prints tables, --json one object: give one of them")
     if method and method not in (*METHODS, AUTO):
         raise InputError(f"--method {method}: one of {', '.join((*METHODS, AUTO))}")
     extra = [f'train.method="{method}"'] if method else []
@@ -135,13 +139,17 @@ def learn(
     with place.lock():
         outcomes = learn_skills(place, skills, config, reporter(), force=force, restart=restart)
         report = write_report(place.folder)
-    render(summary(place.folder), out)
-    if profile:
-        _profile(place, config, [outcome.stage for outcome in outcomes])
-    for outcome in outcomes:
-        if outcome.decision != "promoted":
-            out.print(Text(f"{outcome.skill} was {outcome.decision}: {' '.join(outcome.reasons)}"), soft_wrap=True)
-    out.print(f"\nReport: {report}", soft_wrap=True)
+    if as_json:
+        told = {"skills": [asdict(outcome) for outcome in outcomes], "report": str(report)}
+        out.print_json(json.dumps(told | place.aliases()))
+    else:
+        render(summary(place.folder), out)
+        if profile:
+            _profile(place, config, [outcome.stage for outcome in outcomes])
+        for outcome in outcomes:
+            if outcome.decision != "promoted":
+                out.print(Text(f"{outcome.skill} was {outcome.decision}: {' '.join(outcome.reasons)}"), soft_wrap=True)
+        out.print(f"\nReport: {report}", soft_wrap=True)
     raise typer.Exit(0 if all(outcome.decision == "promoted" for outcome in outcomes) else REFUSED)
 
 
@@ -159,7 +167,9 @@ def _profile(place: Workspace, config: RunConfig, stages: list[str]) -> None:
 def evaluate(
     workspace: WorkspaceOption = HERE,
     version: Annotated[str, typer.Option(help="v3, champion, previous or candidate.")] = "champion",
-    skill: Annotated[list[Path] | None, typer.Option("--skill", help="Skill folder; default: all taught ones.")] = None,
+    skill: Annotated[
+        list[Path] | None, typer.Option("--skill", metavar="SKILL", help="Skill folder; default: all taught ones.")
+    ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Prior capabilities as well.")] = False,
     settings: SetOption = None,
     as_json: JsonOption = False,

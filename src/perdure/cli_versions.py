@@ -27,7 +27,9 @@ from perdure.cli_common import (
     open_workspace,
     out,
     reporter,
+    the_one,
 )
+from perdure.files import read_json
 from perdure.report.words import safe_line, safe_text
 from perdure.types import InputError
 
@@ -38,10 +40,15 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
     from perdure.report.numbers import summary
     from perdure.report.text import skill_table
 
-    place = open_place(same or workspace)
+    place = open_place(the_one(workspace, same))
     unfinished = place.unfinished()
-    state = {**place.aliases(), "skills": list(place.taught()), "unfinished": unfinished}
+    state: dict[str, Any] = {**place.aliases(), "skills": list(place.taught()), "unfinished": unfinished}
     if as_json:
+        from perdure.scores import known_scores
+
+        scores = known_scores(place, "champion").skills
+        state["scores"] = {name: {key: scores[name][key] for key in ("accuracy", "low", "high", "n")}
+                           for name in state["skills"] if name in scores}  # fmt: skip
         out.print_json(json.dumps(state))
         return
     out.print(f"champion  {state['champion']}   previous  {state['previous'] or '-'}")
@@ -53,9 +60,14 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
         why = place.verdict(waiting)
         said = f"{waiting} is held: {why['reasons'][0] if why else ''} To serve it: perdure promote {waiting}"
         forced = "" if why is None or why["decision"] == "promoted" else ' --force --reason "..."'
-        out.print(Text(safe_line(f"{said} -w {same or workspace}{forced}")), soft_wrap=True)
+        out.print(Text(safe_line(f"{said} -w {the_one(workspace, same)}{forced}")), soft_wrap=True)
     for stage in unfinished:
-        out.print(f"unfinished stage {stage}: repeat the learn command to go on with it")
+        told = read_json(place.run_folder(stage) / "stage.json")
+        command = "forget" if told.get("branch") else "learn"
+        what = f"repeat the {command} command to go on with it"
+        if command == "learn" and (parent := told.get("parent")) != state["champion"]:
+            what = f"it began at {parent}, which is not the champion any more"
+        out.print(Text(safe_line(f"unfinished stage {stage}: {what}")), soft_wrap=True)
 
 
 @app.command()
@@ -64,7 +76,7 @@ def log(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: J
 
     Beside it what was predicted. A broken chain is an error."""
 
-    place = open_place(same or workspace)
+    place = open_place(the_one(workspace, same))
     place.verify_ledger()
     events = place.ledger()
     if as_json:
@@ -82,7 +94,7 @@ def verify(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
     """Check that nothing was changed behind Perdure's back.
 
     Every byte of versions, skills and ledger, against what was written. Exit code 2: something was changed."""
-    workspace = same or workspace
+    workspace = the_one(workspace, same)
     from perdure.verify import verify as problems_of_workspace
 
     if not (workspace / "perdure.toml").is_file():
@@ -164,6 +176,7 @@ def forget(
     skill: Annotated[str, typer.Argument(help="Name of a skill that the champion was taught.")],
     workspace: WorkspaceOption = HERE,
     settings: SetOption = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
 ) -> None:
     """Take a skill out.
 
@@ -173,7 +186,7 @@ def forget(
 
     place, config = open_workspace(workspace, settings)
     with place.lock():
-        done = forget_skill(place, skill, config, reporter())
+        done = forget_skill(place, skill, config, reporter(), restart=restart)
         write_report(place.folder)
     out.print(f"{done.skill}: {done.before:.1%} before, {done.after:.1%} without it, on {done.n} items")
     for reason in done.reasons:
@@ -286,7 +299,8 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(help="One question; none: a conversation, to Ctrl-D.")] = None,
     workspace: WorkspaceOption = HERE,
     versions: Annotated[
-        list[str] | None, typer.Option("--version", help="champion (the default), v0 ...; several answer in turn.")
+        list[str] | None,
+        typer.Option("--version", metavar="VERSION", help="champion (the default), v0 ...; several answer in turn."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt, as the skill's rows have it.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer, as in evaluations.")] = 0.0,
@@ -331,7 +345,7 @@ def report(
     from perdure.report.html import write_report
     from perdure.report.numbers import summary
 
-    place = open_place(same or workspace)
+    place = open_place(the_one(workspace, same))
     if as_json:
         out.print_json(json.dumps(summary(place.folder)))
         return

@@ -171,12 +171,14 @@ class CostConfig(SettingsSection):
     price_per_hour: float = Field(default=0.0, ge=0)
     """Of the machine; 0 = not known."""
     currency: str = "EUR"
+    """What stands beside amounts."""
 
 
 class RunConfig(SettingsSection):
     """All of it."""
 
     seed: int = 0
+    """Of every random choice."""
     model: ModelConfig = ModelConfig()
     context: ContextConfig = ContextConfig()
     thinking: ThinkingConfig = ThinkingConfig()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from perdure.files import file_sha256, new_folder, replace_text, to_json
 from perdure.models import LoadedModel, load, resolve, save
+from perdure.session import check_base
 from perdure.types import InputError
 from perdure.verify import problems_of_version
 from perdure.workspace import BASE, Workspace
@@ -132,7 +133,10 @@ def _version(workspace: Workspace, version: str) -> LoadedModel:
     if problems := problems_of_version(workspace, version):
         raise InputError("\n".join(problems))
     config = workspace.config()
-    return load(config.model, None if version == BASE else workspace.version_folder(version), torch.device("cpu"))
+    loaded = load(config.model, None if version == BASE else workspace.version_folder(version), torch.device("cpu"))
+    if version == BASE:
+        check_base(loaded.model, config, workspace.version(BASE)["hashes"]["base"])
+    return loaded
 
 
 def _written(workspace: Workspace, version: str, folder: Path, write: Callable[[Path], None],

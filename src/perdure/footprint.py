@@ -123,9 +123,23 @@ def work_of(renderer: Renderer, examples: Sequence[Example], templates: Sequence
     answers = [len(renderer.demonstration(e).token_ids) for e in turns]
     teachers = [0.0]
     if METHODS[train.method].shows:
-        teachers = [sum(len(renderer.teacher_prompt(e, t).token_ids) for e in turns) / len(turns) for t in templates]
+        teachers = _teacher_lengths(renderer, turns, templates)
     prompt, answer = (sum(lengths) / len(lengths) for lengths in (prompts, answers))
     return Work(rows, prompt, answer, max(teachers), batch_tokens)
+
+
+def _teacher_lengths(renderer: Renderer, turns: Sequence[Example], templates: Sequence[Template]) -> list[float]:
+    """Mean length of the teacher's prompts by each template that can show these rows. Raises InputError where none
+    can."""
+    lengths, why = [], None
+    for template in templates:
+        try:
+            lengths.append(sum(len(renderer.teacher_prompt(e, template).token_ids) for e in turns) / len(turns))
+        except InputError as error:  # one that cannot, the preflight leaves out as well
+            why = error
+    if why and not lengths:
+        raise why
+    return lengths
 
 
 def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1) -> dict[str, float]:

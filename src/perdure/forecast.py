@@ -119,7 +119,8 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
 def _evaluate(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
               config: RunConfig) -> float:  # fmt: skip
     """The candidate on every skill, and the parent on those that it was not measured on yet."""
-    missing, _ = unmeasured(known_scores(workspace, parent, way_of(config)), scope.values(), config)
+    known = known_scores(workspace, parent, way_of(config).of(scope.values()))
+    missing, _ = unmeasured(known, scope.values(), config)
     rows = {name: len(config.eval.taken(other.test)) for name, other in scope.items()}
     few = skill.train[:EVALUATED]
     start = time.perf_counter()

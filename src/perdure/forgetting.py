@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from perdure.config import RunConfig
 from perdure.curriculum import learn_one
 from perdure.gates import decide_kept
-from perdure.measure import measure_probe, measure_skill, skill_items, way_of
+from perdure.measure import measure_probe, measure_skill, probe_json, score_json, skill_items, way_of
 from perdure.reporting import Reporter
 from perdure.running import open_version
 from perdure.scores import Scores, guards, known_scores, probe_items, unmeasured
@@ -36,8 +36,9 @@ class Forgotten:
     n: int
 
 
-def forget(workspace: Workspace, name: str, config: RunConfig, reporter: Reporter) -> Forgotten:
+def forget(workspace: Workspace, name: str, config: RunConfig, reporter: Reporter, restart: bool = False) -> Forgotten:
     """Make the champion a version that was never taught ``name`` (in any of its contents) and knows the other skills.
+    ``restart`` begins an unfinished stage of the replay anew.
 
     Stages of the replay that are finished are not repeated. Raises InputError when the skill was not taught."""
     taught = {skill: load_skill(folder) for skill, folder in workspace.taught().items()}
@@ -52,18 +53,19 @@ def forget(workspace: Workspace, name: str, config: RunConfig, reporter: Reporte
     again = list(dict.fromkeys(record["skill"] for record in records[first:] if record["skill"] != name))
     for place, skill in enumerate(again, 1):
         reporter.stage(f"Replay {place} of {len(again)}: {skill}, without {name}")
-        version = _replay(workspace, taught[skill], version, branch, config, reporter, taught)
+        version = _replay(workspace, taught[skill], version, branch, config, reporter, taught, restart)
     return _judge(workspace, name, champion, version, taught, config, reporter)
 
 
 def _replay(workspace: Workspace, skill: Skill, parent: str, branch: str, config: RunConfig, reporter: Reporter,
-            scope: dict[str, Skill]) -> str:  # fmt: skip
+            scope: dict[str, Skill], restart: bool) -> str:  # fmt: skip
     """The version that teaches ``skill`` to ``parent`` on the branch; made now where it is not there yet."""
     for info in taught_this(workspace, skill):
         if (info["parent"], info.get("branch"), info["hashes"]["config"]) == (parent, branch, settings_hash(config)):
             return info["version"]
     # Whatever its own gate says, the last version of the branch is judged as a whole.
-    outcome = learn_one(workspace, skill, scope, config, reporter, parent=parent, branch=branch, force=True)
+    outcome = learn_one(workspace, skill, scope, config, reporter, parent=parent, branch=branch, force=True,
+                        restart=restart)  # fmt: skip
     assert outcome.version is not None, "a forced stage always gives a version"
     return outcome.version
 
@@ -75,10 +77,14 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
     kept = guards(workspace, champion, before, others, config, way_of(config))
     verdict: Verdict = decide_kept(config.gate, after.items, kept)
     accuracies = [sum(s.items[name].values()) / len(s.items[name]) for s in (before, after)]
-    key = {"event": "forget", "version": version, "parent": champion, "skill": name}
+    gate = config.gate.model_dump(mode="json")
+    key = {"event": "forget", "version": version, "parent": champion, "skill": name, "decision": verdict.decision,
+           "gate": gate}  # fmt: skip
     if not any(event | key == event for event in workspace.ledger()):  # else killed before its promotion
-        workspace.append(**key, before=accuracies[0], after=accuracies[1], decision=verdict.decision,
-                         reasons=list(verdict.reasons))  # fmt: skip
+        if workspace.version(version).get("branch"):  # of the whole replay, in the place of its last stage's
+            workspace.append("verdict", version=version, decision=verdict.decision, reasons=list(verdict.reasons),
+                             table=list(verdict.table), gate=gate)  # fmt: skip
+        workspace.append(**key, before=accuracies[0], after=accuracies[1], reasons=list(verdict.reasons))
     decision, reasons = verdict.decision if config.gate.enforce else "promoted", verdict.reasons
     about = {"parent": champion, "skill": name}
     if decision == "promoted" and (late := promote_or_hold(workspace, version, f"without {name}", about)):
@@ -89,12 +95,16 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
 def _scores(workspace: Workspace, version: str, skills: dict[str, Skill], config: RunConfig,
             reporter: Reporter) -> Scores:  # fmt: skip
     """What ``version`` scores on ``skills`` and the prior tasks; measured now where no file says it."""
-    scores = known_scores(workspace, version, way_of(config))
+    way = way_of(config).of(skills.values())
+    scores = known_scores(workspace, version, way)
     missing, wants_probe = unmeasured(scores, skills.values(), config)
     if missing or wants_probe:
         session = open_version(workspace, version, config)
         for skill in missing:
-            scores.items[skill.name] = skill_items(measure_skill(session, skill, config, reporter, version))
-        probed = measure_probe(session, config, reporter, version) if wants_probe else None
-        scores.items |= probe_items(probed.items) if probed else {}
+            score = measure_skill(session, skill, config, reporter, version)
+            scores.skills[skill.name] = score_json(score, skill, way)
+            scores.items[skill.name] = skill_items(score)
+        if wants_probe and (probed := measure_probe(session, config, reporter, version)):
+            scores.probe = probe_json(probed, way)
+            scores.items |= probe_items(probed.items)
     return scores

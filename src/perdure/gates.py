@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from perdure.config import GateConfig
-from perdure.stats import holm, items_needed, mcnemar_one_sided, noninferiority_p, noninferiority_power
+from perdure.stats import (
+    clustered_noninferiority_p,
+    holm,
+    items_needed,
+    mcnemar_one_sided,
+    noninferiority_p,
+    noninferiority_power,
+)
 from perdure.types import Verdict
 
 Items = Mapping[str, bool]
@@ -62,9 +69,9 @@ def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[
     refused. ``hurt``: names of guards that an earlier attempt hurt; these and the decisive ones are then refused by any
     loss beyond the budget, significant or not.
 
-    The tests count what is independent: of the turns of one conversation (``conversations``: those of the new skill)
-    that it lost, gained or neither, by the sign of their sum. That holds however they depend on one another, since a
-    share of all turns can be lost only where at least that share of the conversations lost some.
+    Turns of one conversation (``conversations``: those of the new skill) are no independent items. The tests then
+    count conversations, each of which lost, gained or neither, by the sum over its turns; and that twice the budget of
+    all turns was not lost must be shown over the conversations' sums as well.
 
     ``config.enforce`` changes nothing here: whoever promotes looks at it.
     """
@@ -110,6 +117,10 @@ class _Pair(NamedTuple):
     items: tuple[Before, After]
     units: tuple[Before, After]
     """What is independent: items, or conversations that lost, gained or neither."""
+    sizes: list[int]
+    """Items of each unit."""
+    losses: list[int]
+    """How many of them became wrong, less those that became right."""
 
     @property
     def n(self) -> int:
@@ -138,15 +149,18 @@ def _paired(old: Items | None, new: Items | None, conversations: Conversations) 
     if not old or not new or old.keys() != new.keys():
         return None
     items = [old[item] for item in old], [new[item] for item in old]
-    changes: dict[str, int] = {}
-    whole: dict[str, bool] = {}  # right before, in each turn
+    units: dict[tuple[str, str], list[str]] = {}
     for item in old:
-        unit = conversations.get(item, item)
-        changes[unit] = changes.get(unit, 0) + new[item] - old[item]
-        whole[unit] = whole.get(unit, True) and old[item]
-    before = [change < 0 or (change == 0 and whole[unit]) for unit, change in changes.items()]
-    after = [change > 0 or (change == 0 and whole[unit]) for unit, change in changes.items()]
-    return _Pair(items, (before, after))
+        units.setdefault(("turns of", conversations[item]) if item in conversations else ("item", item), []).append(
+            item
+        )
+    losses = [sum(old[item] - new[item] for item in turns) for turns in units.values()]
+    whole = [
+        all(old[item] for item in turns) for turns in units.values()
+    ]  # what a unit is that neither lost nor gained
+    before = [lost > 0 or (lost == 0 and right) for lost, right in zip(losses, whole, strict=True)]
+    after = [lost < 0 or (lost == 0 and right) for lost, right in zip(losses, whole, strict=True)]
+    return _Pair(items, (before, after), [len(turns) for turns in units.values()], losses)
 
 
 def _row(name: str, kind: str, pair: _Pair | None, **more: Any) -> dict[str, Any]:
@@ -166,7 +180,7 @@ def _gain(config: GateConfig, skill: str, pair: _Pair | None) -> dict[str, Any]:
         return row
     real = row["change"] > 0 and p_value <= config.significance
     row["verdict"] = "learned" if real else "not learned"
-    numbers = f"{row['before']:.0%} to {row['after']:.0%} on {pair.said} (p = {p_value:.2g})"
+    numbers = f"{row['before']:.0%} to {row['after']:.0%} on {pair.said} ({_said(p_value)})"
     row["reason"] = f"{skill}: {row['verdict']}, {numbers}."
     blind = row["change"] > 0 and 0.5 ** pair.units[0].count(False) > config.significance
     if not real and (blind or row["change"] >= TELLING_GAIN):
@@ -182,7 +196,7 @@ def _loss(guard: Guard, pair: _Pair | None, p_value: float, counts: bool, confid
         return row
     label = "all prior tasks together" if guard.kind == "priors" else guard.name
     against = f" against {guard.reference}, its best" if guard.kind == "best ever" else ""
-    numbers = f"{row['before']:.1%} to {row['after']:.1%}{against} on {pair.said} (p = {p_value:.2g})"
+    numbers = f"{row['before']:.1%} to {row['after']:.1%}{against} on {pair.said} ({_said(p_value)})"
     # A budget is meant for what is known well: of a skill with less than twice of it, half may not go either.
     if counts and row["change"] < -min(guard.budget, row["before"] / 2):
         reason = f"{label}: got worse, {numbers}, budget {guard.budget:.1%}."
@@ -200,6 +214,10 @@ def _loss(guard: Guard, pair: _Pair | None, p_value: float, counts: bool, confid
     return row | {"verdict": CANNOT_TELL, "passed": False, "reason": reason}
 
 
+def _said(p_value: float) -> str:
+    return f"p = {p_value:.2g}" if p_value >= 0.001 else "p < 0.001"
+
+
 def _twice(guard: Guard, pair: _Pair) -> float:
     """The loss that must be shown not to be: twice the budget, or all that there was."""
     return min(2 * guard.budget, sum(pair.items[0]) / len(pair.items[0]))
@@ -211,6 +229,8 @@ def _is_kept(guard: Guard, pair: _Pair, confidence: float) -> bool:
     loss = _twice(guard, pair)
     if loss <= guard.budget:
         return True
+    if max(pair.sizes) > 1 and clustered_noninferiority_p(pair.sizes, pair.losses, loss) > 1 - confidence:
+        return False
     return noninferiority_p(pair.n, *pair.changed, loss) <= 1 - confidence
 
 

@@ -18,7 +18,7 @@ from perdure.repair import repair, worth_repairing
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState
 from perdure.running import Run
-from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds
+from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
 from perdure.stages import Outcome, follow, settings_hash, settle, taught_this, turned_away
 from perdure.types import Verdict
@@ -55,7 +55,8 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
 
 def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter: Reporter) -> Outcome | None:
     """The last version that taught this content to the champion and was turned away, under another gate than then: its
-    results are on file, so the gate alone decides anew and nothing is trained. None where there is no such version."""
+    results are on file, so the gate alone decides anew and nothing is trained. None where there is no such version, or
+    where what it was compared with was measured otherwise since."""
     champion = workspace.resolve("champion")
     for info in taught_this(workspace, skill):
         name, same = info["version"], info["parent"] == champion and not info.get("branch")
@@ -69,8 +70,10 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
         if said[-1]["event"] != "verdict" and judged[-1] == gate:
             return turned_away(info, workspace.verdict(name) or info["verdict"])
         if judged[-1] != gate:
+            verdict = _verdict_on_file(workspace, skill, config, champion, info)
+            if verdict is None:
+                return None
             reporter.note(f"{name} is judged again under the gate's new settings; nothing is trained.")
-            verdict = _verdict_on_file(workspace, skill, config, champion, name)
             workspace.append("verdict", version=name, decision=verdict.decision, reasons=list(verdict.reasons),
                              table=list(verdict.table), gate=gate)  # fmt: skip
         return follow(workspace, info, workspace.verdict(name) or info["verdict"], config.gate.enforce)
@@ -83,15 +86,18 @@ def _without_gate(config: dict[str, Any]) -> dict[str, Any]:
     return others | {"repair": config["gate"]["repair"]}
 
 
-def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, parent: str, name: str) -> Verdict:
+def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, parent: str,
+                     info: dict[str, Any]) -> Verdict | None:  # fmt: skip
     earlier = {
         taught: load_skill(folder) for taught, folder in workspace.taught(parent).items() if taught != skill.name
     }
-    after = known_scores(workspace, name)
     # As the candidate was measured then: this machine may choose another precision.
-    way = Way(after.skills.get(skill.name, {}).get("measured_with", ""), (after.probe or {}).get("measured_with", ""),
-              config.eval.rows)  # fmt: skip
-    before = known_scores(workspace, parent, way)
+    way = Way(info["scores"].get(skill.name, {}).get("measured_with", ""),
+              (info["probe"] or {}).get("measured_with", ""), config.eval.rows,
+              frozenset(config.probe.tasks)).of([skill, *earlier.values()])  # fmt: skip
+    before, after = (known_scores(workspace, version, way) for version in (parent, info["version"]))
+    if any(unmeasured(scores, [skill, *earlier.values()], config) != ([], False) for scores in (before, after)):
+        return None
     kept = guards(workspace, parent, before, earlier, config, way)
     return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept,
                   conversations=skill.conversations)  # fmt: skip

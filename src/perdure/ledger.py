@@ -52,10 +52,17 @@ class Ledger:
             os.fsync(file.fileno())
             try:
                 replace_text(self.head_path, _head_text(len(lines) + 1, line))
-            except OSError:  # no room for it: then the event did not happen, or whoever repeats it would do it twice
-                file.truncate(len(whole))
-                os.fsync(file.fileno())
+            except OSError:
+                # No room for it: then the event did not happen, or whoever repeats it would do it twice. But where
+                # the head is there and only its folder could not be synced, the line counts.
+                if self._counted() <= len(lines):
+                    file.truncate(len(whole))
+                    os.fsync(file.fileno())
                 raise
+
+    def _counted(self) -> int:
+        """Lines that ledger.head counts."""
+        return read_json(self.head_path)["lines"] if self.head_path.exists() else 0
 
     def events(self) -> list[dict[str, Any]]:
         """All events. Raises InputError naming the line that is no JSON object."""
@@ -63,10 +70,12 @@ class Ledger:
 
     def aliases(self) -> dict[str, str | None]:
         """champion, previous and candidate by the ledger. Raises InputError when it names no champion."""
-        candidate = None
+        candidate, refused = None, set()
         for event in reversed(self.events()):
             kind, version, parent = event.get("event"), event.get("version"), event.get("parent")
-            if kind == "hold" and candidate is None and isinstance(version, str):
+            if kind == "refuse" and isinstance(version, str):  # held once, and judged again under another gate
+                refused.add(version)
+            if kind == "hold" and candidate is None and isinstance(version, str) and version not in refused:
                 candidate = version
             if kind in ("init", "promote", "rollback"):
                 if not isinstance(version, str) or not isinstance(parent, str | None):

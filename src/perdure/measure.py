@@ -34,7 +34,8 @@ def way_of(config: RunConfig) -> Way:
         config.thinking.model_dump(mode="json"),
         config.rollout.engine,
     ]
-    return Way(_hash(answers), _hash([model, config.probe.rows, config.seed]), config.eval.rows)
+    prior = [model, config.probe.rows, config.seed]
+    return Way(_hash(answers), _hash(prior), config.eval.rows, frozenset(config.probe.tasks))
 
 
 def _hash(settings: Sequence[Any]) -> str:

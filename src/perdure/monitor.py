@@ -31,13 +31,15 @@ def describe(stage: Stage, rollouts: Sequence[Rollout], phase: str) -> dict[str,
     own = [r for r in taught if r.completion.sampler_logprobs]
     if phase != "on_policy" or not own:
         return described
-    same = [says_demonstration(stage, r) for r in own]
     leaks = [names_the_example(stage.renderer.text(r.completion)) for r in own]
-    return described | {
-        "truncated_share": sum(not r.completion.finished for r in own) / len(own),
-        "acceptance": sum(same) / len(own),
-        "leak_share": sum(leaks) / len(own),
-    }
+    return (
+        described
+        | {
+            "truncated_share": sum(not r.completion.finished for r in own) / len(own),
+            "leak_share": sum(leaks) / len(own),
+        }
+        | ({} if stage.acting else {"acceptance": sum(says_demonstration(stage, r) for r in own) / len(own)})
+    )
 
 
 def log_sample(stage: Stage, log: RunLog, rollouts: Sequence[Rollout], state: LoopState, phase: str) -> None:

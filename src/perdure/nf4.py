@@ -63,6 +63,12 @@ def weight_of(layer: Any) -> Tensor:
     return _bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
+def plain_of(parameter: Tensor) -> Tensor:
+    """A parameter in plain numbers: of one in 4 bits, what it computes with."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter if state is None else _bitsandbytes().functional.dequantize_4bit(parameter.data, state)
+
+
 def weight_count(parameter: Tensor) -> int:
     """How many weights a parameter holds: two a byte in 4 bits."""
     state = getattr(parameter, "quant_state", None)
@@ -73,4 +79,4 @@ def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise InputError("train.lora_nf4 needs bitsandbytes: pip install 'perdure[nf4]'") from error
+        raise InputError("train.lora_nf4 needs bitsandbytes: pip install 'bitsandbytes>=0.50'") from error

@@ -7,7 +7,7 @@ sampled training row without a demonstration (student) and with it, under the co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -168,9 +168,10 @@ def _answers(
 
 
 def _demonstrated(subject: Subject, rows: Sequence[Example], template: Template | None) -> list[Rollout]:
-    """Every recorded turn of the rows with the demonstration's own tokens."""
+    """Every recorded turn of the rows with the demonstration's own tokens, all of them, whatever part carries loss."""
     renderer = subject.renderer
-    return [renderer.rollout(e, renderer.demonstration(e), template) for e in renderer.each_turn(rows)]
+    rollouts = [renderer.rollout(e, renderer.demonstration(e), template) for e in renderer.each_turn(rows)]
+    return [replace(rollout, region=None) for rollout in rollouts]
 
 
 def _measure(subject: Subject, rows: Sequence[Example], template: Template, budget: int,

@@ -57,7 +57,8 @@ class ConsolePhase:
             self._bar.update(self._task, completed=self.done, total=self.total or None, status=self._status())
         elif time.perf_counter() - self._printed > PLAIN_EVERY:
             self._printed = time.perf_counter()
-            self.console.print(Text(f"  {self.name}: {self.done}/{self.total} {self.unit}, {self._status()}"))
+            line = f"  {self.name}: {self.done}/{self.total} {self.unit}, {self._status()}"
+            self.console.print(Text(line), soft_wrap=True)
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -57,10 +57,10 @@ def repair(
             tries[f"checkpoint {step}"] = lambda folder=folder: _earlier(run, parent, folder)
     for share in BLENDS:
         tries[f"blend {share}"] = lambda share=share: _set(run, parent, trained, share)
-    for label, settings in (
-        ("more anchors", _anchored(run.config.train, harmed)),
-        ("smaller rate", _slower(run.config)),
-    ):
+    again = {"more anchors": _anchored(run.config.train, harmed), "smaller rate": _slower(run.config)}
+    if run.config.train.support == "sampled":  # an estimate from the student's samples: anchors are not
+        del again["more anchors"]
+    for label, settings in again.items():
         tries[label] = lambda label=label, settings=settings: _again(run, parent, check, label, settings)
     key = {"event": "repair", "stage": run.stage, "parent": run.parent, "config": settings_hash(run.asked)}
     past = {

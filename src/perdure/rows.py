@@ -134,15 +134,17 @@ def sample(stage: Stage, config: TrainConfig, rows: Sequence[Example | Rollout],
            written: list[Completion] | None = None) -> list[Rollout]:  # fmt: skip
     """On-policy: the student answers each example itself, seeing only the prompt; of the examples beyond
     ``on_policy_share`` the demonstration's tokens are the completion."""
+    if state.first_own < 0:
+        state.first_own = state.step
     examples = [row for row in rows if isinstance(row, Example)]
     own = _own(examples, config)
     given = completed(stage, config, examples[len(own) :])
     anchors = [row for row in rows if isinstance(row, Rollout)]
     if stage.acting:
         return acted(stage, config, own, state) + given + anchors
-    completions = written or answer(stage, config, own, state.step)
+    completions = written or answer(stage, config, own, state.step, state.first_own)
     state.tokens["rollout"] += sum(len(c.token_ids) for c in completions)
-    lagging = written is not None or lags(config, state.step)
+    lagging = written is not None or lags(config, state.step, state.first_own)
     sampled = [corrected(stage, config, replace(stage.renderer.rollout(e, c, stage.template), lagging=lagging))
                for e, c in zip(own, completions, strict=True)]  # fmt: skip
     return sampled + given + anchors
@@ -153,18 +155,21 @@ def _own(examples: Sequence[Example], config: TrainConfig) -> Sequence[Example]:
     return examples[: max(1, round(len(examples) * config.on_policy_share))] if examples else []
 
 
-def answer(stage: Stage, config: TrainConfig, examples: Sequence[Example], step: int) -> list[Completion]:
-    """The student's own answers in step ``step``, with the weights that its engine holds now."""
+def answer(stage: Stage, config: TrainConfig, examples: Sequence[Example], step: int,
+           first: int) -> list[Completion]:  # fmt: skip
+    """The student's own answers in step ``step``, with the weights that its engine holds now. ``first``: see
+    ``lags``."""
     references = [stage.renderer.demonstration(e).token_ids for e in examples]
     prompts = [stage.renderer.student_prompt(e) for e in examples]
     params = SamplingParams(stage.max_new_tokens, config.sampling_temperature)
-    with lagging(stage.engine, lags(config, step)):
+    with lagging(stage.engine, lags(config, step, first)):
         return stage.engine.generate(prompts, params, _seeds(stage, step, len(examples)), references=references)
 
 
-def lags(config: TrainConfig, step: int) -> bool:
-    """Whether the sampler keeps its weights in this step."""
-    return step % config.update_sampler_every != 0
+def lags(config: TrainConfig, step: int, first: int) -> bool:
+    """Whether the sampler keeps its weights in this step; counted from the ``first`` step with own answers, which is to
+    begin with what the warm start has taught."""
+    return (step - first) % config.update_sampler_every != 0
 
 
 @contextmanager
@@ -180,10 +185,10 @@ def lagging(engine: RolloutEngine, wanted: bool) -> Iterator[None]:
             inner.lags = False
 
 
-def answers_of(stage: Stage, config: TrainConfig, step: int) -> list[Completion]:
+def answers_of(stage: Stage, config: TrainConfig, step: int, first: int) -> list[Completion]:
     """All answers that ``sample`` will ask for in step ``step``."""
     examples = [row for row in taught_rows(stage, config, step) if isinstance(row, Example)]
-    return answer(stage, config, _own(examples, config), step)
+    return answer(stage, config, _own(examples, config), step, first)
 
 
 def acted(stage: Stage, config: TrainConfig, examples: Sequence[Example], state: LoopState) -> list[Rollout]:

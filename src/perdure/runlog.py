@@ -32,6 +32,8 @@ class LoopState:
     warm: bool = True
     known: bool = False
     """The demonstrations' own tokens have become likely."""
+    first_own: int = -1
+    """The first step whose rows the student answered itself; -1 before it."""
     best_accuracy: float = -1.0
     best_step: int = -1
     stale: int = 0

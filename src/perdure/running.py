@@ -99,7 +99,8 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
     recommended = _advised(workspace, parent, session, skill, config, found, reporter).to_json()
     advice: dict[str, Any] = {"recommended": recommended}
-    if asked.train.method == AUTO and not found.ready and not is_known(found):  # by the method that was chosen
+    other_way = recommended["method"] != "sdft" or "train.teacher" in recommended["settings"]
+    if asked.train.method == AUTO and not found.ready and not is_known(found) and other_way:
         advice |= {"ready": True, "advice": recommended["reasons"]}
     chosen = _with(asked, followed(asked.train, recommended))
     if not config.preflight.forecast:
@@ -188,8 +189,9 @@ def describe_preflight(check: dict[str, Any]) -> str:
 
 
 def baseline(run: Run) -> Scores:
-    """What the parent scores on everything in scope; measured now where it is not known yet."""
-    way = way_of(run.config)
+    """What the parent scores on everything in scope; measured now where it is not known yet, beside what an earlier
+    attempt at this stage measured."""
+    way = way_of(run.config).of(run.scope.values())
     scores = known_scores(run.workspace, run.parent, way)
     missing, wants_probe = unmeasured(scores, run.scope.values(), run.config)
     folder = run.folder / "baseline"
@@ -199,9 +201,12 @@ def baseline(run: Run) -> Scores:
         with run.timed("probe"):
             probed = measure_probe(run.session, run.config, run.reporter, run.parent) if wants_probe else None
         write_items(folder, measured, probed)
-        entry = {"version": run.parent, "probe": probe_json(probed, way),
-                 "scores": {s.skill: score_json(s, run.scope[s.skill], way) for s in measured}}  # fmt: skip
-        replace_text(run.folder / "baseline.json", json.dumps(entry, indent=1) + "\n")
+        path = run.folder / "baseline.json"
+        known = read_json(path) if path.is_file() else {"probe": None, "scores": {}}
+        new = {s.skill: score_json(s, run.scope[s.skill], way) for s in measured}
+        entry = {"version": run.parent, "probe": probe_json(probed, way) or known["probe"],
+                 "scores": known["scores"] | new}  # fmt: skip
+        replace_text(path, json.dumps(entry, indent=1) + "\n")
         scores = known_scores(run.workspace, run.parent, way)
     return scores
 

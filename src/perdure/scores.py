@@ -8,7 +8,7 @@ them; reading them needs no model.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +33,28 @@ class Way:
     """The same of the prior tasks, with their rows and the seed that draws them."""
     rows: int
     """``eval.rows``."""
+    tasks: frozenset[str]
+    """The prior tasks, all of them."""
+    contents: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Skill -> (hash of its content, of the user's code that grades it), of those of which no other will do: a later
+    stage may have measured the version on other rows of that name."""
 
-    def fits(self, score: Mapping[str, Any]) -> bool:
+    def of(self, skills: Iterable[Skill]) -> Way:
+        """This way, on the contents that these skills have now."""
+        return replace(self, contents={skill.name: (skill.content_hash, skill.code_hash) for skill in skills})
+
+    def fits(self, name: str, score: Mapping[str, Any]) -> bool:
         """Whether a skill's score was taken this way."""
         whole = score["n"] == score.get("test_rows") and not 0 < self.rows < score["n"]
-        return score.get("measured_with") == self.skills and (whole or score["n"] == self.rows)
+        same = self.contents.get(name) in (None, _content(score))
+        return same and score.get("measured_with") == self.skills and (whole or score["n"] == self.rows)
+
+    def fits_probe(self, probe: Mapping[str, Any]) -> bool:
+        return probe.get("measured_with") == self.probe and set(probe["tasks"]) == self.tasks
+
+
+def _content(score: Mapping[str, Any]) -> tuple[str, str]:
+    return score.get("skill_hash") or "", score.get("code_hash", "")
 
 
 def said_of_kinds(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -80,11 +97,11 @@ class Scores:
         where one is given."""
         for name, score in entry["scores"].items():
             path = folder / f"{name}.jsonl"
-            if (way and not way.fits(score)) or (name in self.erased and not path.is_file()):
+            if (way and not way.fits(name, score)) or (name in self.erased and not path.is_file()):
                 continue
             self.skills[name] = score
             self.items[name] = {row["id"]: row["score"] >= 1 for row in read_jsonl(path)}
-        if entry["probe"] and (way is None or entry["probe"].get("measured_with") == way.probe):
+        if entry["probe"] and (way is None or way.fits_probe(entry["probe"])):
             self.probe = entry["probe"]
             self.items = {name: items for name, items in self.items.items() if name.split("/")[0] != PROBE}
             self.items |= probe_items(read_jsonl(folder / f"{PROBE}.jsonl"))
@@ -137,6 +154,7 @@ def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[st
     gate, found, lineage = config.gate, [], workspace.lineage(parent)
     accepted = [name for name in lineage if (workspace.verdict(name) or {}).get("decision", "promoted") != "promoted"]
     since = lineage.index(accepted[-1]) if accepted else 0
+    way = replace(way, contents={name: _content(score) for name, score in before.skills.items()})
     ancestors = {name: known_scores(workspace, name, way) for name in lineage[since:] if name != parent}
     for name, skill in skills.items():
         items = before.items.get(name)

@@ -65,7 +65,7 @@ def open_session(config: RunConfig, folder: Path | None = None, base_sha256: str
         return _open(key, config, folder, base_sha256)
 
 
-def _check_base(model: Any, config: RunConfig, wanted: str | None) -> None:
+def check_base(model: Any, config: RunConfig, wanted: str | None) -> None:
     """Raises InputError where ``wanted`` is given and these are other weights."""
     if wanted is not None and (found := weights_sha256(model)) != wanted:
         raise InputError(
@@ -79,7 +79,7 @@ def _open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | N
     # Masters of adapters take no part in training: they leave a GPU's memory to the working copy.
     loaded = load(config.model, folder, torch.device("cpu") if config.train.lora_rank else device)
     if folder is None:
-        _check_base(loaded.model, config, base_sha256)
+        check_base(loaded.model, config, base_sha256)
     dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
     working = working_copy(loaded.model, dtype, device)
     remote = config.rollout.engine == "vllm"
@@ -128,7 +128,7 @@ def base_model(config: RunConfig, session: Session) -> Any:
 
     Raises InputError where it is not the base model that the session knows of."""
     model = load(config.model, None, torch.device("cpu")).model
-    _check_base(model, config, session.base_sha256)
+    check_base(model, config, session.base_sha256)
     return model
 
 

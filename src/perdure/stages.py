@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from perdure.checkpoint import checkpoints, drop_training_state
+from perdure.checkpoint import checkpoints, drop_training_state, trainings
 from perdure.config import RunConfig
 from perdure.files import check_free, read_json, replace_text
 from perdure.models import compute_dtype, load
@@ -72,7 +72,8 @@ def settle_all(workspace: Workspace) -> None:
     for event in workspace.ledger():
         events.setdefault(str(event.get("version")), set()).add(event["event"])
     for name in workspace.versions()[1:]:
-        if not events.get(name, set()) & SETTLED or checkpoints(workspace.run_folder(workspace.version(name)["stage"])):
+        run = workspace.run_folder(workspace.version(name)["stage"])
+        if not events.get(name, set()) & SETTLED or any(checkpoints(folder) for folder in trainings(run)):
             settle(workspace, name)
 
 
@@ -93,7 +94,8 @@ def settle(workspace: Workspace, name: str) -> Outcome:
     else:
         decision = "promoted" if known & {"promote", "accept"} else "held" if "hold" in known else "refused"
         outcome = Outcome(info["skill"], info["stage"], name, decision, tuple(verdict["reasons"]))
-    drop_training_state(workspace.run_folder(info["stage"]))
+    for folder in trainings(workspace.run_folder(info["stage"])):
+        drop_training_state(folder)
     return outcome
 
 
@@ -109,10 +111,10 @@ def follow(workspace: Workspace, info: dict[str, Any], verdict: dict[str, Any], 
         why = reason if accepted else f"{decision}, but gate.enforce is off"
         if late := promote_or_hold(workspace, name, why, about):
             return Outcome(info["skill"], info["stage"], name, "held", (late, *verdict["reasons"]))
-    elif decision == "held":
+    elif decision == "held" and not info.get("branch"):  # a step of a replay is nothing to serve
         workspace.hold(name, **about, reason=reason)
     else:
-        workspace.append("refuse", version=name, **about, reason=reason)
+        workspace.refuse(name, **about, reason=reason)
     return Outcome(info["skill"], info["stage"], name, decision if enforce else "promoted", tuple(verdict["reasons"]))
 
 
@@ -148,9 +150,9 @@ def taught_this(workspace: Workspace, skill: Skill) -> Iterator[dict[str, Any]]:
 def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome | None:
     """The stage that taught this very content: on the champion's lineage, or turned away under the same settings."""
     champion = workspace.resolve("champion")
-    lineage = workspace.lineage()
+    lineage, latest = workspace.lineage(), workspace.taught().get(skill.name)
     for info in taught_this(workspace, skill):
-        if info["version"] in lineage:
+        if info["version"] in lineage and latest == workspace.kept_folder(skill.name, skill.content_hash):
             return Outcome(skill.name, info["stage"], info["version"], "promoted", tuple(info["verdict"]["reasons"]))
         same = info["parent"] == champion and info["hashes"]["config"] == settings_hash(config)
         if same and not info.get("branch"):

@@ -77,6 +77,20 @@ def noninferiority_p(n: int, lost: int, gained: int, loss: float) -> float:
     return _net_loss_cdf(n, loss, _noise_under(n, lost, gained, loss), lost - gained)
 
 
+def clustered_noninferiority_p(sizes: Sequence[int], losses: Sequence[int], loss: float) -> float:
+    """P-value of the claim that a share ``loss`` or more of all items was lost, where items come in clusters of
+    ``sizes`` that lost ``losses`` each (net; negative = gained): one-sided t test over the clusters, which is near its
+    level where there are some dozens of clusters of like sizes. 1.0 where fewer than two clusters, or no difference
+    between them, leave nothing to estimate by."""
+    spare = loss * np.asarray(sizes, dtype=float) - np.asarray(losses, dtype=float)
+    if len(spare) < 2:
+        return 1.0
+    error = float(spare.std(ddof=1)) / len(spare) ** 0.5
+    if error == 0:
+        return 0.0 if float(spare[0]) > 0 else 1.0
+    return float(stats.t.sf(float(spare.mean()) / error, len(spare) - 1))
+
+
 def _noise_under(n: float, lost: float, gained: float, loss: float) -> float:
     """The likeliest noise if the true loss is ``loss``: the root of the likelihood's derivative."""
     linear = (lost + gained) * (1 - loss) - 2 * loss * (n - lost)

@@ -46,7 +46,7 @@ def sync_mlflow(workspace: Workspace, uri: str | None = None, name: str | None =
     ``uri``: an MLflow tracking URI, by default an SQLite file in the workspace. ``name``: of the experiment and of the
     registered model, by default the folder's. Raises InputError where MLflow is not installed or cannot be reached."""
     if importlib.util.find_spec("mlflow") is None:
-        raise InputError("MLflow is not installed: pip install 'perdure[mlflow]'")
+        raise InputError("MLflow is not installed: pip install 'mlflow>=3.17,<4'")
     # What a company teaches its model is its own business; and the sender fails where it cannot reach the network.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient

@@ -69,8 +69,11 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     ahead = Ahead(config.overlap)
     state = resume(stage, optimizer, log, ahead)
     kept_scores: dict[Any, Tensor] = {}
-    if config.overlap and stage.acting:
-        raise InputError("train.overlap cannot write conversations in an environment ahead: leave it out")
+    if stage.acting and (config.overlap or config.update_sampler_every > 1):
+        used = "overlap" if config.overlap else "update_sampler_every"
+        raise InputError(
+            f"train.{used}: in an environment the weights of each step play its conversations; leave it out"
+        )
     parameters = linear_parameters(stage.student.model)
     if state.step == 0 and measures_start(stage, config):
         log.metrics(validate(stage, config, state))
@@ -81,7 +84,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
             state.best_accuracy = -1.0  # the weights to end with are those of this phase
         rollouts = step_rollouts(stage, config, phase, state, ahead.take(state.step))
         if phase == "on_policy" and state.step + 1 < config.steps:
-            ahead.begin(state.step + 1, partial(answers_of, stage, config, state.step + 1))
+            ahead.begin(state.step + 1, partial(answers_of, stage, config, state.step + 1, state.first_own))
         clock.lap("rollout")
         own = own_rows(rollouts)
         before = dict(state.tokens)
@@ -166,8 +169,9 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
         elif not teacher.moves and not fresh and recurs(stage, config, rollout):
             key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
             if key not in kept:
-                (kept[key],) = score_group(teacher, stage, config, [rollout], state)
-            result[index] = kept[key]
+                (hidden,) = score_group(teacher, stage, config, [rollout], state)
+                kept[key] = hidden.cpu()  # they grow with every row: a GPU has better use for its memory
+            result[index] = kept[key].to(stage.working.device)
         else:
             together[rollout.has_demonstration or stage.holder is None].append(index)
     for demonstrated, places in together.items():

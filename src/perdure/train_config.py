@@ -29,17 +29,18 @@ class TrainConfig(SettingsSection):
     """sdft, sft, dft, sft_kl, sft_replay, onpolicy_replay, reinvoke, rewrite_sft, offline or cpt (docs/method.md); or
     auto: sdft or sft, as the preflight recommends (``perdure check``)."""
     divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd"] = "forward_kl"
-    """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher)."""
+    """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher); generalized_jsd = a mixture of both."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """generalized_jsd only: the teacher's share of the mixture."""
     support: Literal["full", "teacher_topk", "sampled"] = "full"
-    """Of the divergence: the whole vocabulary, the teacher's likeliest tokens (teacher_topk), or an estimate from the
-    sampled token."""
+    """Of the divergence: full = the whole vocabulary; teacher_topk = the teacher's likeliest tokens and the rest as
+    one; sampled = an estimate from the sampled token."""
     topk: int = Field(default=20, ge=1)
     """teacher_topk only; the rest of the vocabulary is one tail bucket."""
     teacher: Literal["frozen", "ema", "original", "live"] = "original"
     """original = the base model, which keeps its ability to learn from a context through a whole chain; frozen = the
-    version promoted last, for the whole stage. At the first stage the two are the same."""
+    version promoted last, for the whole stage (at the first stage the two are the same); ema = a slow average of the
+    student; live = the student itself."""
     teacher_update_rate: float = Field(default=0.02, gt=0, le=1)
     """ema only: the student's share per step."""
     teacher_temperature: float = Field(default=0.5, gt=0)
@@ -74,7 +75,7 @@ class TrainConfig(SettingsSection):
     """The warm start ends early when the student's mean probability of a demonstration token passes this."""
     demonstration_weight: float = Field(default=0.0, ge=0, le=1)
     """sdft only: weight of the demonstration's next token in the target while the completion equals the demonstration,
-    including the first token that differs."""
+    including the first token that differs. Turns that the student plays in an environment have none."""
     on_policy_share: float = Field(default=1.0, gt=0, le=1)
     """sdft only: share of the rows to learn that the student answers itself after the warm start; the others go on with
     the demonstration's own tokens."""
@@ -116,6 +117,7 @@ class TrainConfig(SettingsSection):
     lora_targets: tuple[str, ...] = ()
     """Names of the layers that get an adapter, such as q_proj; empty = every linear layer but the head."""
     lora_rslora: bool = False
+    """The product is scaled by alpha / sqrt(rank), not by alpha / rank."""
     lora_dora: bool = False
     """Weight-decomposed adapters: direction by the product, magnitude learned beside."""
     lora_nf4: bool = False

@@ -179,7 +179,7 @@ def loss_of(stage: Stage, spec: LossSpec, inputs: LossInputs, divergence_N: Tens
     """The loss of a micro-batch; where two teachers scored it, each part goes through its own teacher's head. Each
     position's divergence goes into ``divergence_N``."""
     head = head_of(stage.student.model)
-    if stage.holder is None or inputs.teacher_hidden_NH is None:
+    if stage.holder is None or inputs.teacher_hidden_NH is None or not len(inputs.targets_N):
         of_teacher = stage.teacher.head if stage.teacher else None
         return chunked_loss(spec, inputs, head, of_teacher, divergence_N=divergence_N)
     total, sums = torch.zeros((), device=inputs.student_hidden_NH.device), dict[str, float]()

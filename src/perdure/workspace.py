@@ -230,6 +230,12 @@ class Workspace:
             self._append("hold", version=name, **fields)
             self._write_aliases()
 
+    def refuse(self, name: str, **fields: Any) -> None:
+        """Record that a version was turned away; it waits for nobody."""
+        with self._turn():
+            self._append("refuse", version=name, **fields)
+            self._write_aliases()
+
     def append(self, event: str, **fields: Any) -> None:
         """Add an event to the ledger; one that introduces a version holds the hash of its version.json."""
         with self._turn():
@@ -295,7 +301,7 @@ class Workspace:
         """Copy a skill's three files into the workspace, once per content (its hash); returns the copy.
 
         Raises InputError when the files have changed since they were hashed."""
-        final = self._kept(name, content)
+        final = self.kept_folder(name, content)
         files = skill_files(source)
         if content_hash(files) != content:
             raise InputError(f"{source}: was changed while it was in use; start again")
@@ -318,11 +324,11 @@ class Workspace:
             if not isinstance(skill, str) or not isinstance(content, str):
                 raise InputError(f"{self.folder}: damaged, {info['version']} does not say which skill it was taught")
             found.pop(skill, None)
-            found[skill] = self._kept(skill, content)
+            found[skill] = self.kept_folder(skill, content)
         return found
 
-    def _kept(self, name: str, content: str) -> Path:
-        """Raises InputError for a name that would lead out of the folder."""
+    def kept_folder(self, name: str, content: str) -> Path:
+        """Where a skill's content is kept. Raises InputError for a name that would lead out of the folder."""
         folder = f"{name}@{content[:8]}"
         if not _SKILL_FOLDER.fullmatch(folder):
             raise InputError(f"{self.folder}: {folder!r} is no name of a kept skill")

@@ -9,8 +9,9 @@ from typing import Literal
 
 from perdure.importers.base import Row, skill_name, write_skill
 from perdure.settings import parse
-from perdure.skills.base import prompt_key
-from perdure.skills.reading import in_short, read_rows
+from perdure.skills.base import not_gradable, prompt_key
+from perdure.skills.graders import make_grader
+from perdure.skills.reading import counted, in_short, read_rows
 from perdure.skills.settings import SkillSettings
 from perdure.types import Example, InputError
 
@@ -31,9 +32,11 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     of_rows = parse(
         SkillSettings, {"name": name, "grader": grader, "max_new_tokens": 4096, "turns": turns}, str(target)
     )
+    grade = make_grader(grader, {}, where="--grader")
     examples = read_rows(file, of_rows, problems, data)
+    problems += not_gradable(grader, grade, examples)
     if problems:
-        raise InputError(f"{file}: {len(problems)} problems:\n" + in_short(problems))
+        raise InputError(f"{file}: {counted(problems, 'problem')}:\n" + in_short(problems))
     first: dict[str, Example] = {}  # of each line
     for example in examples:
         first.setdefault(example.origin.partition(" (turn ")[0], example)
@@ -44,7 +47,7 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     if twice := len(lines) - sum(map(len, groups.values())):  # they would count as independent items
         settings["source"] = f"{file.name} without {twice} lines that were there already"
     if len(groups) < 2:
-        raise InputError(f"{file}: {len(groups)} distinct prompts; at least 2 are needed to hold some out")
+        raise InputError(f"{file}: {counted(groups, 'distinct prompt')}; at least 2 are needed to hold some out")
     order = [list(group.values()) for group in groups.values()]
     random.Random(f"{seed}/jsonl").shuffle(order)
     held_out = min(len(order) - 1, max(1, round(len(order) * test_share)))

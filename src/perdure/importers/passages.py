@@ -112,7 +112,7 @@ def _html(file: Path, name: str) -> Iterator[tuple[str, str]]:
     try:
         from bs4 import BeautifulSoup
     except ImportError as error:
-        raise InputError(f"{file}: reading HTML needs Beautiful Soup: pip install 'perdure[docs]'") from error
+        raise InputError(f"{file}: reading HTML needs Beautiful Soup: pip install 'beautifulsoup4>=4.15'") from error
     page = BeautifulSoup(_decoded(file), "html.parser")
     for unread in page(["script", "style", "noscript", "template", "nav"]):
         unread.decompose()
@@ -131,7 +131,7 @@ def _pdf(file: Path, name: str) -> Iterator[tuple[str, str]]:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
     except ImportError as error:
-        raise InputError(f"{file}: reading PDF needs pypdf: pip install 'perdure[docs]'") from error
+        raise InputError(f"{file}: reading PDF needs pypdf: pip install 'pypdf>=7.1'") from error
     try:
         reader = PdfReader(file)
         if reader.is_encrypted:

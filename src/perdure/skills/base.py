@@ -18,7 +18,7 @@ from perdure.settings import parse_toml, problems_of
 from perdure.skills.environments import Acting
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
-from perdure.skills.reading import in_short, read_rows
+from perdure.skills.reading import counted, in_short, read_rows
 from perdure.skills.settings import SkillSettings
 from perdure.skills.users import users_code_hash, users_function
 from perdure.types import Example, InputError
@@ -69,10 +69,9 @@ def load_skill(folder: Path) -> Skill:
     grade = None
     if settings:
         grade = make_grader(settings.grader, settings.grader_options, where=str(folder / "skill.toml"))
-        problems += _not_gradable(settings.grader, grade, (*train, *test))
+        problems += not_gradable(settings.grader, grade, (*train, *test))
     if problems:
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise InputError(f"{folder}: {count}:\n" + in_short(problems))
+        raise InputError(f"{folder}: {counted(problems, 'problem')}:\n" + in_short(problems))
     assert settings is not None and grade is not None
     acting = None
     if settings.environment:
@@ -157,7 +156,7 @@ def prompt_key(example: Example) -> str:
     return json.dumps([example.messages, example.tools], sort_keys=True, ensure_ascii=False)
 
 
-def _not_gradable(name: str, grade: Callable[[str, Example], float], examples: tuple[Example, ...]) -> list[str]:
+def not_gradable(name: str, grade: Callable[[str, Example], float], examples: tuple[Example, ...]) -> list[str]:
     """Rows whose own demonstration would not be graded as right: no answer to them ever could be."""
     if name not in GRADERS:  # the user's own code may cost money a call, or judge otherwise
         return []

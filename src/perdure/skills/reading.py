@@ -6,7 +6,7 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ def read_rows(
         problems.append(f"{path}:1: UTF-16; save it as UTF-8")
         return ()
     data = data.removeprefix(codecs.BOM_UTF8)
+    if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".xlsx"):
+        problems.append(f"{path}:1: a {path.suffix} file; expected one JSON object a line (pandas: "
+                        "frame.to_json(FILE, orient='records', lines=True))")  # fmt: skip
+        return ()
     if data.lstrip().startswith(b"["):
         problems.append(f"{path}:1: a JSON array; expected one JSON object a line (jq -c '.[]' makes that of it)")
         return ()
@@ -53,6 +57,11 @@ def read_rows(
             seen.setdefault(example.id, number)
         examples += found
     return tuple(examples)
+
+
+def counted(things: Sized, name: str) -> str:
+    """How many there are, for people."""
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 SAME = 3
@@ -117,9 +126,7 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
 
     Raises ValueError saying what is wrong and what was expected."""
     if unknown := row.keys() - _KEYS - _OF_REQUESTS:
-        raise ValueError(
-            f"unknown keys {sorted(unknown)}; allowed: {sorted(_KEYS)} (what is only to be kept goes into 'metadata')"
-        )
+        raise ValueError(f"unknown keys {sorted(unknown)}; {_other_form(row)}")
     messages = tuple(map(_checked_message, _turns(row)))
     check_order(messages)
     if messages[-1]["role"] != "assistant":
@@ -163,6 +170,17 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
             conversation=str(name) if several else "",
         ))  # fmt: skip
     return examples
+
+
+def _other_form(row: dict[str, Any]) -> str:
+    """What to do about a row of another form: how to bring a common one into ours, else which keys there are."""
+    if {"instruction", "output"} <= row.keys():
+        return ("rows as Alpaca has them: jq -c '{prompt: ([.instruction, .input] | map(select(. != null and . != "
+                "\"\")) | join(\"\\n\\n\")), completion: .output}' makes ours of them")  # fmt: skip
+    if isinstance(row.get("conversations"), list):
+        return ("rows as ShareGPT has them: jq -c '{messages: [.conversations[] | {role: ({human: \"user\", gpt: "
+                "\"assistant\"}[.from] // .from), content: .value}]}' makes ours of them")  # fmt: skip
+    return f"allowed: {', '.join(sorted(_KEYS))} (what is only to be kept goes into 'metadata')"
 
 
 def _turns(row: dict[str, Any]) -> tuple[Message, ...]:

@@ -33,7 +33,8 @@ class SkillSettings(BaseModel):
     max_turns: int = Field(default=8, ge=1)
     """Most assistant turns of a conversation that is played."""
     retention_budget: float | None = Field(default=None, gt=0, lt=0.5)
-    """Accuracy that this skill may lose when later ones are learned; the workspace's budget where absent."""
+    """Accuracy that this skill may lose when later ones are learned, a share: 0.05 for 5 points; the workspace's budget
+    where absent."""
 
     @model_validator(mode="after")
     def _played(self) -> SkillSettings:
@@ -42,6 +43,13 @@ class SkillSettings(BaseModel):
         if self.environment and self.turns == "all":
             raise ValueError('an environment plays whole conversations: leave turns = "all" out')
         return self
+
+    @field_validator("retention_budget", mode="before")
+    @classmethod
+    def _share(cls, budget: Any) -> Any:
+        if isinstance(budget, int | float) and budget >= 0.5:
+            raise ValueError(f"a share below 0.5, such as 0.05 for 5 points, not {budget}")
+        return budget
 
     @field_validator("name")
     @classmethod

@@ -7,7 +7,9 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from perdure.types import Example, InputError
 
@@ -38,9 +40,19 @@ def users_function(name: str, what: str) -> Callable[..., Any]:
     return found
 
 
+_RUNNING: WeakKeyDictionary[ModuleType, bytes] = WeakKeyDictionary()
+"""Module -> sha256 of its file when it was first asked for: a file that is edited later is not what grades here."""
+
+
 def users_code_hash(names: Iterable[str]) -> str:
-    """Hex sha256 over the files of the modules that ``python:module:function`` names; empty where none is the user's.
-    What they import in turn is not looked at."""
+    """Hex sha256 over the files of the modules that ``python:module:function`` names, as this process runs them; empty
+    where none is the user's. What they import in turn is not looked at."""
     modules = [importlib.import_module(name.split(":")[1]) for name in names if name.startswith("python:")]
-    files = [Path(module.__file__).read_bytes() for module in modules if module.__file__]
-    return hashlib.sha256(b"".join(hashlib.sha256(file).digest() for file in files)).hexdigest() if files else ""
+    hashes = [_hash_of(module, Path(module.__file__)) for module in modules if module.__file__]
+    return hashlib.sha256(b"".join(hashes)).hexdigest() if hashes else ""
+
+
+def _hash_of(module: ModuleType, file: Path) -> bytes:
+    if module not in _RUNNING:
+        _RUNNING[module] = hashlib.sha256(file.read_bytes()).digest()
+    return _RUNNING[module]
