@@ -154,7 +154,7 @@ def test_encrypted_and_scanned_pdfs(tmp_path: Path) -> None:
 def imported(documents: Path, rows: list[dict[str, Any]]) -> Skill:
     questions = write_lines(documents.parent / "questions.jsonl", rows)
     target = documents.parent / "facts"
-    run_importer("docs", target, 0, documents, None, 0.2, "last", questions)
+    run_importer("docs", target, 0, documents, None, None, None, questions)
     return load_skill(target)
 
 

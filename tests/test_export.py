@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ def test_the_base_model_can_be_exported(adapted: Workspace, tmp_path: Path) -> N
     with torch.no_grad():
         got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
     assert torch.equal(got, logits(adapted, "v000"))
+
+
+def test_another_base_model_than_the_ledger_has_is_not_exported(adapted: Workspace, tmp_path: Path) -> None:
+    place = Workspace(shutil.copytree(adapted.folder, tmp_path / "bot"))
+    other = save_tiny_model(tmp_path / "other", copies=False)
+    settings = place.folder / "perdure.toml"
+    settings.write_text(settings.read_text().replace(adapted.config().model.source, str(other)))
+    for write in (lambda: export_weights(place, "v0", tmp_path / "out", "float32"),
+                  lambda: export_adapter(place, "v1", "v0", tmp_path / "out", None)):  # fmt: skip
+        with pytest.raises(InputError, match="is not the base model that this workspace was made with"):
+            write()
 
 
 def test_singular_values_are_those_of_the_difference(adapted: Workspace) -> None:

@@ -46,6 +46,31 @@ def test_an_event_whose_head_cannot_be_written_did_not_happen(grown, monkeypatch
     assert grown.rollback() == "v001"
 
 
+def test_an_event_whose_head_is_written_counts_although_its_folder_could_not_be_synced(grown, monkeypatch):
+    """Else the head counts a line that is not there, and nothing can be appended ever again."""
+    replace_text = ledger.replace_text
+
+    def unsynced(path, text):
+        replace_text(path, text)
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(ledger, "replace_text", unsynced)
+        grown.rollback()
+    assert grown.verify_ledger() == len(grown.ledger()) and grown.ledger()[-1]["event"] == "rollback"
+    assert Workspace.open(grown.folder).resolve("champion") == "v001"
+
+
+def test_what_was_held_and_then_refused_under_another_gate_waits_for_nobody(grown):
+    version = grown.versions()[-1]
+    grown.hold(version, reason="cannot tell")
+    assert grown.aliases()["candidate"] == version
+    grown.refuse(version, reason="got worse")
+    assert grown.aliases()["candidate"] is None and grown.expected_aliases() == grown.aliases()
+    grown.hold(version, reason="cannot tell")
+    assert grown.aliases()["candidate"] == version
+
+
 def test_what_counts_although_its_aliases_cannot_be_written_says_so(grown, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
-from fakes import ScriptedEngine, renderer, toy_skill
+from fakes import NUMBERS, ScriptedEngine, renderer, save_tiny_model, toy_skill
 from perdure.compare import compare
 from perdure.config import RunConfig
+from perdure.curriculum import learn
 from perdure.evaluate import evaluate
 from perdure.files import write_jsonl
 from perdure.measure import score_json, way_of
+from perdure.reporting import Silent
 from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
+from perdure.stages import create_workspace
 from perdure.types import Example
 from perdure.workspace import Workspace
 from toy_versions import CONFIG, info
@@ -203,3 +206,30 @@ def test_a_loss_that_was_accepted_is_no_best_ever_any_more(workspace: Workspace,
     assert best() == ["v001"]
     workspace.append("verdict", version="v002", decision="refused", reasons=["got worse"])
     assert best() == ["v002"]
+
+
+def test_a_resumed_stage_keeps_what_its_first_attempt_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in training, repeated with one skill more: what was measured then is still what the gate compares with."""
+    model = save_tiny_model(tmp_path / "model", copies=True)
+    config = RunConfig.model_validate(
+        {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []},
+         "train": {"method": "sft", "steps": 1, "anchor_share": 0.0, "warm_start_steps": 1, "warmup_steps": 0},
+         "gate": {"enforce": False, "repair": 0}}
+    )  # fmt: skip
+    workspace = create_workspace(tmp_path / "bot", config)
+    skills = [toy_skill(tmp_path / "colours"), toy_skill(tmp_path / "numbers", NUMBERS)]
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("perdure.curriculum.train_stage", dying)
+        learn(workspace, skills[:1], config, Silent())
+    (outcome, _) = learn(workspace, skills, config, Silent())
+    table = workspace.version(outcome.version or "")["verdict"]["table"]
+    assert [row["verdict"] != "not measured" for row in table] == [True]
+    entry = json.loads((workspace.run_folder(outcome.stage) / "baseline.json").read_text())
+    assert set(entry["scores"]) == {"colours", "numbers"}

@@ -468,7 +468,7 @@ def test_wikipedia_is_the_importer_of_documents(tmp_path: Path) -> None:
         {"question": "On which day was Porto hit by Zora?", "answer": "3 May 2025", "fact": "landfall"},
         {"question": "Which city did a storm hit in May 2025?", "answer": "Porto", "kind": "indirect"},
     ])  # fmt: skip
-    run_importer("docs", tmp_path / "wikipedia", 0, tmp_path / "articles", None, 0.2, "last", questions)
+    run_importer("docs", tmp_path / "wikipedia", 0, tmp_path / "articles", None, None, None, questions)
     skill = checked(tmp_path / "wikipedia")
     assert (len(skill.train), len(skill.test)) == (1, 2) and skill.train[0].document
     assert load_config(RECIPE / "wikipedia.toml").context.template == "document"

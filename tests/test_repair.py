@@ -20,7 +20,7 @@ from perdure.running import open_version
 from perdure.session import base_as_teacher
 from perdure.skills.base import load_skill
 from perdure.stages import Outcome, create_workspace
-from perdure.types import InputError
+from perdure.types import InputError, Verdict
 from perdure.workspace import Workspace
 
 Setup = tuple[Path, list[Path]]
@@ -215,6 +215,20 @@ def test_forgetting_the_last_skill_needs_no_training(tmp_path: Path, made: Setup
     done = forget(workspace, "numbers", workspace.config(), Silent())
     assert done.version == "v001" and workspace.versions() == ["v000", "v001", "v002"]
     assert list(workspace.taught()) == ["colours"]
+
+
+def test_what_forget_refuses_is_the_versions_verdict(tmp_path: Path, made: Setup, monkeypatch: pytest.MonkeyPatch):
+    """Its last stage was accepted on the branch, but the replay as a whole was not: it is promoted by force only."""
+    workspace = taught(tmp_path / "bot", made, significance=0.1, confidence=0.1)
+    said = Verdict("refused", ("numbers: got worse.",), ())
+    monkeypatch.setattr("perdure.forgetting.decide_kept", lambda *_: said)
+    done = forget(workspace, "colours", workspace.config(), Silent())
+    verdict = workspace.verdict(done.version)
+    assert done.decision == "refused" and workspace.resolve("champion") == "v002"
+    assert verdict is not None and (verdict["decision"], verdict["reasons"]) == ("refused", ["numbers: got worse."])
+    events = len(workspace.ledger())
+    forget(workspace, "colours", workspace.config(), Silent())
+    assert len(workspace.ledger()) == events
 
 
 def test_where_the_gate_is_off_what_is_served_is_called_promoted(tmp_path: Path, made: Setup):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,24 @@ def test_what_is_finished_and_what_is_not(workspace: Workspace, skill: Skill):
     taught = finished(workspace, skill, CONFIG)
     assert taught is not None
     assert taught.decision == "promoted", "what the champion knows needs no second stage, whatever the settings"
+
+
+def test_earlier_rows_of_a_skill_can_be_taught_again(workspace: Workspace, skill: Skill, tmp_path: Path):
+    """The champion knows the newer rows, by which it is guarded."""
+    settle(workspace, add(workspace, skill, "promoted"))
+    assert finished(workspace, skill, CONFIG) is not None
+    other = replace(skill, content_hash="d" * 64)
+    settle(workspace, add(workspace, other, "promoted"))
+    assert finished(workspace, other, CONFIG) is not None and finished(workspace, skill, CONFIG) is None
+
+
+def test_a_step_of_a_replay_that_is_held_is_nothing_to_serve(workspace: Workspace, skill: Skill):
+    name = workspace.next_version()
+    entry = info(name, "v000", skill.name, verdict=verdict("held"), branch="forget x, instead of v000",
+                 config=CONFIG.model_dump(mode="json"))  # fmt: skip
+    workspace.add_version(entry, write_weights)
+    assert settle(workspace, name).decision == "held"
+    assert workspace.aliases()["candidate"] is None and events(workspace)[-1] == "refuse"
 
 
 def test_an_unfinished_stage_goes_on_with_the_same_settings_only(workspace: Workspace, skill: Skill):
