@@ -306,3 +306,15 @@ def test_settings_without_an_adapter_are_refused() -> None:
         TrainConfig(lora_nf4=True)
     with pytest.raises(ValueError, match="leave it or lora_nf4 out"):
         config_of("dora", lora_nf4=True)
+
+
+def test_what_has_no_adapter_is_in_plain_numbers_too() -> None:
+    """In 4 bits all layers lie, also those that ``lora_targets`` leaves out."""
+    masters = tiny_model()
+    working = working_copy(masters, torch.float32)
+    with adapted(masters, working, config_of(lora_nf4=True, lora_targets=("q_proj",)), 0) as model:
+        found = dict(effective_parameters(model))
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in masters.named_parameters()
+    }
+    assert all(value.dtype == torch.float32 for value in found.values())

@@ -12,17 +12,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import ScriptedEngine, copying_model, example, loaded, tiny_model, tiny_tokenizer, toy_skill
+from fakes import (
+    ScriptedEngine,
+    copying_model,
+    example,
+    loaded,
+    tiny_model,
+    tiny_tokenizer,
+    toy_examples,
+    toy_skill,
+)
 from perdure.anchors import make_anchors
 from perdure.batching import collate
-from perdure.config import ContextConfig, RunConfig, ThinkingConfig, TrainConfig, with_settings
+from perdure.config import ContextConfig, PreflightConfig, RunConfig, ThinkingConfig, TrainConfig, with_settings
 from perdure.contexts import Renderer
 from perdure.curriculum import learn
 from perdure.evaluate import evaluate
 from perdure.files import read_jsonl
-from perdure.models import save
+from perdure.models import save, working_copy
+from perdure.preflight import preflight
 from perdure.reporting import Silent
 from perdure.rollout.base import SamplingParams
+from perdure.rollout.local import LocalEngine
 from perdure.rows import complete, corrected
 from perdure.runlog import Clock, LoopState
 from perdure.session import Session
@@ -30,7 +41,7 @@ from perdure.settings import parse
 from perdure.skills.base import load_skill
 from perdure.skills.graders import exact
 from perdure.stages import create_workspace
-from perdure.subject import candidates, check_thinking
+from perdure.subject import Subject, candidates, check_thinking
 from perdure.templates import parse_template
 from perdure.thinking import Marks, hesitations, marks_of
 from perdure.train import train
@@ -317,6 +328,31 @@ def test_without_a_limit_nothing_is_measured_before_the_first_step(tmp_path: Pat
     train(stage, settings(steps=2, validate_every=2, warm_start_steps=2))
     (validated,) = [line for line in lines(stage) if "validation_accuracy" in line]
     assert validated["step"] == 2 and "answer_tokens" not in validated
+
+
+def test_the_preflight_measures_whole_demonstrations_whatever_part_carries_loss(tmp_path: Path) -> None:
+    """Answers alone, loss on the thinking, and a template that writes no empty thinking: no token carries loss."""
+    found = tokenizer()
+    found.chat_template = TEMPLATE.replace("and loop.last", "and loop.last and m.reasoning_content")
+    made = Renderer(found, (found.eos_token_id,), 1024, None, ThinkingConfig(enabled=True, loss="thinking"))
+    rows = toy_examples(tmp_path)
+    assert made.rollout(rows[0], made.demonstration(rows[0]), None).region == (0, 0)
+    student = loaded(copying_model())
+    working = working_copy(student.model, torch.float32)
+    subject = Subject("toy", rows, exact.grade, 8, student, working, LocalEngine(student, working), made, torch.float32)
+    context, few = ContextConfig(template="turns:1"), PreflightConfig(rows=4)
+    result = preflight(subject, context, few, settings(warm_start_steps=0), 0)
+    assert 0 < result.demonstration_probability < 1
+
+
+def test_replay_leaves_out_answers_without_thinking(tmp_path: Path) -> None:
+    """As labels they would teach a model that thinks not to."""
+    skill = load_skill(toy_skill(tmp_path / "skill"))
+    student = loaded(copying_model())
+    working = working_copy(student.model, torch.float32)
+    session = Session(student, working, LocalEngine(student, working), renderer(), torch.float32)
+    config = settings(method="sft_replay", anchor_earlier_share=1.0)
+    assert make_anchors(session, [skill], config, 0).earlier == ()
 
 
 # A stage

@@ -108,14 +108,14 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> Verdict:
     return Verdict("held" if failed[0]["verdict"] == CANNOT_TELL else "refused", reasons, tuple(rows))
 
 
-Before = After = list[bool]
+Bits = list[bool]
 
 
 class _Pair(NamedTuple):
-    """The same items before and after, each in one order."""
+    """The same items before and after, in one order."""
 
-    items: tuple[Before, After]
-    units: tuple[Before, After]
+    items: tuple[Bits, Bits]
+    units: tuple[Bits, Bits]
     """What is independent: items, or conversations that lost, gained or neither."""
     sizes: list[int]
     """Items of each unit."""
