@@ -62,8 +62,7 @@ def page(chain: ChainFile, found: dict[str, Any]) -> str:
         *(_row(found["labels"][name], found["rates"][name], row) for name, row in found["rows"].items()),
         "",
         "Retention is what is left of the earlier skills together: the sum of their accuracies at the end over that "
-        "when learned; forgetting and backward transfer are in results.json. The base model has "
-        f"{_percent([found['base']['prior'], None, None])} % on the prior tasks.",
+        "when learned; forgetting and backward transfer are in results.json." + _of_base(found["base"]["prior"]),
         "",
         f"Paired difference to {found['labels'][found['reference']]}, in points; retention in hundredths:",
         "",
@@ -101,6 +100,10 @@ def _growth(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _of_base(prior: float | None) -> str:
+    return "" if prior is None else f" The base model has {100 * prior:.1f} % on the prior tasks."
+
+
 def _listed(numbers: Iterable[int]) -> str:
     return "/".join(map(str, sorted(set(numbers))))
 
@@ -120,6 +123,9 @@ def _plain(cell: Cell, digits: int, factor: float = 1.0, sign: str = "") -> str:
 
 
 def _percent(cell: Cell) -> str:
+    """An accuracy; where few runs differ much, their t interval reaches beyond what one can be."""
+    if cell is not None and None not in cell:
+        cell = [min(1.0, max(0.0, value)) for value in cell if value is not None]
     return _plain(cell, 1, 100)
 
 
