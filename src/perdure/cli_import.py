@@ -92,9 +92,9 @@ def _say_imported(target: Path, source: str) -> None:
     default = GateConfig().budget
     guarded = "are too few to guard it when later skills follow: bring more"
     if least < 0.2:
-        guarded = f"can show a loss of {100 * least:.1f} points of accuracy"
-        guarded += f"; the budget is {100 * default:g} points" if least <= default else (
-            f", and the default budget is {100 * default:g}: bring more rows, or write retention_budget = {least:.3f} "
+        guarded = f"can judge a retention budget of {100 * least:.1f} points"
+        guarded += f"; the default is {100 * default:g}" if least <= default else (
+            f", and the default is {100 * default:g}: bring more rows, or write retention_budget = {least:.3f} "
             "into skill.toml before you teach it")  # fmt: skip
     turns, what = (
         ("", "test rows") if units == len(skill.test) else (f", turns of {units} conversations", "conversations")
