@@ -18,6 +18,7 @@ from perdure.checkpoint import (
     drop_training_state,
     load_checkpoint,
     load_weights,
+    newest,
     save_checkpoint,
     save_weights,
 )
@@ -105,6 +106,21 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
     assert checkpoints(tmp_path)
     save_checkpoint(tmp_path, 10, model, optimizer, {}, {})
     assert os.listdir(tmp_path) == ["checkpoint-000010"]
+
+
+def test_a_kill_before_the_older_checkpoint_is_gone_leaves_one_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an attempt at repair begins at a checkpoint that an unkilled run has not."""
+    assert newest(tmp_path) is None
+    model = tiny_model()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_remove", lambda folder: None)
+        for step in (5, 10):
+            save_checkpoint(tmp_path, step, model, adam(model), {}, {})
+    assert len(checkpoints(tmp_path)) == 2
+    found = newest(tmp_path)
+    assert found is not None and found.name == "checkpoint-000010" and checkpoints(tmp_path) == [found]
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_path: Path) -> None:

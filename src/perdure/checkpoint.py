@@ -87,6 +87,15 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob(f"{_PREFIX}*"))
 
 
+def newest(run: Path) -> Path | None:
+    """The checkpoint to go on from; None where there is none. A kill right after it was written has left the one before
+    it as well, which then goes: repairs begin at what is there."""
+    found = checkpoints(run)
+    for folder in found[:-1] if GROUP.lead else ():
+        _remove(folder)
+    return found[-1] if found else None
+
+
 def trainings(run: Path) -> list[Path]:
     """The folders of a stage's trainings: its own, and those of attempts at repair."""
     return [run, *sorted(path for path in run.glob("repair-*") if path.is_dir())]

@@ -80,10 +80,13 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
     gate = config.gate.model_dump(mode="json")
     key = {"event": "forget", "version": version, "parent": champion, "skill": name, "decision": verdict.decision,
            "gate": gate}  # fmt: skip
-    if not any(event | key == event for event in workspace.ledger()):  # else killed before its promotion
-        if workspace.version(version).get("branch"):  # of the whole replay, in the place of its last stage's
-            workspace.append("verdict", version=version, decision=verdict.decision, reasons=list(verdict.reasons),
-                             table=list(verdict.table), gate=gate)  # fmt: skip
+    # What is there already was written before a kill. The verdict is on the whole replay, and takes the place of its
+    # last stage's.
+    known, of_replay = workspace.ledger(), {"event": "verdict", "version": version, "decision": verdict.decision,
+                                            "gate": gate}  # fmt: skip
+    if workspace.version(version).get("branch") and not any(event | of_replay == event for event in known):
+        workspace.append(**of_replay, reasons=list(verdict.reasons), table=list(verdict.table))
+    if not any(event | key == event for event in known):
         workspace.append(**key, before=accuracies[0], after=accuracies[1], reasons=list(verdict.reasons))
     decision, reasons = verdict.decision if config.gate.enforce else "promoted", verdict.reasons
     about = {"parent": champion, "skill": name}

@@ -23,7 +23,7 @@ from torch import Tensor
 from perdure.adapters import adapted
 from perdure.ahead import Ahead
 from perdure.batching import collate, passes
-from perdure.checkpoint import BEST, checkpoints, load_checkpoint, load_weights, save_checkpoint
+from perdure.checkpoint import BEST, load_checkpoint, load_weights, newest, save_checkpoint
 from perdure.config import TrainConfig
 from perdure.guidance import described
 from perdure.methods import METHODS
@@ -132,11 +132,11 @@ def _done(stage: Stage, config: TrainConfig, state: LoopState) -> bool:
 
 def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog, ahead: Ahead) -> LoopState:
     """The state of the run folder's checkpoint, or a fresh one."""
-    found = from_lead(checkpoints(stage.folder))
-    if not found:
+    found = from_lead(newest(stage.folder))
+    if found is None:
         log.rewind({})
         return LoopState()
-    loop, teacher = load_checkpoint(found[-1], stage.student.model, optimizer)
+    loop, teacher = load_checkpoint(found, stage.student.model, optimizer)
     if stage.teacher:
         stage.teacher.load_state(teacher)
     if stage.student.model is not stage.working:
