@@ -93,6 +93,18 @@ def test_earlier_rows_of_a_skill_can_be_taught_again(workspace: Workspace, skill
     assert finished(workspace, other, CONFIG) is not None and finished(workspace, skill, CONFIG) is None
 
 
+def test_what_a_repair_needed_for_a_resume_goes_as_well(workspace: Workspace, skill: Skill):
+    name = add(workspace, skill, "promoted")
+    run = workspace.run_folder(workspace.version(name)["stage"])
+    left = [folder / "checkpoint-000005" for folder in (run, run / "repair-more-anchors")]
+    for folder in left:
+        folder.mkdir(parents=True)
+    (run / "repair-more-anchors" / "metrics.jsonl").write_text("")
+    settle(workspace, name)
+    assert not any(folder.exists() for folder in left)
+    assert (run / "repair-more-anchors" / "metrics.jsonl").is_file()
+
+
 def test_a_step_of_a_replay_that_is_held_is_nothing_to_serve(workspace: Workspace, skill: Skill):
     name = workspace.next_version()
     entry = info(name, "v000", skill.name, verdict=verdict("held"), branch="forget x, instead of v000",

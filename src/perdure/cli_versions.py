@@ -40,7 +40,8 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
     from perdure.report.numbers import summary
     from perdure.report.text import skill_table
 
-    place = open_place(the_one(workspace, same))
+    workspace = the_one(workspace, same)
+    place = open_place(workspace)
     unfinished = place.unfinished()
     state: dict[str, Any] = {**place.aliases(), "skills": list(place.taught()), "unfinished": unfinished}
     if as_json:
@@ -60,7 +61,7 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
         why = place.verdict(waiting)
         said = f"{waiting} is held: {why['reasons'][0] if why else ''} To serve it: perdure promote {waiting}"
         forced = "" if why is None or why["decision"] == "promoted" else ' --force --reason "..."'
-        out.print(Text(safe_line(f"{said} -w {the_one(workspace, same)}{forced}")), soft_wrap=True)
+        out.print(Text(safe_line(f"{said} -w {workspace}{forced}")), soft_wrap=True)
     for stage in unfinished:
         told = read_json(place.run_folder(stage) / "stage.json")
         command = "forget" if told.get("branch") else "learn"
@@ -75,7 +76,6 @@ def log(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: J
     """The ledger, oldest event first, and what each stage cost.
 
     Beside it what was predicted. A broken chain is an error."""
-
     place = open_place(the_one(workspace, same))
     place.verify_ledger()
     events = place.ledger()
@@ -233,7 +233,6 @@ def rollback(
     """Go back to an earlier version.
 
     No weights are moved: it takes no time, also while a stage trains. What that stage ends with is then held."""
-
     about = {"by": actor()} | ({"reason": reason} if reason else {})
     out.print(f"champion: {open_place(workspace).rollback(to, **about)}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.files import read_json
+from perdure.skills.base import FILES
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -85,11 +86,12 @@ def _was_taught(workspace: Workspace, version: str, skill: str) -> bool:
 
 def _kept(workspace: Workspace, skill: str, kept: list[Path]) -> list[Path]:
     """Files of the skill's copies; those of copies that are gone already, by the versions that were taught them."""
-    named = {f"{skill}@{str(info['hashes'].get('skill'))[:8]}" for name in workspace.versions()
-             if (info := workspace.version(name))["skill"] == skill}  # fmt: skip
-    gone = [workspace.folder / "skills" / name / file for name in named
-            for file in ("skill.toml", "train.jsonl", "test.jsonl")]  # fmt: skip
-    return [*gone, *(path for folder in kept for path in folder.rglob("*") if path.is_file())]
+    records = [info for name in workspace.versions() if (info := workspace.version(name))["skill"] == skill]
+    taught = {workspace.kept_folder(skill, str(info["hashes"].get("skill"))) for info in records}
+    return [
+        *(folder / file for folder in taught for file in FILES),
+        *(path for folder in kept for path in folder.rglob("*") if path.is_file()),
+    ]
 
 
 def _of_versions(workspace: Workspace, skill: str, taught: tuple[str, ...]) -> list[Path]:

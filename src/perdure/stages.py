@@ -140,7 +140,7 @@ def turned_away(info: dict[str, Any], verdict: dict[str, Any]) -> Outcome:
 
 def taught_this(workspace: Workspace, skill: Skill) -> Iterator[dict[str, Any]]:
     """The version.json of each version that was taught this very content and has its weights, the newest first."""
-    erased = {path.split("/")[1] for path in workspace.erased() if path.endswith(".safetensors")}
+    erased = workspace.erased_versions()
     for name in reversed(workspace.versions()[1:]):
         info = workspace.version(name)
         if name not in erased and info["hashes"]["skill"] == skill.content_hash and info["skill"] == skill.name:

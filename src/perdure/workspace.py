@@ -257,11 +257,15 @@ class Workspace:
             return {}
         return erased_files(ledger.events())
 
+    def erased_versions(self) -> dict[str, str]:
+        """Version -> the skill with which its weights were erased."""
+        return {path.split("/")[1]: skill for path, skill in self.erased().items() if path.endswith(".safetensors")
+                and path.startswith("versions/")}  # fmt: skip
+
     def check_not_erased(self, version: str) -> None:
         """Raises InputError for a version whose weights were erased with a skill."""
-        for path, skill in self.erased().items():
-            if path.startswith(f"versions/{version}/") and path.endswith(".safetensors"):
-                raise InputError(f"{self.folder}: the weights of {version} were erased with the skill {skill!r}")
+        if skill := self.erased_versions().get(version):
+            raise InputError(f"{self.folder}: the weights of {version} were erased with the skill {skill!r}")
 
     def verify_ledger(self) -> int:
         """See Ledger.verify."""
