@@ -91,9 +91,11 @@ def victim(action: Callable[[], None], mode: str, point: int) -> int:
     sys.addaudithook(audit)
     try:
         action()
-    except OSError as error:
-        os._exit(FULL if error.errno == errno.ENOSPC else 1)
-    except BaseException:
+    except BaseException as error:
+        # An InputError that came of it says what counts although a file could not be written.
+        reason = error.__cause__ if isinstance(error, InputError) else error
+        if isinstance(reason, OSError) and reason.errno == errno.ENOSPC:
+            os._exit(FULL)
         traceback.print_exc(file=sys.__stderr__)
         os._exit(1)
     os._exit(0)
