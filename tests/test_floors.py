@@ -31,9 +31,9 @@ FLOORS = {
         "footprint",
     ],
     "F5 deciding": [
-        "gates", "ledger", "run_folders", "workspace", "verify", "scores", "measure", "compare", "stages", "staging",
-        "forecast", "running", "candidate", "repair", "card", "judging", "curriculum", "forgetting", "erasing",
-        "question_writers", "questions",
+        "gates", "ledger", "run_folders", "skill_folders", "workspace", "verify", "scores", "measure", "compare",
+        "stages", "staging", "forecast", "running", "candidate", "repair", "card", "judging", "curriculum",
+        "forgetting", "erasing", "question_writers", "questions",
     ],
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
@@ -41,7 +41,7 @@ FLOORS = {
         "bench", "bench.plan", "bench.sources", "bench.finished", "bench.chain_run", "bench.runner", "bench.numbers",
         "bench.plots", "bench.tables",
         "export", "chat", "trackers", "progress", "demo", "cli_common", "cli_import", "cli_learn",
-        "cli_versions", "cli_bench", "cli",
+        "cli_versions", "cli_changes", "cli_bench", "cli",
     ],
 }  # fmt: skip
 ORDER = [(floor, pattern) for floor, patterns in FLOORS.items() for pattern in patterns]

@@ -92,7 +92,7 @@ def actions(workspace: Workspace, skill) -> dict[str, Callable[[], object]]:
         "add_version": lambda: workspace.add_version(info("v002", "v001", "new"), write_weights),
         "promote": lambda: workspace.promote("v001", "learned"),
         "rollback": lambda: workspace.rollback("v000"),
-        "keep_skill": lambda: workspace.keep_skill(skill.folder, skill.name, skill.content_hash),
+        "keep_skill": lambda: workspace.skills.keep(skill.folder, skill.name, skill.content_hash),
         "append": lambda: workspace.append("evaluation", version="v001"),
     }
 

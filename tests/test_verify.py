@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     workspace = new_workspace(tmp_path / "bot")
     source = write_skill(tmp_path / "toy")
     content = content_hash(skill_files(source))
-    workspace.keep_skill(source, "toy", content)
+    workspace.skills.keep(source, "toy", content)
     for number in (1, 2, 3):
         name, parent = f"v00{number}", f"v00{number - 1}"
         workspace.add_version(info(name, parent, "toy", content), write_weights)
@@ -168,6 +168,6 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "as it was written" in done.output
     (folder / "versions/v001/model.safetensors").write_bytes(b"x")
     done = runner.invoke(app, ["verify", str(folder)])
-    assert done.exit_code == 2 and "model.safetensors: altered" in done.output
+    assert done.exit_code == 1 and "model.safetensors: altered" in done.output
     assert json.loads(runner.invoke(app, ["verify", str(folder), "--json"]).stdout)["problems"]
     assert isinstance(runner.invoke(app, ["verify", str(tmp_path)]).exception, InputError)

@@ -157,25 +157,25 @@ def test_links_that_lead_out_of_a_version_are_refused(grown, tmp_path):
 
 
 def test_a_kept_skill_is_a_copy(workspace, skill):
-    kept = workspace.keep_skill(skill.folder, skill.name, skill.content_hash)
+    kept = workspace.skills.keep(skill.folder, skill.name, skill.content_hash)
     assert kept == workspace.folder / "skills" / f"toy@{skill.content_hash[:8]}"
     assert load_skill(kept).content_hash == skill.content_hash
-    assert workspace.keep_skill(skill.folder, skill.name, skill.content_hash) == kept
+    assert workspace.skills.keep(skill.folder, skill.name, skill.content_hash) == kept
     assert [p.name for p in (workspace.folder / "skills").iterdir()] == [kept.name]
 
 
 def test_a_skill_that_changed_is_not_kept_under_its_old_hash(workspace, skill):
     (skill.folder / "test.jsonl").write_text('{"prompt": "other", "completion": "a"}\n', encoding="utf-8")
     with pytest.raises(InputError, match="was changed while it was in use"):
-        workspace.keep_skill(skill.folder, skill.name, skill.content_hash)
+        workspace.skills.keep(skill.folder, skill.name, skill.content_hash)
     assert not (workspace.folder / "skills").exists()
 
 
 def test_a_damaged_copy_is_found(workspace, skill):
-    kept = workspace.keep_skill(skill.folder, skill.name, skill.content_hash)
+    kept = workspace.skills.keep(skill.folder, skill.name, skill.content_hash)
     (kept / "train.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="damaged"):
-        workspace.keep_skill(skill.folder, skill.name, skill.content_hash)
+        workspace.skills.keep(skill.folder, skill.name, skill.content_hash)
 
 
 def test_skills_taught_on_the_way_to_a_version(workspace):

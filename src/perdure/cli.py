@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from perdure import __version__, cli_bench, cli_import, cli_learn, cli_versions
+from perdure import __version__, cli_bench, cli_changes, cli_import, cli_learn, cli_versions
 from perdure.cli_common import BAD_INPUT, INTERRUPTED, app, err, out
 from perdure.types import InputError
 
-COMMANDS = (cli_import, cli_learn, cli_versions, cli_bench)
+COMMANDS = (cli_import, cli_learn, cli_versions, cli_changes, cli_bench)
 """Importing them has registered their commands."""
 ORDER = ("demo", "init", "import", "check", "learn", "eval", "status", "report", "log", "show", "diff", "chat",
          "promote", "rollback", "forget", "erase", "verify", "export", "sync", "bench")  # fmt: skip

@@ -31,7 +31,7 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
     ``force`` trains although the preflight sees no teacher gap. All folders are validated before anything runs.
     """
     skills = load_all(folders)
-    kept = {s.name: load_skill(workspace.keep_skill(s.folder, s.name, s.content_hash)) for s in skills}
+    kept = {s.name: load_skill(workspace.skills.keep(s.folder, s.name, s.content_hash)) for s in skills}
     settle_all(workspace)
     outcomes = []
     for number, skill in enumerate(kept.values(), 1):

@@ -87,7 +87,7 @@ def _was_taught(workspace: Workspace, version: str, skill: str) -> bool:
 def _kept(workspace: Workspace, skill: str, kept: list[Path]) -> list[Path]:
     """Files of the skill's copies; those of copies that are gone already, by the versions that were taught them."""
     records = [info for name in workspace.versions() if (info := workspace.version(name))["skill"] == skill]
-    taught = {workspace.kept_folder(skill, str(info["hashes"].get("skill"))) for info in records}
+    taught = {workspace.skills.folder_of(skill, str(info["hashes"].get("skill"))) for info in records}
     return [
         *(folder / file for folder in taught for file in FILES),
         *(path for folder in kept for path in folder.rglob("*") if path.is_file()),

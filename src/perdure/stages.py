@@ -152,7 +152,7 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
     champion = workspace.resolve("champion")
     lineage, latest = workspace.lineage(), workspace.taught().get(skill.name)
     for info in taught_this(workspace, skill):
-        if info["version"] in lineage and latest == workspace.kept_folder(skill.name, skill.content_hash):
+        if info["version"] in lineage and latest == workspace.skills.folder_of(skill.name, skill.content_hash):
             return Outcome(skill.name, info["stage"], info["version"], "promoted", tuple(info["verdict"]["reasons"]))
         same = info["parent"] == champion and info["hashes"]["config"] == settings_hash(config)
         if same and not info.get("branch"):

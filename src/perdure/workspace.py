@@ -26,18 +26,17 @@ from perdure.files import (
     read_json,
     read_object,
     replace_text,
-    sync_path,
     to_json,
 )
 from perdure.ledger import Ledger, aliases_text, erased_files
 from perdure.provenance import now
 from perdure.run_folders import RunFolders, next_name
-from perdure.skills.base import check_inside, content_hash, skill_files
+from perdure.skill_folders import SkillFolders
+from perdure.skills.base import check_inside
 from perdure.types import InputError
 
 BASE = "v000"
 _VERSION = re.compile(r"v[0-9]{3,}")
-_SKILL_FOLDER = re.compile(r"[a-z0-9][a-z0-9_-]*@[0-9a-f]{8}")
 MANIFEST = "version_sha256"
 """Entry of the ledger lines that introduce a version: the sha256 of its version.json."""
 _RECORD = {"version": str, "parent": str | None, "skill": str | None, "hashes": dict}
@@ -52,6 +51,7 @@ class Workspace:
     def __init__(self, folder: Path):
         self.folder = folder
         self.runs = RunFolders(folder / "runs")
+        self.skills = SkillFolders(folder / "skills")
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, base_hash: str) -> Workspace:
@@ -304,25 +304,6 @@ class Workspace:
 
     # Skills
 
-    def keep_skill(self, source: Path, name: str, content: str) -> Path:
-        """Copy a skill's three files into the workspace, once per content (its hash); returns the copy.
-
-        Raises InputError when the files have changed since they were hashed."""
-        final = self.kept_folder(name, content)
-        files = skill_files(source)
-        if content_hash(files) != content:
-            raise InputError(f"{source}: was changed while it was in use; start again")
-        if final.is_dir():
-            if content_hash(skill_files(final)) != content:
-                raise InputError(f"{final}: damaged, its files are not those of the skill that was kept here")
-            return final
-        beside = folder_beside(final)
-        for file, data in files.items():
-            (beside / file).write_bytes(data)
-        put_in_place(beside, final)
-        sync_path(self.folder)
-        return final
-
     def taught(self, name: str = "champion") -> dict[str, Path]:
         """Skills taught on the way to ``name``, in order: name -> kept folder (the latest content of each)."""
         found: dict[str, Path] = {}
@@ -331,15 +312,8 @@ class Workspace:
             if not isinstance(skill, str) or not isinstance(content, str):
                 raise InputError(f"{self.folder}: damaged, {info['version']} does not say which skill it was taught")
             found.pop(skill, None)
-            found[skill] = self.kept_folder(skill, content)
+            found[skill] = self.skills.folder_of(skill, content)
         return found
-
-    def kept_folder(self, name: str, content: str) -> Path:
-        """Where a skill's content is kept. Raises InputError for a name that would lead out of the folder."""
-        folder = f"{name}@{content[:8]}"
-        if not _SKILL_FOLDER.fullmatch(folder):
-            raise InputError(f"{self.folder}: {folder!r} is no name of a kept skill")
-        return self.folder / "skills" / folder
 
     # Stages
 

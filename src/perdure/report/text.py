@@ -39,6 +39,8 @@ __all__ = [
 
 NAME_WIDTH, LABEL_WIDTH = 16, 26
 """Longest skill name and row label in characters; longer ones are cut with an ellipsis."""
+LEDGER_WIDTH = 100
+"""Characters from which the ledger's table has room for all its columns."""
 
 
 def render(summary: dict[str, Any], console: Console) -> None:
@@ -156,13 +158,15 @@ def score_table(result: Mapping[str, Any], console: Console) -> None:
 
 
 def ledger_table(events: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the ledger's events."""
-    table = Table("time", "event", "version", "parent", "skill", "why", box=None, pad_edge=False)
+    """Print the ledger's events; in a narrow terminal without their parents, so that the reasons can be read."""
+    parts = ["version", "parent", "skill"] if console.width >= LEDGER_WIDTH else ["version", "skill"]
+    table = Table("time (UTC)", "event", *parts, "why", box=None, pad_edge=False)
     for event in events:
         why = event.get("reason") or event.get("decision") or ""
         why += f" ({event['by']})" if event.get("by") else ""
         what = f"{event.get('event', '')}{', forced' if event.get('forced') else ''}"
-        cells = [event.get("time") or "", what, *(event.get(key) or "" for key in ("version", "parent", "skill")), why]
+        when = str(event.get("time") or "")[:16].replace("T", " ")
+        cells = [when, what, *(event.get(key) or "" for key in parts), why]
         table.add_row(*(Text(safe_line(str(cell))) for cell in cells))
     console.print(table)
 

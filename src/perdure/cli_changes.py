@@ -1,0 +1,176 @@
+"""Commands that change what is served or kept, and those that hand a version on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from perdure.cli_common import (
+    HERE,
+    REFUSED,
+    JsonOption,
+    SetOption,
+    WorkspaceOption,
+    actor,
+    app,
+    open_place,
+    open_workspace,
+    out,
+    reporter,
+)
+from perdure.report.words import safe_line
+from perdure.types import InputError
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Version to make the champion.")],
+    workspace: WorkspaceOption = HERE,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Although the gate did not pass it; needs --reason.")] = False,
+) -> None:
+    """Make a version the champion. One that the gate held or refused needs --force and a reason; both stay in the
+    ledger. Exit code 1: the gate did not pass it."""
+    from perdure.verify import problems_of_version
+
+    place = open_place(workspace)
+    if force and not (reason or "").strip():
+        raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
+    name = place.resolve(version)
+    verdict = place.verdict(name)
+    passed = verdict is None or verdict["decision"] == "promoted"
+    if verdict and not passed and not force:
+        words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "
+        out.print(Text(safe_line(f'{words}perdure promote {name} --force --reason "..."')), soft_wrap=True)
+        raise typer.Exit(REFUSED)
+    if problems := problems_of_version(place, name):
+        raise InputError("\n".join(problems))
+    forced: dict[str, Any] = {} if passed else {"forced": True}
+    place.promote(name, reason or "by hand", by=actor(), **forced)
+    out.print(f"champion: {name}")
+
+
+@app.command()
+def rollback(
+    workspace: WorkspaceOption = HERE,
+    to: Annotated[
+        str | None, typer.Option(help="Version to go back to; default: the champion before this one.")
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
+) -> None:
+    """Go back to an earlier version.
+
+    No weights are moved: it takes no time, also while a stage trains. What that stage ends with is then held."""
+    about = {"by": actor()} | ({"reason": reason} if reason else {})
+    out.print(f"champion: {open_place(workspace).rollback(to, **about)}")
+
+
+@app.command()
+def forget(
+    skill: Annotated[str, typer.Argument(help="Name of a skill that the champion was taught.")],
+    workspace: WorkspaceOption = HERE,
+    settings: SetOption = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
+) -> None:
+    """Take a skill out.
+
+    Replays the chain without it, gates the result, promotes it. Exit code 1: not promoted."""
+    from perdure.forgetting import forget as forget_skill
+    from perdure.report.html import write_report
+
+    place, config = open_workspace(workspace, settings)
+    with place.lock():
+        done = forget_skill(place, skill, config, reporter(), restart=restart)
+        write_report(place.folder)
+    out.print(f"{done.skill}: {done.before:.1%} before, {done.after:.1%} without it, on {done.n} items")
+    for reason in done.reasons:
+        out.print(Text(safe_line(reason)), soft_wrap=True)
+    verb = "is the champion" if done.decision == "promoted" else f"was {done.decision}; the champion stays"
+    out.print(f"{done.version} {verb}")
+    raise typer.Exit(0 if done.decision == "promoted" else REFUSED)
+
+
+@app.command()
+def erase(
+    skill: Annotated[str, typer.Argument(help="Name of a skill that the champion was not taught (perdure forget).")],
+    workspace: WorkspaceOption = HERE,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it. Without: say what would be erased.")] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
+) -> None:
+    """Remove a skill's rows for good.
+
+    Its demonstrations, all answers to its rows, and the weights of every version that was trained on them."""
+    from perdure.erasing import erase as erase_skill
+    from perdure.erasing import what_holds
+
+    place = open_place(workspace)
+    found = what_holds(place, skill)
+    what = f"{found.present} files, {found.size / 1e6:.1f} MB"
+    what += f", among them the weights of {', '.join(found.versions)}" if found.versions else ""
+    if not yes:
+        out.print(Text(f"{skill}: {what}. They cannot be brought back: --yes erases them."), soft_wrap=True)
+        raise typer.Exit(REFUSED)
+    with place.lock():
+        erase_skill(place, skill, **({"by": actor()} | ({"reason": reason} if reason else {})))
+    out.print(Text(f"{skill}: erased {what}. Not touched: the folder it was imported from, exports, backups."),
+              soft_wrap=True)  # fmt: skip
+
+
+@app.command()
+def sync(
+    tracker: Annotated[str, typer.Argument(help="mlflow.")],
+    workspace: WorkspaceOption = HERE,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow's; default: an SQLite file in the workspace.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of experiment and registered model; default: the folder's.")] = None,
+) -> None:
+    """Mirror versions and scores into MLflow.
+
+    Aliases, too. The workspace stays the truth; repeating it adds nothing."""
+    from perdure.trackers import sync_mlflow
+
+    if tracker != "mlflow":
+        raise InputError(f"no tracker {tracker!r}; there is: mlflow")
+    place = open_place(workspace)
+    mirror = sync_mlflow(place, tracking_uri, name)
+    out.print(f"{mirror.uri}: {len(mirror.added)} versions added to {mirror.model}", soft_wrap=True)
+    for alias, version in mirror.aliases.items():
+        out.print(f"{alias}: {version}")
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(help="v3, champion, previous or candidate.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    workspace: WorkspaceOption = HERE,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The difference to --since, as a LoRA adapter.")] = False,
+    since: Annotated[str, typer.Option("--since", help="Version below the adapter; v0 is the base model.")] = "v0",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the adapter; by default the least.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of whole weights: bfloat16, float16, float32.")] = "bfloat16",
+    as_json: JsonOption = False,
+) -> None:
+    """A version for serving, whole or as an adapter.
+
+    Whole weights, or with --adapter a LoRA adapter for peft or vLLM."""
+    from perdure.export import DTYPES, MOST_RANK, export_adapter, export_weights
+
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if not adapter and (rank is not None or since != "v0"):
+        raise InputError("--rank and --since are of an adapter: add --adapter")
+    if adapter and rank is not None and rank > MOST_RANK:
+        raise InputError(f"--rank {rank}: at most {MOST_RANK}")
+    place = open_place(workspace)
+    found = (export_adapter(place, version, since, folder, rank) if adapter
+             else export_weights(place, version, folder, dtype))  # fmt: skip
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    what = f"{found['dtype']} weights" if not adapter else (
+        f"adapter of rank {found['rank']} on {found['since']}, {found['share']:.2%} of the difference")  # fmt: skip
+    out.print(f"{found['version']}: {what}, {found['bytes'] / 1e6:.1f} MB in {folder}")
