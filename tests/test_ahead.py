@@ -140,7 +140,7 @@ def test_the_weights_multiply_the_loss(tmp_path: Path) -> None:
         optimizer = make_optimizer(stage, skipping)
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
         of_part = [scored[0][skip:]]
-        found = optimise(stage, skipping, optimizer, [rollout], of_part, "on_policy", Clock(), LoopState())
+        found = optimise(stage, skipping, optimizer, [rollout], of_part, Clock(), LoopState())
         return found["loss"] * found["loss_tokens"]
 
     first = loss(row) - loss(row, skip=1)

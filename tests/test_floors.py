@@ -16,8 +16,8 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "settings", "train_config", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "provenance", "servers", "processes", "sharding", "thinking", "templates", "contexts", "packing",
-        "attention", "batching", "nf4", "adapters", "models", "teacher", "likelihood",
+        "files", "provenance", "servers", "hub", "processes", "sharding", "thinking", "templates", "contexts",
+        "packing", "attention", "batching", "nf4", "adapters", "models", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
@@ -27,8 +27,8 @@ FLOORS = {
     ],
     "F4 doing": [
         "reporting", "session", "ahead", "episodes", "evaluate", "probe_tasks", "lm", "probe", "checkpoint", "runlog",
-        "stage", "rows", "monitor", "update", "train", "written", "subject", "preflight", "advisor", "anchors",
-        "footprint",
+        "stage", "rows", "monitor", "update", "scoring", "train", "written", "subject", "preflight", "advisor",
+        "anchors", "footprint",
     ],
     "F5 deciding": [
         "gates", "ledger", "run_folders", "skill_folders", "workspace", "verify", "scores", "measure", "compare",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from fakes import example, loaded, renderer, save_tiny_model, tiny_model, tiny_tokenizer
-from perdure import models
+from perdure import hub, models
 from perdure.batching import collate
 from perdure.config import ModelConfig
 from perdure.models import (
@@ -228,6 +228,7 @@ def test_a_revision_goes_to_the_hub_and_nowhere_else(tmp_path: Path, monkeypatch
         raise OSError("no hub here")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", loading)
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
     for revision in ("", "0123abc"):
         with pytest.raises(InputError, match="no hub here"):
             models.load_tokenizer(ModelConfig(source="someone/model", revision=revision))
@@ -235,6 +236,20 @@ def test_a_revision_goes_to_the_hub_and_nowhere_else(tmp_path: Path, monkeypatch
     for source in ("embedded", str(save_tiny_model(tmp_path / "model"))):
         with pytest.raises(InputError, match="is for a hub id"):
             models.load_tokenizer(ModelConfig(source=source, revision="0123abc"))
+
+
+def test_a_hub_out_of_reach_is_one_error_at_once_and_a_cached_model_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    hub.unreachable.cache_clear()
+    try:
+        with pytest.raises(InputError, match=r"someone/model: no folder .*127\.0\.0\.1:9 cannot be reached \(.+\)"):
+            models.load(ModelConfig(source="someone/model"))
+        monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, revision: f"cache/{revision}/config.json")
+        assert hub.load_options(ModelConfig(source="someone/model", revision="0123abc")) == {
+            "trust_remote_code": False, "revision": "0123abc", "local_files_only": True}  # fmt: skip
+    finally:
+        hub.unreachable.cache_clear()
 
 
 # The embedded model

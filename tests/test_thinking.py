@@ -213,7 +213,7 @@ def test_loss_over_thinking_and_over_the_answer_add_up_to_loss_over_all(tmp_path
         batches = [collate([rollout], role, 0, skip_first_tokens=1) for role in ("student", "teacher")]
         assert torch.equal(batches[0].targets_N, batches[1].targets_N)
         config = settings(method="sft", anchor_share=0.0, skip_first_tokens=1)
-        found = optimise(stage, config, make_optimizer(stage, config), [rollout], None, "sft", Clock(), LoopState())
+        found = optimise(stage, config, make_optimizer(stage, config), [rollout], None, Clock(), LoopState())
         sums[part] = (found["loss_tokens"], found["loss"] * found["loss_tokens"])
         assert found["loss_tokens"] == len(batches[0].targets_N) > 0
     assert sums["all"][0] == sums["thinking"][0] + sums["answer"][0] == len(answer.token_ids) - 1

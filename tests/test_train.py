@@ -24,11 +24,12 @@ from perdure.rollout.base import RolloutEngine
 from perdure.rollout.local import LocalEngine
 from perdure.rows import batch_rows, complete, completed, phase_of, sample, step_rollouts
 from perdure.runlog import Clock, LoopState
+from perdure.scoring import score
 from perdure.skills.graders import exact
 from perdure.stage import Anchors, Stage
 from perdure.teacher import FixedTeacher, make_teacher
 from perdure.templates import parse_template
-from perdure.train import score, train
+from perdure.train import train
 from perdure.types import Completion, Example, InputError, Rollout
 from perdure.update import loss_tokens, make_optimizer, optimise, set_learning_rate
 from perdure.written import with_written
@@ -343,7 +344,7 @@ def run_optimise(stage: Stage, config: TrainConfig, rollouts: list[Rollout], rat
     """Plain gradient descent, so that the weights show the gradient."""
     hidden = score(stage, config, rollouts, {}, LoopState())
     optimizer = torch.optim.SGD(stage.student.model.parameters(), lr=rate)
-    return optimise(stage, config, optimizer, rollouts, hidden, "warm_start", Clock(), LoopState())
+    return optimise(stage, config, optimizer, rollouts, hidden, Clock(), LoopState())
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])
@@ -520,7 +521,7 @@ def test_how_far_an_earlier_skill_moved_is_the_kl_of_its_rows(tmp_path: Path) ->
                           for m in (stage.working, stage.student.model))  # fmt: skip
             values.append(forward_kl(now, start).mean().item())
     hidden = score(stage, config, rollouts, {}, state)
-    optimise(stage, config, make_optimizer(stage, config), rollouts, hidden, "warm_start", Clock(), state)
+    optimise(stage, config, make_optimizer(stage, config), rollouts, hidden, Clock(), state)
     assert state.allotted["numbers"]["moved"] == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
@@ -663,7 +664,5 @@ def test_rows_without_a_token_that_carries_loss_are_no_fault_where_two_teachers_
     assert {loss_tokens(row, config) for row in rollouts if row.has_demonstration} == {0}
     assert any(loss_tokens(row, config) for row in rollouts)
     hidden = score(found, config, rollouts, {}, LoopState())
-    metrics = optimise(
-        found, config, make_optimizer(found, config), rollouts, hidden, "warm_start", Clock(), LoopState()
-    )
+    metrics = optimise(found, config, make_optimizer(found, config), rollouts, hidden, Clock(), LoopState())
     assert metrics["loss"] == pytest.approx(0, abs=1e-6)  # what is held has not moved yet

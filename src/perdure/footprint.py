@@ -19,8 +19,9 @@ import torch
 from perdure.config import ModelConfig, TrainConfig
 from perdure.contexts import Renderer
 from perdure.fused import CHUNK_ELEMENTS
+from perdure.hub import load_options
 from perdure.methods import METHODS
-from perdure.models import hub_options, linear_parameters, load_tokenizer, resolve
+from perdure.models import linear_parameters, load_tokenizer, resolve
 from perdure.nf4 import NF4_BYTES
 from perdure.templates import Template
 from perdure.types import Example, InputError
@@ -96,7 +97,7 @@ def shape_of(config: ModelConfig) -> Shape:
 
     source = resolve(config)
     try:
-        settings = AutoConfig.from_pretrained(source, **hub_options(config))
+        settings = AutoConfig.from_pretrained(source, **load_options(config))
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

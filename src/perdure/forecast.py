@@ -23,12 +23,12 @@ from perdure.probe import probe
 from perdure.rows import batch_rows, completed, row_counts
 from perdure.runlog import Clock, LoopState
 from perdure.scores import known_scores, unmeasured
+from perdure.scoring import score
 from perdure.session import Session
 from perdure.sharding import recomputed
 from perdure.skills.base import Skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
-from perdure.train import score
 from perdure.update import make_optimizer, optimise, own_rows
 from perdure.workspace import Workspace
 
@@ -110,9 +110,8 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
             start = time.perf_counter()
         state = LoopState(step)
         rollouts = completed(stage, train, batch_rows(stage, train, state))
-        rollouts = own_rows(rollouts)
-        hidden = score(stage, train, rollouts, kept, state)
-        optimise(stage, train, optimizer, rollouts, hidden, "warm_start", Clock(), state)
+        hidden = score(stage, train, own_rows(rollouts), kept, state)
+        optimise(stage, train, optimizer, rollouts, hidden, Clock(), state)
     return (time.perf_counter() - start) / STEPS
 
 

@@ -28,6 +28,7 @@ from perdure.attention import enable, is_enabled, packed_hidden
 from perdure.config import ModelConfig
 from perdure.files import file_sha256, package_file
 from perdure.fused import Head
+from perdure.hub import load_options
 from perdure.nf4 import weight_count
 from perdure.packing import pack
 from perdure.sharding import whole
@@ -92,12 +93,6 @@ def resolve(config: ModelConfig) -> str:
     return str(path) if path.exists() else config.source
 
 
-def hub_options(config: ModelConfig, folder: Path | None = None) -> dict[str, Any]:
-    """What transformers' loaders take beside the source; a version's ``folder`` has no revisions."""
-    revision = {} if folder or not config.revision else {"revision": config.revision}
-    return {"trust_remote_code": config.trust_remote_code, **revision}
-
-
 def load(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None) -> LoadedModel:
     """Load in float32 from ``folder`` (a version of a workspace) or from the configured source, to the configured
     ``device`` or another one.
@@ -106,7 +101,7 @@ def load(config: ModelConfig, folder: Path | None = None, device: torch.device |
     from transformers import AutoModelForCausalLM
 
     source = str(folder) if folder else resolve(config)
-    options = hub_options(config, folder)
+    options = load_options(config, folder)
     tokenizer = load_tokenizer(config, folder)
     try:
         with _quiet():
@@ -136,7 +131,7 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> Any:
     source = str(folder) if folder else resolve(config)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(config, folder))
+            tokenizer = AutoTokenizer.from_pretrained(source, **load_options(config, folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: cannot be loaded as a language model: {error}") from error
     if tokenizer.chat_template is None:

@@ -12,7 +12,7 @@ Where it departs from the paper's Algorithm 1, and why (docs/log.md has the numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from perdure.adapters import adapted
 from perdure.ahead import Ahead
-from perdure.batching import collate, passes
 from perdure.checkpoint import BEST, load_checkpoint, load_weights, newest, save_checkpoint
 from perdure.config import TrainConfig
 from perdure.guidance import described
@@ -30,14 +29,14 @@ from perdure.methods import METHODS
 from perdure.models import linear_parameters, sync_weights
 from perdure.monitor import describe, log_sample, measures_start, validate
 from perdure.processes import barrier, from_lead, gather
-from perdure.rows import answers_of, phase_of, recurs, step_rollouts
+from perdure.rows import answers_of, phase_of, step_rollouts
 from perdure.runlog import Clock, LoopState, Report, RunLog
+from perdure.scoring import score
 from perdure.seeds import derive_seed
 from perdure.sharding import recomputed, sharded
 from perdure.stage import Stage
-from perdure.teacher import Teacher
 from perdure.types import InputError, Rollout
-from perdure.update import loss_tokens, make_optimizer, optimise, own_rows, set_learning_rate
+from perdure.update import make_optimizer, optimise, own_rows, set_learning_rate
 
 TELLING_ROWS = 16
 """Validation rows that must be right before a stage ends for it: of fewer, all may be right by chance (all of 16 speak
@@ -49,6 +48,7 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
 
     Goes on from the run folder's checkpoint when there is one. Raises InputError when the loss is not finite.
     """
+    _check_environment(stage, config)
     masters = stage.student.model
     with (
         adapted(masters, stage.working, config, derive_seed(stage.seed, "adapter"), folder=stage.folder) as model,
@@ -69,58 +69,92 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     ahead = Ahead(config.overlap)
     state = resume(stage, optimizer, log, ahead)
     kept_scores: dict[Any, Tensor] = {}
-    if stage.acting and (config.overlap or config.update_sampler_every > 1):
-        used = "overlap" if config.overlap else "update_sampler_every"
-        raise InputError(
-            f"train.{used}: in an environment the weights of each step play its conversations; leave it out"
-        )
-    parameters = linear_parameters(stage.student.model)
     if state.step == 0 and measures_start(stage, config):
-        log.metrics(validate(stage, config, state))
-        state = from_lead(state)
+        state = _validate(stage, config, state, log)
     while state.step < config.steps and not _done(stage, config, state):
         clock, phase = Clock(), phase_of(state, config)
-        if phase == "re_invoke" and state.step == config.steps - config.reinvoke_steps:
-            state.best_accuracy = -1.0  # the weights to end with are those of this phase
-        rollouts = step_rollouts(stage, config, phase, state, ahead.take(state.step))
-        if phase == "on_policy" and state.step + 1 < config.steps:
-            ahead.begin(state.step + 1, partial(answers_of, stage, config, state.step + 1, state.first_own))
+        rollouts = _rollouts(stage, config, phase, state, ahead)
         clock.lap("rollout")
-        own = own_rows(rollouts)
         before = dict(state.tokens)
-        teacher_hidden = score(stage, config, own, kept_scores, state)
+        teacher_hidden = score(stage, config, own_rows(rollouts), kept_scores, state)
         clock.lap("teacher")
         set_learning_rate(optimizer, config, state.step)
-        metrics = optimise(stage, config, optimizer, own, teacher_hidden, phase, clock, state, rollouts)
-        state.tokens = {part: before[part] + sum(tokens[part] - before[part] for tokens in gather(state.tokens))
-                        for part in before}  # fmt: skip
+        metrics = optimise(stage, config, optimizer, rollouts, teacher_hidden, clock, state)
+        _count_everywhere(state, before)
         ahead.wait()
-        if stage.student.model is not stage.working:  # adapters train on the working copy itself
-            sync_weights(stage.working, stage.student.model)
-        if stage.teacher:
-            stage.teacher.update(stage.student.model)
+        _follow(stage)
         clock.lap("optimizer")
-        state.step += 1
-        knows = metrics.get("demonstration_probability", 0.0) >= config.warm_start_until
-        early = config.validate_until <= 1 and knows and not state.known
-        due = early or state.step % config.validate_every == 0 or state.step == config.steps
-        state.known, state.warm = state.known or knows, state.warm and not (knows and phase == "warm_start")
-        line = {"step": state.step, "phase": phase, **metrics, **describe(stage, rollouts, phase)}
-        line |= described(state.allotted)
-        log.metrics(line, {"step": state.step, "phase": phase, "seconds": clock.seconds, "tokens": dict(state.tokens),
-                           "parameters": parameters})  # fmt: skip
-        log_sample(stage, log, rollouts, state, phase)
+        due = _advance(state, config, phase, metrics)
+        _record(stage, log, state, phase, rollouts, metrics, clock)
         if stage.validation and due:
-            log.metrics(validate(stage, config, state))
-            state = from_lead(state)
+            state = _validate(stage, config, state, log)
         if state.step % config.checkpoint_every == 0:
             kept = {"state": asdict(state), "positions": log.positions(), "ahead": ahead.state()}
-            save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher_state(stage), kept)
+            teacher = stage.teacher.state() if stage.teacher else {}
+            save_checkpoint(stage.folder, state.step, stage.student.model, optimizer, teacher, kept)
     ahead.close()
     if state.best_step >= 0:
         barrier()  # the lead has written them
         load_weights(stage.student.model, stage.folder / BEST)
     return state
+
+
+def _rollouts(stage: Stage, config: TrainConfig, phase: str, state: LoopState, ahead: Ahead) -> list[Rollout]:
+    """The rows of this step; those of the next begin to be answered where the student answers ahead."""
+    if phase == "re_invoke" and state.step == config.steps - config.reinvoke_steps:
+        state.best_accuracy = -1.0  # the weights to end with are those of this phase
+    rollouts = step_rollouts(stage, config, phase, state, ahead.take(state.step))
+    if phase == "on_policy" and state.step + 1 < config.steps:
+        ahead.begin(state.step + 1, partial(answers_of, stage, config, state.step + 1, state.first_own))
+    return rollouts
+
+
+def _count_everywhere(state: LoopState, before: Mapping[str, int]) -> None:
+    """Each process counted the tokens of its own rows since ``before``: the sum over all."""
+    every = gather(state.tokens)
+    state.tokens = {part: count + sum(tokens[part] - count for tokens in every) for part, count in before.items()}
+
+
+def _follow(stage: Stage) -> None:
+    """Those that follow the student, once its weights have moved: its copy for decoding, and a teacher that moves."""
+    if stage.student.model is not stage.working:  # adapters train on the working copy itself
+        sync_weights(stage.working, stage.student.model)
+    if stage.teacher:
+        stage.teacher.update(stage.student.model)
+
+
+def _advance(state: LoopState, config: TrainConfig, phase: str, metrics: Mapping[str, float]) -> bool:
+    """Count the step, and end the warm start once the demonstrations are likely; whether validation is due."""
+    state.step += 1
+    knows = metrics.get("demonstration_probability", 0.0) >= config.warm_start_until
+    early = config.validate_until <= 1 and knows and not state.known
+    state.known, state.warm = state.known or knows, state.warm and not (knows and phase == "warm_start")
+    return early or state.step % config.validate_every == 0 or state.step == config.steps
+
+
+def _record(stage: Stage, log: RunLog, state: LoopState, phase: str, rollouts: Sequence[Rollout],
+            metrics: Mapping[str, Any], clock: Clock) -> None:  # fmt: skip
+    """A line of metrics, one of timings, and a sample to read."""
+    line = {"step": state.step, "phase": phase}
+    log.metrics(
+        {**line, **metrics, **describe(stage, rollouts, phase), **described(state.allotted)},
+        {**line, "seconds": clock.seconds, "tokens": dict(state.tokens),
+         "parameters": linear_parameters(stage.student.model)},
+    )  # fmt: skip
+    log_sample(stage, log, rollouts, state, phase)
+
+
+def _validate(stage: Stage, config: TrainConfig, state: LoopState, log: RunLog) -> LoopState:
+    log.metrics(validate(stage, config, state))
+    return from_lead(state)
+
+
+def _check_environment(stage: Stage, config: TrainConfig) -> None:
+    if stage.acting and (config.overlap or config.update_sampler_every > 1):
+        used = "overlap" if config.overlap else "update_sampler_every"
+        raise InputError(
+            f"train.{used}: in an environment the weights of each step play its conversations; leave it out"
+        )
 
 
 def _done(stage: Stage, config: TrainConfig, state: LoopState) -> bool:
@@ -144,53 +178,3 @@ def resume(stage: Stage, optimizer: torch.optim.Optimizer, log: RunLog, ahead: A
     log.rewind(loop["positions"])
     ahead.load_state(loop.get("ahead"))
     return LoopState(**loop["state"])
-
-
-def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: dict[Any, Tensor],
-          state: LoopState) -> list[Tensor] | None:  # fmt: skip
-    """The teacher's hidden states of each rollout, [N_i, H]; None when no row needs a teacher.
-
-    What a fixed teacher said of a row that recurs is kept. Such a row is scored alone: its bits then do not depend on
-    its neighbours, and a resumed run, which kept nothing, gets the same."""
-    if stage.teacher is None or all(r.weight == 0 for r in rollouts):
-        return None
-    fresh = phase_of(state, config) == "re_invoke"  # rows that are new each time
-    width = stage.teacher.head.weight_VH.shape[1]
-    together: dict[bool, list[int]] = {True: [], False: []}
-    result: dict[int, Tensor] = {}
-    for index, rollout in enumerate(rollouts):
-        teacher = stage.teacher_of(rollout.has_demonstration)
-        assert teacher is not None
-        if rollout.weight == 0:
-            # Its loss does not look at the teacher; the zeros only hold the place.
-            result[index] = torch.zeros(
-                loss_tokens(rollout, config), width, dtype=stage.dtype, device=stage.working.device
-            )
-        elif not teacher.moves and not fresh and recurs(stage, config, rollout):
-            key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
-            if key not in kept:
-                (hidden,) = score_group(teacher, stage, config, [rollout], state)
-                kept[key] = hidden.cpu()  # they grow with every row: a GPU has better use for its memory
-            result[index] = kept[key].to(stage.working.device)
-        else:
-            together[rollout.has_demonstration or stage.holder is None].append(index)
-    for demonstrated, places in together.items():
-        teacher = stage.teacher_of(demonstrated)
-        assert teacher is not None
-        rows = [rollouts[i] for i in places]
-        for group in passes(stage.student.model, rows, "teacher", config.micro_batch_tokens):
-            scored = score_group(teacher, stage, config, [rows[i] for i in group], state)
-            result |= zip([places[i] for i in group], scored, strict=True)
-    return [result[i] for i in range(len(rollouts))]
-
-
-def score_group(teacher: Teacher, stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout],
-                state: LoopState) -> list[Tensor]:  # fmt: skip
-    """One forward pass of a teacher; the hidden states of each rollout."""
-    batch = collate(rollouts, "teacher", stage.student.pad_id, config.skip_first_tokens, stage.working.device)
-    state.tokens["teacher"] += int(batch.attention_mask_BT.sum())
-    return list(teacher.score(batch).split([loss_tokens(r, config) for r in rollouts]))
-
-
-def teacher_state(stage: Stage) -> dict[str, Tensor]:
-    return stage.teacher.state() if stage.teacher else {}

@@ -18,6 +18,7 @@ from perdure.losses import LossSpec
 from perdure.methods import METHODS
 from perdure.models import autocast, head_of, hidden_at_loss_positions
 from perdure.processes import GROUP, add_up, dealt, gather
+from perdure.rows import phase_of
 from perdure.runlog import Clock, LoopState
 from perdure.sharding import is_sharded, run_in, whole
 from perdure.stage import Stage
@@ -59,20 +60,20 @@ def loss_tokens(rollout: Rollout, config: TrainConfig) -> int:
 
 
 def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer,
-             rollouts: Sequence[Rollout], teacher_hidden: list[Tensor] | None, phase: str, clock: Clock,
-             state: LoopState, every: Sequence[Rollout] | None = None) -> dict[str, Any]:  # fmt: skip
+             rollouts: Sequence[Rollout], teacher_hidden: list[Tensor] | None, clock: Clock,
+             state: LoopState) -> dict[str, Any]:  # fmt: skip
     """One optimizer step: sums over all tokens, divided once by their number, whatever the micro-batches and processes.
 
-    ``every``: all rows of the step, where ``rollouts`` are only this process's part of them."""
-    every = rollouts if every is None else every
-    count = sum(loss_tokens(r, config) for r in every)
+    ``rollouts`` are all rows of the step, ``teacher_hidden`` what ``score`` gives for this process's part of them."""
+    count = sum(loss_tokens(r, config) for r in rollouts)
     if count == 0:
         raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
     sums: dict[str, float] = dict.fromkeys(("loss", *METRICS), 0.0)
     moved: list[tuple[str, float]] = []
-    for rows in _passes(stage, rollouts, config):
+    own = own_rows(rollouts)
+    for rows in _passes(stage, own, config):
         teacher_NH = torch.cat([teacher_hidden[i] for i in rows]) if teacher_hidden is not None else None
-        group = [rollouts[i] for i in rows]
+        group = [own[i] for i in rows]
         batch = collate(group, "student", stage.student.pad_id, config.skip_first_tokens, stage.working.device)
         divergence_N = torch.zeros_like(batch.weights_N)
         loss, metrics = _pass(stage, config, batch, teacher_NH, 1 / count, divergence_N, clock)
@@ -81,7 +82,7 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
                  if row.source and row.weight and len(d_N)]  # fmt: skip
         sums = {key: value + (metrics | {"loss": loss})[key] for key, value in sums.items()}
         state.tokens["student"] += int(batch.attention_mask_BT.sum())
-    _sum_gradients(stage, config, rollouts, every)
+    _sum_gradients(stage, config, rollouts)
     parts = gather((sums, moved))
     sums = {key: sum(part[key] for part, _ in parts) for key in sums}
     norm = float(whole(torch.nn.utils.clip_grad_norm_(stage.student.model.parameters(), config.max_grad_norm)))
@@ -100,8 +101,8 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
         "loss_tokens": count,
     }
     if tokens := sums["demonstrated_tokens"]:
-        own = "sample_probability" if phase == "on_policy" else "demonstration_probability"
-        found[own] = sums["demonstrated_target_probability"] / tokens
+        of_whom = "sample" if phase_of(state, config) == "on_policy" else "demonstration"
+        found[f"{of_whom}_probability"] = sums["demonstrated_target_probability"] / tokens
     return found
 
 
@@ -156,16 +157,17 @@ def importance(stage: Stage, config: TrainConfig, batch: Batch, student_NH: Tens
     return torch.where(lagging_N, ratio_N, 1.0)
 
 
-def _sum_gradients(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], every: Sequence[Rollout]) -> None:
+def _sum_gradients(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout]) -> None:
     """Every process gets the sum of all processes' gradients (or its part of the sum, where they are divided)."""
     if not GROUP.shares:
         return
     if is_sharded(stage.student.model):
         # The passes themselves sum, so each process must run as many: those with fewer rows add some of no weight.
-        parts = [[every[i] for i in part] for part in dealt([row_tokens(r) for r in every])]
-        most = max(len(_passes(stage, part, config)) for part in parts)
-        for _ in range(most - len(_passes(stage, rollouts, config))):
-            batch = collate(every[:1], "student", stage.student.pad_id, config.skip_first_tokens, stage.working.device)
+        parts = [[rollouts[i] for i in part] for part in dealt([row_tokens(r) for r in rollouts])]
+        many = [len(_passes(stage, part, config)) for part in parts]
+        one, device = rollouts[:1], stage.working.device
+        for _ in range(max(many) - many[GROUP.rank]):
+            batch = collate(one, "student", stage.student.pad_id, config.skip_first_tokens, device)
             _pass(stage, config, batch, None, 0.0, torch.zeros_like(batch.weights_N), Clock())
         return
     parameters = list(trainable(stage.student.model).values())
