@@ -14,6 +14,7 @@ from perdure.stats import (
     mcnemar_one_sided,
     noninferiority_p,
     noninferiority_power,
+    one_error_below,
     paired_bootstrap_difference,
     paired_difference,
     wilson_interval,
@@ -57,6 +58,19 @@ def pairs(lost: int, gained: int, both: int, neither: int) -> tuple[list[bool], 
     before = [True] * lost + [False] * gained + [True] * both + [False] * neither
     after = [False] * lost + [True] * gained + [True] * both + [False] * neither
     return before, after
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_one_error_below_is_the_wilson_end_of_one_standard_error(k, n):
+    k = min(k, n)
+    low = one_error_below(k / n, n)
+    assert low == pytest.approx(wilson_interval(k, n, confidence=0.6826894921370859)[0], abs=1e-9)
+    assert low < k / n or k == 0
+
+
+def test_one_error_below_needs_an_item():
+    with pytest.raises(ValueError, match="at least 1"):
+        one_error_below(0.5, 0)
 
 
 def test_mcnemar_by_hand():

@@ -454,6 +454,15 @@ def test_the_student_ends_with_its_best_weights(tmp_path: Path) -> None:
     assert equal(dict(stage.working.named_parameters()), seen[8])
 
 
+def test_of_weights_within_one_standard_error_of_the_best_the_latest_are_kept(tmp_path: Path) -> None:
+    """Two right rows of four are within one of three (its Wilson end is 0.5), one is not; only what is better is
+    progress."""
+    rows = iter([float(row < right) for right in (1, 3, 2, 1, 1) for row in range(4)])
+    stage = replace(make_stage(tmp_path), grader=lambda text, row: next(rows))
+    state = train(stage, settings(steps=50, validate_every=2, patience=3))
+    assert (state.step, state.best_step, state.best_accuracy, state.stale) == (10, 6, 0.75, 3)
+
+
 def test_a_stage_ends_when_every_validation_row_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or at the share that is asked for; whatever comes later would only move the rest."""
     few = replace(make_stage(tmp_path / "few"), grader=scripted_accuracy([1, 1]))

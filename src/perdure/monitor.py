@@ -18,6 +18,7 @@ from perdure.processes import from_lead
 from perdure.rows import says_demonstration
 from perdure.runlog import LoopState, RunLog
 from perdure.stage import Stage
+from perdure.stats import one_error_below
 from perdure.teacher import Teacher
 from perdure.templates import names_the_example
 from perdure.thinking import hesitations
@@ -58,7 +59,10 @@ def log_sample(stage: Stage, log: RunLog, rollouts: Sequence[Rollout], state: Lo
 
 
 def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, Any]:
-    """Accuracy on the validation rows, drift on the general anchors; the best weights so far are kept on disk."""
+    """Accuracy on the validation rows, drift on the general anchors; the best weights so far are kept on disk.
+
+    Of those that so few rows cannot tell from the best, the latest: by one standard error (Breiman et al. 1984), as the
+    rows of earlier skills have had more steps there."""
     # Each process grades, and one that graded otherwise (a judge by a model) would save where the others do not.
     result = from_lead(evaluate(stage.engine, stage.renderer, "validation", stage.validation, stage.grader,
                                 stage.max_new_tokens, acting=stage.acting))  # fmt: skip
@@ -72,13 +76,12 @@ def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, A
         state.strayed = 0 < config.max_length_change < change
     if state.strayed:
         line["strayed"] = True
-    elif result.accuracy >= state.best_accuracy:
-        # On a tie the later weights are kept, but only a better accuracy counts as progress.
-        state.stale = 0 if result.accuracy > state.best_accuracy else state.stale + 1
-        state.best_accuracy, state.best_step = result.accuracy, state.step
+        return line | {"kl_start": anchor_drift(stage)}
+    state.stale = 0 if result.accuracy > state.best_accuracy else state.stale + 1
+    state.best_accuracy = max(state.best_accuracy, result.accuracy)
+    if result.accuracy >= one_error_below(state.best_accuracy, result.n):
+        state.best_step = state.step
         save_weights(stage.student.model, stage.folder / BEST)
-    else:
-        state.stale += 1
     return line | {"kl_start": anchor_drift(stage)}
 
 

@@ -6,6 +6,7 @@ disagree carry information.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,6 +51,14 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
         raise ValueError(f"wilson_interval: successes must be 0..n = 0..{n}, got {successes}")
     interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def one_error_below(share: float, n: int) -> float:
+    """A share of ``n`` items less one standard error: the lower end of its Wilson interval with z = 1, which is below
+    the share at 0 and 1, too."""
+    if n < 1:
+        raise ValueError(f"one_error_below: n must be at least 1, got {n}")
+    return (share + 0.5 / n - math.sqrt(share * (1 - share) / n + 0.25 / n**2)) / (1 + 1 / n)
 
 
 def mcnemar_one_sided(before: Sequence[bool], after: Sequence[bool], alternative: Alternative = "worse") -> float:
