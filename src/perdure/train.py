@@ -44,7 +44,8 @@ for an accuracy of at least 0.83, 95 % one-sided)."""
 
 
 def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> LoopState:
-    """Train until ``config.steps`` or until validation stops improving; the student ends with its best weights.
+    """Train until ``config.steps`` or until validation stops improving; the student ends with its best weights
+    (``monitor.validate``).
 
     Goes on from the run folder's checkpoint when there is one. Raises InputError when the loss is not finite.
     """

@@ -126,7 +126,8 @@ class TrainConfig(SettingsSection):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """A step's gradient is scaled down to this norm."""
     validation_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the training rows that validate instead; the weights that were best on them are kept."""
+    """Share of the training rows that validate instead. Of the weights that they cannot tell from the best (by one
+    standard error) the latest are kept."""
     validation_max: int = Field(default=32, ge=0)
     """At most so many validation rows; 0 = no validation."""
     validate_every: int = Field(default=20, ge=1)
