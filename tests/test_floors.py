@@ -1,4 +1,4 @@
-"""A module imports only what is listed before it: the order of README's tree, read from top to bottom."""
+"""A module imports only what is listed before it: the order of CONTRIBUTING's tree, from top to bottom."""
 
 import ast
 import sys

@@ -57,7 +57,8 @@ class TrainConfig(SettingsSection):
     anchor_earlier_share: float = Field(default=0.67, ge=0, le=1)
     """Of the anchors, the share from earlier skills; before there are any, these rows are demonstrations."""
     anchor_per_skill: float = Field(default=0.5, ge=0)
-    """At least so many rows a step for each earlier skill; what that takes beyond their share is added to the batch."""
+    """At least so many rows a step for each earlier skill on average (``anchor_focus`` says which get more); what that
+    takes beyond their share is added to the batch."""
     anchor_focus: float = Field(default=0.5, ge=0, le=1)
     """Share of the earlier skills' rows that goes where the student has moved most; the rest is divided evenly."""
     anchor_rehearsal: float = Field(default=1.0, ge=0, le=1)
