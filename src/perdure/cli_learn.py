@@ -36,7 +36,7 @@ def demo(
         str | None, typer.Option("--compare", help="Also run the chain with this method, such as sft.")
     ] = None,
 ) -> None:
-    """The embedded model learns three real skills in a row.
+    """The embedded model learns three skills in a row.
 
     The report shows what it learned and kept."""
     from perdure.demo import run_demo

@@ -1,4 +1,4 @@
-"""``perdure demo``: the embedded model learns three real skills in a row, with settings measured for it."""
+"""``perdure demo``: the embedded model learns three skills in a row, with settings measured for it."""
 
 from __future__ import annotations
 
