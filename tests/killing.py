@@ -123,7 +123,7 @@ def state(workspace: Workspace) -> dict[str, Any]:
         for path in sorted(workspace.folder.glob("runs/**/*.jsonl"))
         if path.name in ("metrics.jsonl", "samples.jsonl") or path.parent.name == "baseline"
     }
-    ledger = [{k: v for k, v in line.items() if k not in ("time", "previous_line", "version_sha256")}
+    ledger = [{k: v for k, v in line.items() if k not in ("time", "began", "previous_line", "version_sha256")}
               for line in read_jsonl(workspace.folder / "ledger.jsonl")]  # fmt: skip
     return {"versions": versions, "aliases": workspace.aliases(), "runs": runs, "ledger": ledger,
             "left": [str(p) for p in workspace.folder.glob("runs/*/checkpoint-*")]}  # fmt: skip

@@ -146,6 +146,12 @@ def test_the_weights_multiply_the_loss(tmp_path: Path) -> None:
     first = loss(row) - loss(row, skip=1)
     assert first > 0 and loss(row, skip=1) > 0
     assert loss(lagging) == pytest.approx(first + loss(row, skip=1) / 2, rel=1e-4)
+    # The demonstration's share of the target is part of that loss.
+    label = {"labels": row.completion.token_ids, "label_weight": 0.5}
+    mixed, mixed_lagging = replace(row, **label), replace(lagging, **label)
+    first = loss(mixed) - loss(mixed, skip=1)
+    assert loss(mixed) != pytest.approx(loss(row), rel=1e-2)
+    assert loss(mixed_lagging) == pytest.approx(first + loss(mixed, skip=1) / 2, rel=1e-4)
 
 
 # The loop

@@ -13,12 +13,12 @@ import torch
 from fakes import tiny_model
 from perdure import checkpoint
 from perdure.checkpoint import (
-    BEST,
     checkpoints,
     drop_training_state,
     load_checkpoint,
     load_weights,
     newest,
+    save_best,
     save_checkpoint,
     save_weights,
 )
@@ -135,17 +135,35 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_pa
 
 def test_weights_round_trip(tmp_path: Path) -> None:
     model, other = tiny_model(), tiny_model(seed=1)
-    save_weights(model, tmp_path / BEST)
-    load_weights(other, tmp_path / BEST)
+    save_weights(model, tmp_path / "w.safetensors")
+    load_weights(other, tmp_path / "w.safetensors")
     assert same(weights(model), weights(other))
-    assert os.listdir(tmp_path) == [BEST]
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+
+
+def test_the_best_weights_that_a_checkpoint_speaks_of_stay_until_the_next(tmp_path: Path) -> None:
+    model = tiny_model()
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("best-*"))
+
+    save_best(model, tmp_path, 2)
+    save_best(model, tmp_path, 4)
+    assert kept() == ["best-000004.safetensors"]
+    save_checkpoint(tmp_path, 4, model, adam(model), {}, {"state": {"best_step": 4}})
+    for step in (6, 8):  # a run killed here goes on from step 4, whose best are those of step 4
+        save_best(model, tmp_path, step)
+        assert kept() == ["best-000004.safetensors", f"best-{step:06d}.safetensors"]
+    save_checkpoint(tmp_path, 8, model, adam(model), {}, {"state": {"best_step": 8}})
+    save_best(model, tmp_path, 10)
+    assert kept() == ["best-000008.safetensors", "best-000010.safetensors"]
 
 
 def test_training_state_goes_and_the_record_stays(tmp_path: Path) -> None:
     model = tiny_model()
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}))
     save_checkpoint(tmp_path, 5, model, adam(model), {}, {})
-    save_weights(model, tmp_path / BEST)
+    save_best(model, tmp_path, 5)
     drop_training_state(tmp_path)
     drop_training_state(tmp_path)  # twice is fine
     assert os.listdir(tmp_path) == ["metrics.jsonl"]

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fakes import save_tiny_model, toy_skill
-from perdure.cli_versions import export
+from perdure.cli_changes import export
 from perdure.curriculum import learn
 from perdure.export import MOST_RANK, difference, export_adapter, export_weights
 from perdure.models import load

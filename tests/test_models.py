@@ -245,6 +245,8 @@ def test_a_hub_out_of_reach_is_one_error_at_once_and_a_cached_model_is_taken(mon
     try:
         with pytest.raises(InputError, match=r"someone/model: no folder .*127\.0\.0\.1:9 cannot be reached \(.+\)"):
             models.load(ModelConfig(source="someone/model"))
+        with pytest.raises(InputError, match=r"^models/some/model: no folder"):  # no hub id: a path that was mistyped
+            models.load_tokenizer(ModelConfig(source="models/some/model"))
         monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, revision: f"cache/{revision}/config.json")
         assert hub.load_options(ModelConfig(source="someone/model", revision="0123abc")) == {
             "trust_remote_code": False, "revision": "0123abc", "local_files_only": True}  # fmt: skip

@@ -134,9 +134,12 @@ def test_a_repair_is_strict_about_losses_that_chance_could_explain(tmp_path: Pat
     assert "100.0% to 50.0%" in last["reason"] and last["decision"] == "refused"
 
 
-def test_an_earlier_checkpoint_is_tried_first(tmp_path: Path, made: Setup):
+@pytest.mark.parametrize("rows", [32, 0])
+def test_an_earlier_checkpoint_is_tried_first(tmp_path: Path, made: Setup, rows: int):
+    """Also where no validation has chosen the weights: then the stage ended with its last step."""
     config = settings(made[0], repair=1)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every": 15})})
+    changed = {"checkpoint_every": 15, "validation_max": rows}
+    config = config.model_copy(update={"train": config.train.model_copy(update=changed)})
     workspace = create_workspace(tmp_path / "bot", config)
     learn(workspace, made[1], config, Silent())
     assert [label for label, _ in attempts(workspace)] == ["checkpoint 30"]

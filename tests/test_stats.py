@@ -65,7 +65,7 @@ def test_one_error_below_is_the_wilson_end_of_one_standard_error(k, n):
     k = min(k, n)
     low = one_error_below(k / n, n)
     assert low == pytest.approx(wilson_interval(k, n, confidence=0.6826894921370859)[0], abs=1e-9)
-    assert low < k / n or k == 0
+    assert low < k / n or low == k == 0
 
 
 def test_one_error_below_needs_an_item():

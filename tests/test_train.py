@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fakes import NUMBERS, ScriptedEngine, copying_model, example, loaded, renderer, tiny_model, toy_examples
-from perdure.checkpoint import BEST, checkpoints
+from perdure.checkpoint import best_of, checkpoints
 from perdure.config import TrainConfig
 from perdure.evaluate import evaluate
 from perdure.losses import forward_kl
@@ -309,7 +309,7 @@ def test_a_warm_start_shorter_than_an_epoch_keeps_only_the_anchors(tmp_path: Pat
     rollouts = warm_rollouts(stage, config)
     score(stage, config, rollouts, kept, LoopState())
     anchors = [r for r in rollouts if not r.has_demonstration]
-    assert kept.keys() == {(r.teacher_prompt.token_ids, r.completion.token_ids) for r in anchors} and anchors
+    assert kept.keys() == {(r.teacher_prompt.token_ids, r.completion.token_ids, r.region) for r in anchors} and anchors
 
 
 @pytest.mark.parametrize("kind", ["ema", "live"])
@@ -476,6 +476,17 @@ def test_a_stage_ends_when_every_validation_row_is_right(tmp_path: Path, monkeyp
         assert (state.step, state.best_step) == (end, end)
 
 
+def test_what_the_base_knows_does_not_end_a_stage_at_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are looked at before the first step where their length is watched; half of them are right."""
+    right = iter([1.0, 1.0, 0.0, 0.0] * 3)
+    stage = replace(make_stage(tmp_path), grader=lambda text, row: next(right))
+    monkeypatch.setattr("perdure.train.TELLING_ROWS", len(stage.validation))
+    state = train(stage, settings(steps=6, validate_every=2, validate_until=0.5, max_length_change=1e9))
+    assert (state.step, state.best_step) == (2, 2)
+
+
 def test_there_is_a_validation_when_the_demonstrations_are_known(tmp_path: Path) -> None:
     """Once, at the step whose mean probability of their tokens passes the limit."""
     stage = make_stage(tmp_path)
@@ -552,13 +563,14 @@ RUN: dict[str, Any] = {"steps": 12, "warm_start_steps": 5, "warm_start_until": 1
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    folders = []
+    runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         stage = make_stage(tmp_path / name, seed=seed)
-        train(stage, settings(**RUN))
-        folders.append(stage.folder)
-    for name in ("metrics.jsonl", "samples.jsonl", BEST):
-        a, b, c = ((folder / name).read_bytes() for folder in folders)
+        best = best_of(stage.folder, train(stage, settings(**RUN)).best_step)
+        runs.append(
+            [path.read_bytes() for path in (stage.folder / "metrics.jsonl", stage.folder / "samples.jsonl", best)]
+        )
+    for a, b, c in zip(*runs, strict=True):
         assert a == b != c
 
 
@@ -614,7 +626,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     assert equal(dict(resumed.working.named_parameters()), dict(whole.working.named_parameters()))
     assert resumed.teacher is not None and whole.teacher is not None
     assert equal(resumed.teacher.state(), whole.teacher.state())
-    for name in ("metrics.jsonl", "samples.jsonl", BEST):
+    for name in ("metrics.jsonl", "samples.jsonl", best_of(whole.folder, expected.best_step).name):
         if method == "sdft" or name != "samples.jsonl":
             assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     assert [t["step"] for t in lines(resumed, "timings.jsonl")] == list(range(1, 13))

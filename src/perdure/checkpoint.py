@@ -31,8 +31,7 @@ from perdure.files import beside_of, put_in_place
 from perdure.processes import GROUP, barrier
 from perdure.sharding import like, whole
 
-BEST = "best.safetensors"
-"""In the run folder: the student's weights at the best validation so far."""
+_BEST = "best-"
 WHOLE = "state.safetensors"
 _PREFIX = "checkpoint-"
 
@@ -106,7 +105,8 @@ def drop_training_state(run: Path) -> None:
     _sweep(run)
     for folder in checkpoints(run):
         _remove(folder)
-    (run / BEST).unlink(missing_ok=True)
+    for path in run.glob(f"{_BEST}*"):
+        path.unlink()
 
 
 def load_checkpoint(
@@ -165,6 +165,23 @@ def _read(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix(_PREFIX))
+
+
+def best_of(run: Path, step: int) -> Path:
+    """Where the weights lie that validation chose at a step. Each step has its own file: a run that goes on from a
+    checkpoint ends with those that the checkpoint speaks of, whatever a killed attempt saved after it."""
+    return run / f"{_BEST}{step:06d}.safetensors"
+
+
+def save_best(student: Any, run: Path, step: int) -> None:
+    """Keep the weights of a step as the best so far; those before them go, but for what the newest checkpoint needs."""
+    save_weights(student, best_of(run, step))
+    if not GROUP.lead:
+        return
+    loops = [json.loads((folder / "loop.json").read_text(encoding="utf-8")) for folder in checkpoints(run)]
+    needed = {best_of(run, loop.get("state", {}).get("best_step", -1)) for loop in loops} | {best_of(run, step)}
+    for path in set(run.glob(f"{_BEST}*.safetensors")) - needed:
+        path.unlink()
 
 
 def save_weights(student: Any, path: Path) -> None:

@@ -95,9 +95,9 @@ def shape_of(config: ModelConfig) -> Shape:
     """From the configuration file; the weights stay where they are. Raises InputError when there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = resolve(config)
+    source, options = resolve(config), load_options(config)
     try:
-        settings = AutoConfig.from_pretrained(source, **load_options(config))
+        settings = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

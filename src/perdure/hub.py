@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from perdure.config import ModelConfig
 from perdure.types import InputError
@@ -29,8 +31,9 @@ def load_options(config: ModelConfig, folder: Path | None = None) -> dict[str, A
     problem = None if constants.HF_HUB_OFFLINE else unreachable()
     if problem is None:
         return options
-    if isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str):
-        return options | {"local_files_only": True}
+    with suppress(HFValidationError):  # a path that was mistyped is no hub id
+        if isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str):
+            return options | {"local_files_only": True}
     raise InputError(
         f"{source}: no folder on this machine, not in the hub's cache, and {constants.ENDPOINT} cannot be reached "
         f"({problem}); give a model folder, a GGUF file or 'embedded', or a hub id where there is a network "

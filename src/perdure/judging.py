@@ -32,7 +32,8 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     kept = guards(workspace, run.parent, before, run.earlier, config, way)
     candidate = measure_candidate(run, before, kept, name)
     if config.gate.repair and worth_repairing(candidate.verdict):
-        candidate = repair(run, before, kept, check, name, candidate.verdict, state.best_step) or candidate
+        ended = state.best_step if state.best_step >= 0 else state.step  # without validation: the last
+        candidate = repair(run, before, kept, check, name, candidate.verdict, ended) or candidate
     info = _describe(run, name, check, state, candidate.verdict) | {
         "scores": {s.skill: score_json(s, run.scope[s.skill], way) for s in candidate.scores},
         "probe": probe_json(candidate.probed, way),

@@ -129,9 +129,10 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     source = str(folder) if folder else resolve(config)
+    options = load_options(config, folder)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, **load_options(config, folder))
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: cannot be loaded as a language model: {error}") from error
     if tokenizer.chat_template is None:

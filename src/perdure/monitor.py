@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from perdure.batching import collate
-from perdure.checkpoint import BEST, save_weights
+from perdure.checkpoint import save_best
 from perdure.config import TrainConfig
 from perdure.evaluate import evaluate
 from perdure.fused import LossInputs, chunked_loss
@@ -81,7 +81,7 @@ def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, A
     state.best_accuracy = max(state.best_accuracy, result.accuracy)
     if result.accuracy >= one_error_below(state.best_accuracy, result.n):
         state.best_step = state.step
-        save_weights(stage.student.model, stage.folder / BEST)
+        save_best(stage.student.model, stage.folder, state.step)
     return line | {"kl_start": anchor_drift(stage)}
 
 

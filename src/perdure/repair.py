@@ -20,6 +20,7 @@ from perdure.adapters import adapted
 from perdure.candidate import Candidate, measure_candidate
 from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
+from perdure.files import read_json
 from perdure.gates import Guard
 from perdure.methods import METHODS
 from perdure.models import load
@@ -42,10 +43,10 @@ def worth_repairing(verdict: Verdict) -> bool:
 
 def repair(
     run: Run, before: Scores, kept: Sequence[Guard], check: dict[str, Any] | None, name: str, harmed: Verdict,
-    best_step: int,
+    ended: int,
 ) -> Candidate | None:  # fmt: skip
     """The first attempt that passes, whose weights the session's student then has; None, and the student as it was,
-    when none of ``gate.repair`` attempts does."""
+    when none of ``gate.repair`` attempts does. ``ended``: the step whose weights the training ended with."""
     run.reporter.note(f"Refused so far: {harmed.reasons[0]}")
     student = run.session.loaded.model
     # Blended in the CPU's memory: a GPU that holds masters and working copy has no room for two more sets.
@@ -53,7 +54,7 @@ def repair(
     parent = _parent_weights(run)
     tries: dict[str, Callable[[], None]] = {}
     for folder in checkpoints(run.folder):
-        if (step := checkpoint_step(folder)) < best_step:
+        if (step := checkpoint_step(folder)) < ended:
             tries[f"checkpoint {step}"] = lambda folder=folder: _earlier(run, parent, folder)
     for share in BLENDS:
         tries[f"blend {share}"] = lambda share=share: _set(run, parent, trained, share)
@@ -62,10 +63,10 @@ def repair(
         del again["more anchors"]
     for label, settings in again.items():
         tries[label] = lambda label=label, settings=settings: _again(run, parent, check, label, settings)
-    key = {"event": "repair", "stage": run.stage, "parent": run.parent, "config": settings_hash(run.asked)}
-    past = {
-        event["attempt"]: event["decision"] for event in run.workspace.ledger() if event | key == event
-    }  # a stage that was begun anew under other settings may have the same name
+    # A stage that was begun anew may have the same name: its attempts are others.
+    key = {"event": "repair", "stage": run.stage, "parent": run.parent, "config": settings_hash(run.asked),
+           "began": read_json(run.folder / "stage.json")["created"]}  # fmt: skip
+    past = {event["attempt"]: event["decision"] for event in run.workspace.ledger() if event | key == event}
     hurt = {row["name"] for row in harmed.table if row["verdict"] == "worse"}
     for label, attempt in list(tries.items())[: run.config.gate.repair]:
         if past.get(label, "promoted") != "promoted":

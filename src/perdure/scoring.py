@@ -39,7 +39,7 @@ def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: 
                 loss_tokens(rollout, config), width, dtype=stage.dtype, device=stage.working.device
             )
         elif not teacher.moves and not fresh and recurs(stage, config, rollout):
-            key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids)
+            key = (rollout.teacher_prompt.token_ids, rollout.completion.token_ids, rollout.region)
             if key not in kept:
                 (hidden,) = score_group(teacher, stage, config, [rollout], state)
                 kept[key] = hidden.cpu()  # they grow with every row: a GPU has better use for its memory

@@ -58,7 +58,8 @@ def one_error_below(share: float, n: int) -> float:
     the share at 0 and 1, too."""
     if n < 1:
         raise ValueError(f"one_error_below: n must be at least 1, got {n}")
-    return (share + 0.5 / n - math.sqrt(share * (1 - share) / n + 0.25 / n**2)) / (1 + 1 / n)
+    low = (share + 0.5 / n - math.sqrt(share * (1 - share) / n + 0.25 / n**2)) / (1 + 1 / n)
+    return max(0.0, low)  # of none, rounding may leave a little above or below it
 
 
 def mcnemar_one_sided(before: Sequence[bool], after: Sequence[bool], alternative: Alternative = "worse") -> float:

@@ -125,7 +125,8 @@ class EmaTeacher(ModelTeacher):
         }
 
     def follow(self, student: Any) -> None:
-        self.average = {name: like(self.average[name], p) for name, p in effective_parameters(student)}
+        # One process may go on with a divided run: its averages, begun in the CPU's memory, then lie with the weights.
+        self.average = {name: like(self.average[name], p).to(p.device) for name, p in effective_parameters(student)}
 
     def update(self, student: Any) -> None:
         teacher_update(self.average, dict(effective_parameters(student)), self.rate)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from perdure.adapters import adapted
 from perdure.ahead import Ahead
-from perdure.checkpoint import BEST, load_checkpoint, load_weights, newest, save_checkpoint
+from perdure.checkpoint import best_of, load_checkpoint, load_weights, newest, save_checkpoint
 from perdure.config import TrainConfig
 from perdure.guidance import described
 from perdure.methods import METHODS
@@ -96,7 +96,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     ahead.close()
     if state.best_step >= 0:
         barrier()  # the lead has written them
-        load_weights(stage.student.model, stage.folder / BEST)
+        load_weights(stage.student.model, best_of(stage.folder, state.best_step))
     return state
 
 
@@ -161,7 +161,7 @@ def _check_environment(stage: Stage, config: TrainConfig) -> None:
 def _done(stage: Stage, config: TrainConfig, state: LoopState) -> bool:
     """Whether validation says that more steps would be of no use, or have gone too far."""
     enough = state.step > 0 and len(stage.validation) >= TELLING_ROWS
-    learned = enough and state.best_accuracy >= config.validate_until
+    learned = enough and state.best_step > 0 and state.best_accuracy >= config.validate_until
     return state.strayed or ((learned or state.stale >= config.patience) and not METHODS[config.method].reinvoked)
 
 

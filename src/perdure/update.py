@@ -125,9 +125,9 @@ def _pass(stage: Stage, config: TrainConfig, batch: Batch, teacher_NH: Tensor | 
         with autocast(stage.dtype, stage.working.device):
             student_NH = hidden_at_loss_positions(stage.student.model, batch).to(stage.dtype)
         clock.lap("forward")
-        weights_N = batch.weights_N * importance(stage, config, batch, student_NH) * scale
-        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, weights_N, batch.demonstrated_N,
-                            sharpness, batch.label_weights_N * scale, batch.labels_N)  # fmt: skip
+        scale_N = importance(stage, config, batch, student_NH) * scale
+        inputs = LossInputs(student_NH, teacher_NH, batch.targets_N, batch.weights_N * scale_N, batch.demonstrated_N,
+                            sharpness, batch.label_weights_N * scale_N, batch.labels_N)  # fmt: skip
         return loss_of(stage, spec, inputs, divergence_N)
 
     loss, metrics = run_in(stage.student.model, forward)

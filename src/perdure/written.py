@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from perdure.config import TrainConfig
 from perdure.methods import METHODS
+from perdure.processes import from_lead
 from perdure.rollout.base import SamplingParams, TotalProgress, part_of
 from perdure.rows import taught_rows, weighted
 from perdure.seeds import derive_seed
@@ -30,6 +31,7 @@ def with_written(stage: Stage, config: TrainConfig, progress: TotalProgress | No
     if METHODS[config.method].completions == "rewritten":
         answers = [answer if stage.grader(stage.renderer.answer(answer), row) >= 1 else demonstration
                    for row, answer, demonstration in zip(rows, answers, demonstrations, strict=True)]  # fmt: skip
+        answers = from_lead(answers)  # each process has graded, and a judge by a model may have judged otherwise
     written = {row.id: _row(stage, config, row, answer) for row, answer in zip(rows, answers, strict=True)}
     return replace(stage, examples=tuple(written.get(row.id, row) if isinstance(row, Example) else row
                                          for row in stage.examples))  # fmt: skip
