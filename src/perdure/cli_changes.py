@@ -65,8 +65,12 @@ def rollback(
     """Go back to an earlier version.
 
     No weights are moved: it takes no time, also while a stage trains. What that stage ends with is then held."""
-    about = {"by": actor()} | ({"reason": reason} if reason else {})
-    out.print(f"champion: {open_place(workspace).rollback(to, **about)}")
+    out.print(f"champion: {open_place(workspace).rollback(to, **_on_record(reason))}")
+
+
+def _on_record(reason: str | None) -> dict[str, str]:
+    """Who did it and why, for the ledger."""
+    return {"by": actor()} | ({"reason": reason} if reason else {})
 
 
 @app.command()
@@ -115,7 +119,7 @@ def erase(
         out.print(Text(f"{skill}: {what}. They cannot be brought back: --yes erases them."), soft_wrap=True)
         raise typer.Exit(REFUSED)
     with place.lock():
-        erase_skill(place, skill, **({"by": actor()} | ({"reason": reason} if reason else {})))
+        erase_skill(place, skill, **_on_record(reason))
     out.print(Text(f"{skill}: erased {what}. Not touched: the folder it was imported from, exports, backups."),
               soft_wrap=True)  # fmt: skip
 

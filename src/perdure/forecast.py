@@ -29,7 +29,7 @@ from perdure.sharding import recomputed
 from perdure.skills.base import Skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
-from perdure.update import make_optimizer, optimise, own_rows
+from perdure.update import make_optimizer, optimise
 from perdure.workspace import Workspace
 
 PROBE_ROWS = 8
@@ -110,7 +110,7 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
             start = time.perf_counter()
         state = LoopState(step)
         rollouts = completed(stage, train, batch_rows(stage, train, state))
-        hidden = score(stage, train, own_rows(rollouts), kept, state)
+        hidden = score(stage, train, rollouts, kept, state)
         optimise(stage, train, optimizer, rollouts, hidden, Clock(), state)
     return (time.perf_counter() - start) / STEPS
 

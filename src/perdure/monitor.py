@@ -76,13 +76,18 @@ def validate(stage: Stage, config: TrainConfig, state: LoopState) -> dict[str, A
         state.strayed = 0 < config.max_length_change < change
     if state.strayed:
         line["strayed"] = True
-        return line | {"kl_start": anchor_drift(stage)}
+    else:
+        _choose(stage, state, result)
+    return line | {"kl_start": anchor_drift(stage)}
+
+
+def _choose(stage: Stage, state: LoopState, result: SkillScore) -> None:
+    """Keep this step's weights where validation cannot tell them from the best; only what is better is progress."""
     state.stale = 0 if result.accuracy > state.best_accuracy else state.stale + 1
     state.best_accuracy = max(state.best_accuracy, result.accuracy)
     if result.accuracy >= one_error_below(state.best_accuracy, result.n):
         state.best_step = state.step
         save_best(stage.student.model, stage.folder, state.step)
-    return line | {"kl_start": anchor_drift(stage)}
 
 
 def measures_start(stage: Stage, config: TrainConfig) -> bool:

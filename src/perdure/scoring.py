@@ -15,15 +15,17 @@ from perdure.runlog import LoopState
 from perdure.stage import Stage
 from perdure.teacher import Teacher
 from perdure.types import Rollout
-from perdure.update import loss_tokens
+from perdure.update import loss_tokens, own_rows
 
 
 def score(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout], kept: dict[Any, Tensor],
           state: LoopState) -> list[Tensor] | None:  # fmt: skip
-    """The teacher's hidden states of each rollout, [N_i, H]; None when no row needs a teacher.
+    """The teacher's hidden states of each of this process's part of the step's rows, [N_i, H]; None when none of them
+    needs a teacher.
 
     What a fixed teacher said of a row that recurs is kept. Such a row is scored alone: its bits then do not depend on
     its neighbours, and a resumed run, which kept nothing, gets the same."""
+    rollouts = own_rows(rollouts)
     if stage.teacher is None or all(r.weight == 0 for r in rollouts):
         return None
     fresh = phase_of(state, config) == "re_invoke"  # rows that are new each time

@@ -36,7 +36,7 @@ from perdure.seeds import derive_seed
 from perdure.sharding import recomputed, sharded
 from perdure.stage import Stage
 from perdure.types import InputError, Rollout
-from perdure.update import make_optimizer, optimise, own_rows, set_learning_rate
+from perdure.update import make_optimizer, optimise, set_learning_rate
 
 TELLING_ROWS = 16
 """Validation rows that must be right before a stage ends for it: of fewer, all may be right by chance (all of 16 speak
@@ -70,6 +70,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
     ahead = Ahead(config.overlap)
     state = resume(stage, optimizer, log, ahead)
     kept_scores: dict[Any, Tensor] = {}
+    parameters = linear_parameters(stage.student.model)
     if state.step == 0 and measures_start(stage, config):
         state = _validate(stage, config, state, log)
     while state.step < config.steps and not _done(stage, config, state):
@@ -77,7 +78,7 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         rollouts = _rollouts(stage, config, phase, state, ahead)
         clock.lap("rollout")
         before = dict(state.tokens)
-        teacher_hidden = score(stage, config, own_rows(rollouts), kept_scores, state)
+        teacher_hidden = score(stage, config, rollouts, kept_scores, state)
         clock.lap("teacher")
         set_learning_rate(optimizer, config, state.step)
         metrics = optimise(stage, config, optimizer, rollouts, teacher_hidden, clock, state)
@@ -86,7 +87,8 @@ def loop(stage: Stage, config: TrainConfig, report: Report | None) -> LoopState:
         _follow(stage)
         clock.lap("optimizer")
         due = _advance(state, config, phase, metrics)
-        _record(stage, log, state, phase, rollouts, metrics, clock)
+        timings = {"seconds": clock.seconds, "tokens": dict(state.tokens), "parameters": parameters}
+        _record(stage, log, state, phase, rollouts, metrics, timings)
         if stage.validation and due:
             state = _validate(stage, config, state, log)
         if state.step % config.checkpoint_every == 0:
@@ -134,14 +136,11 @@ def _advance(state: LoopState, config: TrainConfig, phase: str, metrics: Mapping
 
 
 def _record(stage: Stage, log: RunLog, state: LoopState, phase: str, rollouts: Sequence[Rollout],
-            metrics: Mapping[str, Any], clock: Clock) -> None:  # fmt: skip
+            metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> None:  # fmt: skip
     """A line of metrics, one of timings, and a sample to read."""
     line = {"step": state.step, "phase": phase}
-    log.metrics(
-        {**line, **metrics, **describe(stage, rollouts, phase), **described(state.allotted)},
-        {**line, "seconds": clock.seconds, "tokens": dict(state.tokens),
-         "parameters": linear_parameters(stage.student.model)},
-    )  # fmt: skip
+    about = {**describe(stage, rollouts, phase), **described(state.allotted)}
+    log.metrics({**line, **metrics, **about}, {**line, **timings})
     log_sample(stage, log, rollouts, state, phase)
 
 
@@ -160,8 +159,8 @@ def _check_environment(stage: Stage, config: TrainConfig) -> None:
 
 def _done(stage: Stage, config: TrainConfig, state: LoopState) -> bool:
     """Whether validation says that more steps would be of no use, or have gone too far."""
-    enough = state.step > 0 and len(stage.validation) >= TELLING_ROWS
-    learned = enough and state.best_step > 0 and state.best_accuracy >= config.validate_until
+    enough = state.best_step > 0 and len(stage.validation) >= TELLING_ROWS
+    learned = enough and state.best_accuracy >= config.validate_until
     return state.strayed or ((learned or state.stale >= config.patience) and not METHODS[config.method].reinvoked)
 
 

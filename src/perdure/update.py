@@ -46,7 +46,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
 
 def own_rows(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """This process's part of a step's rows."""
-    return [rollouts[place] for place in dealt([row_tokens(r) for r in rollouts])[GROUP.rank]]
+    return _parts(rollouts)[GROUP.rank]
+
+
+def _parts(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Every process's part of a step's rows."""
+    return [[rollouts[place] for place in part] for part in dealt([row_tokens(r) for r in rollouts])]
 
 
 def row_tokens(rollout: Rollout) -> int:
@@ -163,8 +168,7 @@ def _sum_gradients(stage: Stage, config: TrainConfig, rollouts: Sequence[Rollout
         return
     if is_sharded(stage.student.model):
         # The passes themselves sum, so each process must run as many: those with fewer rows add some of no weight.
-        parts = [[rollouts[i] for i in part] for part in dealt([row_tokens(r) for r in rollouts])]
-        many = [len(_passes(stage, part, config)) for part in parts]
+        many = [len(_passes(stage, part, config)) for part in _parts(rollouts)]
         one, device = rollouts[:1], stage.working.device
         for _ in range(max(many) - many[GROUP.rank]):
             batch = collate(one, "student", stage.student.pad_id, config.skip_first_tokens, device)
