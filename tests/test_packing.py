@@ -154,6 +154,7 @@ def test_what_it_does_not_know_stays_as_it_was() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2, soft cap, sliding"])
 def test_without_a_layout_it_is_what_it_was(name: str) -> None:
     model, plain = family(name), family(name)
+    plain.set_attn_implementation("eager")  # its sdpa forgets Gemma 2's soft cap in transformers 5.19
     assert enable(model)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])

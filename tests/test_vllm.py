@@ -1,13 +1,16 @@
-"""The vLLM engine against a server that is played by the own engine, and, where there is one, against a real one."""
+"""The vLLM engine against one that is played by the own engine, and, where there is one, against a real one."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import stat
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -16,11 +19,15 @@ import torch
 from safetensors.torch import load_file
 
 from fakes import example, loaded, renderer, tiny_model
+from perdure import session
 from perdure.config import RolloutConfig, RunConfig
 from perdure.models import sync_weights, working_copy
+from perdure.rollout import vllm_colocated
 from perdure.rollout.base import SamplingParams
 from perdure.rollout.local import LocalEngine
 from perdure.rollout.vllm import VllmEngine
+from perdure.rollout.vllm_colocated import OURS, ColocatedVllm, colocated
+from perdure.rollout.vllm_server import VllmServer
 from perdure.rows import batch_rows, sample
 from perdure.runlog import LoopState
 from perdure.settings import parse
@@ -58,15 +65,17 @@ class Server:
             self.caches_old_weights = False
             return httpx2.Response(200)
         assert path == "/collective_rpc" and body["method"] == "reload_weights"
+        self.reload(Path(body["kwargs"]["weights_path"]))
+        return httpx2.Response(200)
+
+    def reload(self, folder: Path) -> None:
         self.reloads, self.caches_old_weights = self.reloads + 1, True
-        folder = Path(body["kwargs"]["weights_path"])
         self.folders.add(folder)
         found = load_file(folder / "model.safetensors")
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name not in self.ignores:
                     parameter.copy_(found[name])
-        return httpx2.Response(200)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         assert not self.caches_old_weights
@@ -79,16 +88,66 @@ class Server:
                 "finish_reason": "stop" if answer.finished else "length"}  # fmt: skip
 
 
+@dataclass
+class Sampling:
+    """As vllm.SamplingParams, of which it has what is used."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    logprobs: int
+    stop_token_ids: list[int]
+    detokenize: bool
+
+
+class Llm:
+    """Answers as vllm.LLM does."""
+
+    def __init__(self, server: Server):
+        self.server = server
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert method == "reload_weights"
+        self.server.reload(Path(kwargs["weights_path"]))
+
+    def reset_prefix_cache(self) -> None:
+        self.server.caches_old_weights = False
+
+    def generate(self, prompts: list[dict[str, Any]], params: list[Sampling], use_tqdm: bool) -> list[Any]:
+        assert not use_tqdm
+        return [self.complete(prompt["prompt_token_ids"], by) for prompt, by in zip(prompts, params, strict=True)]
+
+    def complete(self, prompt: list[int], by: Sampling) -> Any:
+        assert (by.logprobs, by.detokenize) == (0, False) and by.stop_token_ids
+        body = {"prompt": prompt, "max_tokens": by.max_tokens, "temperature": by.temperature, "top_k": by.top_k,
+                "top_p": by.top_p, "seed": by.seed}  # fmt: skip
+        answer = self.server.complete(body)
+        values = zip(answer["token_ids"], answer["logprobs"]["token_logprobs"], strict=True)
+        logprobs = [{token: SimpleNamespace(logprob=value)} for token, value in values]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer["token_ids"], logprobs=logprobs)])
+
+
+def inside(server: Server) -> ColocatedVllm:
+    return ColocatedVllm(Llm(server), SimpleNamespace(SamplingParams=Sampling))
+
+
 def engine_on(server: Any, folder: Path | None, model: Any = None) -> VllmEngine:
-    config = RolloutConfig(engine="vllm", url="http://fake", weights_folder=str(folder or ""), concurrency=1)
     subject = model or tiny_model(seed=1)
-    return VllmEngine(loaded(subject), working_copy(subject, torch.float32), config, httpx2.MockTransport(server))
+    vllm = server if isinstance(server, ColocatedVllm) else served(server)
+    return VllmEngine(loaded(subject), working_copy(subject, torch.float32), vllm, str(folder or ""))
 
 
-def test_the_server_gets_the_weights_and_answers_as_the_own_engine(tmp_path: Path) -> None:
-    """A tied model: the server's head is its own, and gets the embedding."""
+def served(server: Any) -> VllmServer:
+    return VllmServer(RolloutConfig(engine="vllm", url="http://fake", concurrency=1), httpx2.MockTransport(server))
+
+
+@pytest.mark.parametrize("place", [served, inside])
+def test_vllm_gets_the_weights_and_answers_as_the_own_engine(place: Any, tmp_path: Path) -> None:
+    """A tied model: vLLM's head is its own, and gets the embedding."""
     server, seen = Server(), []
-    engine = engine_on(server, tmp_path / "new" / "weights")
+    engine = engine_on(server if place is served else inside(server), tmp_path / "new" / "weights")
     own = LocalEngine(loaded(engine.working), engine.working)
     params, seeds = SamplingParams(6, temperature=0.8, top_k=20, top_p=0.9), [3, 2**62, 5, 7]
     found = engine.generate(PROMPTS, params, seeds, lambda tokens, done: seen.append((tokens, done)))
@@ -101,9 +160,11 @@ def test_the_server_gets_the_weights_and_answers_as_the_own_engine(tmp_path: Pat
     assert engine.generate([], params, []) == [] and server.requests[-1]["top_k"] == 20
 
 
-def test_weights_travel_when_they_have_changed_whoever_changed_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [served, inside])
+def test_weights_travel_when_they_have_changed_whoever_changed_them(place: Any, tmp_path: Path) -> None:
     server = Server()
-    engine, other = engine_on(server, tmp_path), engine_on(server, tmp_path, tiny_model(seed=2))
+    vllm = server if place is served else inside(server)
+    engine, other = engine_on(vllm, tmp_path), engine_on(vllm, tmp_path, tiny_model(seed=2))
     params = SamplingParams(3, 0)
 
     def said(by: VllmEngine) -> list[tuple[int, ...]]:
@@ -117,7 +178,10 @@ def test_weights_travel_when_they_have_changed_whoever_changed_them(tmp_path: Pa
     assert server.reloads == 3
     sync_weights(engine.working, tiny_model(seed=1))
     assert said(engine) == first and server.reloads == 4
-    server.version = "default"  # it was started anew
+    if place is served:
+        server.version = "default"  # it was started anew
+    else:
+        vllm._version = None
     said(engine)
     assert server.reloads == 5 and {path.name for path in tmp_path.iterdir()} == {"model.safetensors"}
 
@@ -142,8 +206,7 @@ def test_weights_travel_after_a_step_of_adapters_that_train_on_the_working_copy(
     config = settings(
         lora_rank=2, anchor_share=0.0, steps=3, warm_start_steps=1, warm_start_until=1.0, learning_rate=0.05
     )
-    served = RolloutConfig(engine="vllm", url="http://fake", weights_folder=str(tmp_path / "weights"), concurrency=1)
-    engine = VllmEngine(stage.student, stage.working, served, httpx2.MockTransport(server))
+    engine = VllmEngine(stage.student, stage.working, served(server), str(tmp_path / "weights"))
     train(replace(stage, engine=engine), config)
     assert server.reloads >= 2  # in the on-policy steps, of which each follows a change
 
@@ -214,7 +277,8 @@ def test_only_a_server_can_stay_behind() -> None:
 
 def test_no_server_is_one_clear_error(tmp_path: Path) -> None:
     subject = tiny_model()
-    engine = VllmEngine(loaded(subject), subject, RolloutConfig(engine="vllm", url="http://127.0.0.1:9"))
+    nobody = VllmServer(RolloutConfig(engine="vllm", url="http://127.0.0.1:9"))
+    engine = VllmEngine(loaded(subject), subject, nobody)
     with pytest.raises(InputError, match=r"rollout.url http://127.0.0.1:9: no vLLM server answers there"):
         engine.generate(PROMPTS, SamplingParams(4), [0] * 4)
 
@@ -224,12 +288,75 @@ def test_settings_of_a_server_need_the_engine() -> None:
         parse(RunConfig, {"rollout": {"url": "http://elsewhere"}}, "test")
     with pytest.raises(InputError, match="needs the url of a running server"):
         parse(RunConfig, {"rollout": {"engine": "vllm"}}, "test")
+    with pytest.raises(InputError, match='url: has no effect with mode = "colocate"'):
+        parse(RunConfig, {"rollout": {"engine": "vllm", "mode": "colocate", "url": "http://here"}}, "test")
+    with pytest.raises(InputError, match='options: has no effect with mode = "server"'):
+        parse(RunConfig, {"rollout": {"engine": "vllm", "url": "http://here", "options": {"seed": 1}}}, "test")
+
+
+class Library(SimpleNamespace):
+    """As the module vllm. ``started``: what each LLM was given."""
+
+    def __init__(self) -> None:
+        super().__init__(SamplingParams=Sampling, started=[])
+
+    def LLM(self, **given: Any) -> Llm:
+        if "tensor_parallel" in given:
+            raise TypeError("unexpected keyword argument 'tensor_parallel'")
+        self.started.append(given)
+        return Llm(Server())
+
+
+def test_one_vllm_a_process_is_started_with_what_exactness_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+    monkeypatch.setitem(sys.modules, "vllm", library)
+    monkeypatch.setattr(vllm_colocated, "_RUNNING", {})
+    first = colocated("a-model", "bfloat16", 512, {"gpu_memory_utilization": 0.5})
+    assert colocated("a-model", "bfloat16", 512, {"gpu_memory_utilization": 0.5}) is first
+    assert colocated("a-model", "float32", 512, {"max_model_len": 64}) is not first
+    assert [(given["dtype"], given["max_model_len"], given["gpu_memory_utilization"]) for given in library.started] == [
+        ("bfloat16", 512, 0.5), ("float32", 64, 0.3)]  # fmt: skip
+    assert all(given.items() >= OURS.items() and given["model"] == "a-model" for given in library.started)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "rollout.options: logprobs_mode: set by Perdure"),
+        ({"tensor_parallel": 2}, "rollout.options: vLLM does not start: .*tensor_parallel"),
+    ],
+)
+def test_options_that_vllm_cannot_have_are_refused(options: dict[str, Any], message: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "vllm", Library())
+    monkeypatch.setattr(vllm_colocated, "_RUNNING", {})
+    with pytest.raises(InputError, match=message):
+        colocated("a-model", "bfloat16", 512, options)
+
+
+def colocating() -> RunConfig:
+    return parse(RunConfig, {"rollout": {"engine": "vllm", "mode": "colocate"}}, "test")
+
+
+def test_vllm_that_is_not_installed_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    subject = tiny_model()
+    with pytest.raises(InputError, match=r"vLLM cannot be imported .*perdure\[vllm\]"):
+        session._remote(loaded(subject), subject, colocating())
+
+
+def test_several_processes_need_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "GROUP", SimpleNamespace(count=2))
+    subject = tiny_model()
+    with pytest.raises(InputError, match='"colocate" is for one process'):
+        session._remote(loaded(subject), subject, colocating())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("PERDURE_VLLM_URL" not in os.environ, reason="PERDURE_VLLM_URL names no running vLLM server")
+@pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_parity_with_a_real_server(temperature: float) -> None:
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+def test_parity_with_a_real_vllm(mode: str, temperature: float) -> None:
     """Serving the embedded model: log-probabilities of both sides over the same samples, before and after an update
     of all weights, within bfloat16's rounding."""
     from perdure.anchors import general_prompts
@@ -238,25 +365,29 @@ def test_parity_with_a_real_server(temperature: float) -> None:
     from perdure.models import head_of, hidden_at_loss_positions
     from perdure.session import open_session
 
-    config = {
-        "rollout": {"engine": "vllm", "url": os.environ["PERDURE_VLLM_URL"]},
-        "model": {"compute_dtype": "bfloat16"},
-    }
-    session = open_session(parse(RunConfig, config, "test"))
-    prompts = [session.renderer.student_prompt(row) for row in general_prompts()[:16]]
+    place = {"mode": mode, "options": {"max_model_len": 512}}
+    if mode == "server":
+        if "PERDURE_VLLM_URL" not in os.environ:
+            pytest.skip("PERDURE_VLLM_URL names no running vLLM server")
+        place = {"url": os.environ["PERDURE_VLLM_URL"]}
+    elif importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed beside Perdure")
+    config = {"rollout": {"engine": "vllm"} | place, "model": {"compute_dtype": "bfloat16"}}
+    subject = open_session(parse(RunConfig, config, "test"))
+    prompts = [subject.renderer.student_prompt(row) for row in general_prompts()[:16]]
     for update in (False, True):
         if update:
             with torch.no_grad():
-                for parameter in session.loaded.model.parameters():
+                for parameter in subject.loaded.model.parameters():
                     parameter += 0.02 * parameter.std() * torch.randn(parameter.shape) if parameter.ndim > 1 else 0
-            session.publish()
-        answers = session.engine.generate(prompts, SamplingParams(32, temperature), list(range(16)))
+            subject.publish()
+        answers = subject.engine.generate(prompts, SamplingParams(32, temperature), list(range(16)))
         rollouts = [
-            session.renderer.rollout(p.example, answer, None) for p, answer in zip(prompts, answers, strict=True)
+            subject.renderer.rollout(p.example, answer, None) for p, answer in zip(prompts, answers, strict=True)
         ]
-        batch = collate(rollouts, "student", session.loaded.pad_id)
+        batch = collate(rollouts, "student", subject.loaded.pad_id)
         with torch.no_grad():
-            hidden_NH = hidden_at_loss_positions(session.working, batch)
-            own_N = pick((head_of(session.working).logits(hidden_NH) / temperature).log_softmax(-1), batch.targets_N)
+            hidden_NH = hidden_at_loss_positions(subject.working, batch)
+            own_N = pick((head_of(subject.working).logits(hidden_NH) / temperature).log_softmax(-1), batch.targets_N)
         difference_N = own_N - torch.tensor([value for answer in answers for value in answer.sampler_logprobs])
         assert difference_N.abs().mean() < 0.08 and difference_N.mean().abs() < 0.03

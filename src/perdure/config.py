@@ -98,7 +98,9 @@ class RolloutConfig(SettingsSection):
     """Who writes the model's answers, in training and in evaluations of skills."""
 
     engine: Literal["own", "vllm"] = "own"
-    """``vllm``: a running server (docs/scaling.md), for GPUs."""
+    """``vllm``: for GPUs (docs/scaling.md)."""
+    mode: Literal["server", "colocate"] = "server"
+    """Of ``vllm``: a running server, or inside this process, on the device that trains."""
     url: str = ""
     """Of the server, such as http://localhost:8000."""
     model: str = "perdure"
@@ -106,17 +108,23 @@ class RolloutConfig(SettingsSection):
     weights_folder: str = ""
     """Where changed weights are handed over; both sides must see it. Empty: a temporary folder of this machine."""
     concurrency: int = Field(default=64, ge=1)
-    """Requests under way at once."""
+    """Requests to the server under way at once."""
     timeout: float = Field(default=600.0, gt=0)
-    """Seconds that one request may take."""
+    """Seconds that one request to the server may take."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of ``colocate``: what ``vllm.LLM`` takes beside what it is given, such as gpu_memory_utilization (0.3)."""
 
     @model_validator(mode="after")
     def _used(self) -> RolloutConfig:
-        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        plain = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
+        changed = [name for name, default in plain.items() if getattr(self, name) != default]
         if self.engine == "own" and changed:
             raise ValueError(f'{", ".join(changed)}: has an effect only with engine = "vllm"')
-        if self.engine == "vllm" and not self.url:
-            raise ValueError('engine = "vllm" needs the url of a running server')
+        other = {"server": {"options"}, "colocate": {"url", "model", "concurrency", "timeout"}}[self.mode]
+        if idle := [name for name in changed if name in other]:
+            raise ValueError(f'{", ".join(idle)}: has no effect with mode = "{self.mode}"')
+        if self.engine == "vllm" and self.mode == "server" and not self.url:
+            raise ValueError('engine = "vllm" needs the url of a running server, or mode = "colocate"')
         return self
 
 

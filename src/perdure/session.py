@@ -16,7 +16,7 @@ from perdure.attention import is_enabled
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.likelihood import Pair, score_pairs
-from perdure.models import LoadedModel, compute_dtype, device_of, load, sync_weights, working_copy
+from perdure.models import LoadedModel, compute_dtype, device_of, load, resolve, sync_weights, working_copy
 from perdure.processes import GROUP, copy_from_lead, followed_by, from_lead, together
 from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.rollout.generate import GenerateEngine
@@ -92,8 +92,17 @@ def _open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | N
 
 def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngine:
     from perdure.rollout.vllm import VllmEngine
+    from perdure.rollout.vllm_colocated import colocated
+    from perdure.rollout.vllm_server import VllmServer
 
-    return VllmEngine(loaded, working, config.rollout)
+    rollout = config.rollout
+    if rollout.mode == "server":
+        return VllmEngine(loaded, working, VllmServer(rollout), rollout.weights_folder)
+    if GROUP.count > 1:
+        raise InputError('rollout.mode = "colocate" is for one process; for several start a server (mode = "server")')
+    dtype = str(working.dtype).removeprefix("torch.")
+    vllm = colocated(resolve(config.model), dtype, loaded.window, rollout.options)
+    return VllmEngine(loaded, working, vllm, rollout.weights_folder)
 
 
 @followed_by("open")

@@ -96,13 +96,15 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
     blocks = _layers(model)
     if not model.supports_gradient_checkpointing or not blocks:
         raise InputError(f"train.activation_checkpointing: {type(model).__name__} does not support it; set it false")
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.19 still calls it by its former name.
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
     for block in blocks:
         block.training = True  # transformers recomputes in training only; what is inside the block stays as it is
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        getattr(model, f"{word}_checkpointing_disable")()
         for block in blocks:
             block.training = False
 

@@ -1,0 +1,104 @@
+"""vLLM inside this process, on the device that trains: one for all versions that the process works with.
+
+vLLM has to be installed beside Perdure, in versions of torch and transformers that both take.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from perdure.rollout.base import Progress, SamplingParams
+from perdure.types import Completion, InputError
+
+OURS = {
+    "logprobs_mode": "processed_logprobs",
+    "generation_config": "vllm",  # not the model folder's own, which would sample from another distribution
+    "hf_overrides": {"tie_word_embeddings": False},  # a reload leaves a tied head as it was
+    "skip_tokenizer_init": True,
+}
+"""What makes its samples and log-probabilities those that the loss is about."""
+
+DEFAULTS = {"gpu_memory_utilization": 0.3, "disable_log_stats": True, "use_tqdm_on_load": False}
+"""The rest of a GPU is the trainer's."""
+
+AT_ONCE = 256
+"""Prompts a call, so that progress moves; vLLM's own default for the sequences that it works on at once."""
+
+_RUNNING: dict[str, ColocatedVllm] = {}
+
+
+class ColocatedVllm:
+    """See ``rollout.vllm.Vllm``. ``llm``: a ``vllm.LLM`` with the options of ``OURS``; ``library``: its module."""
+
+    where = "vLLM in this process"
+    remedy = ("this version of vLLM may compute this model otherwise or not reload all of its weights; use "
+              'rollout.engine = "own"')  # fmt: skip
+
+    def __init__(self, llm: Any, library: Any):
+        self.llm, self.library = llm, library
+        self._version: str | None = None
+
+    def version(self) -> str | None:
+        return self._version
+
+    def reload(self, folder: Path, version: str) -> None:
+        self._version = None  # until all of them are there
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.reset_prefix_cache()
+        self._version = version
+
+    def complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int],
+                 end_ids: Sequence[int], progress: Progress | None) -> list[Completion]:  # fmt: skip
+        found: list[Completion] = []
+        for start in range(0, len(prompts), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            answers = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts[part]],
+                                        [self._sampling(params, seed, end_ids) for seed in seeds[part]],
+                                        use_tqdm=False)  # fmt: skip
+            made = [_completion(answer.outputs[0], end_ids) for answer in answers]
+            found += made
+            if progress:
+                progress(sum(len(completion.token_ids) for completion in made), len(found))
+        return found
+
+    def _sampling(self, params: SamplingParams, seed: int, end_ids: Sequence[int]) -> Any:
+        return self.library.SamplingParams(
+            max_tokens=params.max_new_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+            seed=seed, logprobs=0, stop_token_ids=list(end_ids), detokenize=False,
+        )  # fmt: skip
+
+
+def _completion(output: Any, end_ids: Sequence[int]) -> Completion:
+    tokens = tuple(output.token_ids)
+    logprobs = tuple(found[token].logprob for token, found in zip(tokens, output.logprobs, strict=True))
+    return Completion(tokens, logprobs, bool(tokens) and tokens[-1] in end_ids)
+
+
+def colocated(model: str, dtype: str, window: int, options: dict[str, Any]) -> ColocatedVllm:
+    """This process's vLLM for ``model`` (a folder or a hub id), started at the first call: some 20 seconds.
+
+    ``dtype``: of the weights; ``window``: most tokens of prompt and answer; ``options``: what else ``vllm.LLM`` takes.
+    Raises InputError where vLLM is not installed, does not start, or would be given an option that is not free."""
+    if taken := sorted(OURS.keys() & options.keys()):
+        raise InputError(f"rollout.options: {', '.join(taken)}: set by Perdure, which needs them as they are")
+    key = repr((model, dtype, window, sorted(options.items())))
+    if key not in _RUNNING:
+        # Forking a process whose torch has threads can hang it; its log is none of the command's.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            vllm = importlib.import_module("vllm")
+        except ImportError as error:
+            raise InputError(f"rollout.mode: vLLM cannot be imported ({error}): pip install 'perdure[vllm]', or "
+                             'start a server and use mode = "server"') from error  # fmt: skip
+        given = {"max_model_len": window} | DEFAULTS | options | OURS
+        try:
+            llm = vllm.LLM(model=model, dtype=dtype, **given)
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
+            raise InputError(f"rollout.options: vLLM does not start: {error}") from error
+        _RUNNING[key] = ColocatedVllm(llm, vllm)
+    return _RUNNING[key]
