@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from fakes import example, loaded, renderer, tiny_model
 from perdure import session
-from perdure.config import RolloutConfig, RunConfig
+from perdure.config import ModelConfig, RolloutConfig, RunConfig
 from perdure.models import sync_weights, working_copy
 from perdure.rollout import vllm_colocated
 from perdure.rollout.base import SamplingParams
@@ -311,18 +311,23 @@ def test_one_vllm_a_process_is_started_with_what_exactness_needs(monkeypatch: py
     library = Library()
     monkeypatch.setitem(sys.modules, "vllm", library)
     monkeypatch.setattr(vllm_colocated, "_RUNNING", {})
-    first = colocated("a-model", "bfloat16", 512, {"gpu_memory_utilization": 0.5})
-    assert colocated("a-model", "bfloat16", 512, {"gpu_memory_utilization": 0.5}) is first
-    assert colocated("a-model", "float32", 512, {"max_model_len": 64}) is not first
+    first = colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, {"gpu_memory_utilization": 0.5})
+    assert colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, {"gpu_memory_utilization": 0.5}) is first
+    assert colocated("a-model", ModelConfig(revision="abc"), "float32", 512, {"max_model_len": 64}) is not first
     assert [(given["dtype"], given["max_model_len"], given["gpu_memory_utilization"]) for given in library.started] == [
         ("bfloat16", 512, 0.5), ("float32", 64, 0.3)]  # fmt: skip
-    assert all(given.items() >= OURS.items() and given["model"] == "a-model" for given in library.started)
+    assert all(given.items() >= OURS.items() for given in library.started)
+    assert {(given["model"], given["revision"], given["trust_remote_code"]) for given in library.started} == {
+        ("a-model", "abc", False)}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"logprobs_mode": "raw_logprobs"}, "rollout.options: logprobs_mode: set by Perdure"),
+        (
+            {"logprobs_mode": "raw_logprobs", "dtype": "float16"},
+            "rollout.options: dtype, logprobs_mode: set by Perdure",
+        ),
         ({"tensor_parallel": 2}, "rollout.options: vLLM does not start: .*tensor_parallel"),
     ],
 )
@@ -331,7 +336,7 @@ def test_options_that_vllm_cannot_have_are_refused(options: dict[str, Any], mess
     monkeypatch.setitem(sys.modules, "vllm", Library())
     monkeypatch.setattr(vllm_colocated, "_RUNNING", {})
     with pytest.raises(InputError, match=message):
-        colocated("a-model", "bfloat16", 512, options)
+        colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, options)
 
 
 def colocating() -> RunConfig:
@@ -341,7 +346,7 @@ def colocating() -> RunConfig:
 def test_vllm_that_is_not_installed_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     subject = tiny_model()
-    with pytest.raises(InputError, match=r"vLLM cannot be imported .*perdure\[vllm\]"):
+    with pytest.raises(InputError, match=r"vLLM cannot be imported .*vllm>=0"):
         session._remote(loaded(subject), subject, colocating())
 
 

@@ -110,6 +110,6 @@ def _sdft(found: Preflight, train: TrainConfig, reason: str) -> Recommendation:
         return Recommendation("sdft", (reason,))
     return Recommendation("sdft", (
         reason, "Where the teacher errs in spite of what it is shown, train.demonstration_weight = 0.5 may help: one "
-        "skill was learned to 97 and 100 % that had stopped at 89 %, another no better, and the one chain with it kept "
-        "less.",
+        "skill was learned to 97 and 100 % that had stopped at 89 %, another no better; of two chains with it one kept "
+        "less, one as much and ended higher.",
     ))  # fmt: skip

@@ -101,7 +101,7 @@ def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngi
     if GROUP.count > 1:
         raise InputError('rollout.mode = "colocate" is for one process; for several start a server (mode = "server")')
     dtype = str(working.dtype).removeprefix("torch.")
-    vllm = colocated(resolve(config.model), dtype, loaded.window, rollout.options)
+    vllm = colocated(resolve(config.model), config.model, dtype, loaded.window, rollout.options)
     return VllmEngine(loaded, working, vllm, rollout.weights_folder)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perdure.config import ModelConfig
 from perdure.rollout.base import Progress, SamplingParams
 from perdure.types import Completion, InputError
 
@@ -21,6 +22,9 @@ OURS = {
     "skip_tokenizer_init": True,
 }
 """What makes its samples and log-probabilities those that the loss is about."""
+
+OF_MODEL = {"model", "dtype", "revision", "trust_remote_code"}
+"""What the section [model] says."""
 
 DEFAULTS = {"gpu_memory_utilization": 0.3, "disable_log_stats": True, "use_tqdm_on_load": False}
 """The rest of a GPU is the trainer's."""
@@ -78,14 +82,16 @@ def _completion(output: Any, end_ids: Sequence[int]) -> Completion:
     return Completion(tokens, logprobs, bool(tokens) and tokens[-1] in end_ids)
 
 
-def colocated(model: str, dtype: str, window: int, options: dict[str, Any]) -> ColocatedVllm:
-    """This process's vLLM for ``model`` (a folder or a hub id), started at the first call: some 20 seconds.
+def colocated(source: str, model: ModelConfig, dtype: str, window: int, options: dict[str, Any]) -> ColocatedVllm:
+    """This process's vLLM for ``source`` (a folder or a hub id), started at the first call: some 20 seconds.
 
     ``dtype``: of the weights; ``window``: most tokens of prompt and answer; ``options``: what else ``vllm.LLM`` takes.
     Raises InputError where vLLM is not installed, does not start, or would be given an option that is not free."""
-    if taken := sorted(OURS.keys() & options.keys()):
+    if taken := sorted((OURS.keys() | OF_MODEL) & options.keys()):
         raise InputError(f"rollout.options: {', '.join(taken)}: set by Perdure, which needs them as they are")
-    key = repr((model, dtype, window, sorted(options.items())))
+    given = {"model": source, "dtype": dtype, "trust_remote_code": model.trust_remote_code, "max_model_len": window}
+    given |= {"revision": model.revision or None} | DEFAULTS | options | OURS
+    key = repr(sorted(given.items()))
     if key not in _RUNNING:
         # Forking a process whose torch has threads can hang it; its log is none of the command's.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -93,11 +99,10 @@ def colocated(model: str, dtype: str, window: int, options: dict[str, Any]) -> C
         try:
             vllm = importlib.import_module("vllm")
         except ImportError as error:
-            raise InputError(f"rollout.mode: vLLM cannot be imported ({error}): pip install 'perdure[vllm]', or "
+            raise InputError(f"rollout.mode: vLLM cannot be imported ({error}): pip install 'vllm>=0.32', or "
                              'start a server and use mode = "server"') from error  # fmt: skip
-        given = {"max_model_len": window} | DEFAULTS | options | OURS
         try:
-            llm = vllm.LLM(model=model, dtype=dtype, **given)
+            llm = vllm.LLM(**given)
         except (RuntimeError, ValueError, TypeError, OSError) as error:
             raise InputError(f"rollout.options: vLLM does not start: {error}") from error
         _RUNNING[key] = ColocatedVllm(llm, vllm)
