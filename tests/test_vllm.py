@@ -339,6 +339,22 @@ def test_options_that_vllm_cannot_have_are_refused(options: dict[str, Any], mess
         colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, options)
 
 
+class Refusal(Exception):
+    """As vllm.exceptions.VLLMClientError."""
+
+
+@pytest.mark.parametrize("kind", [ValueError, Refusal])
+def test_a_prompt_that_vllm_cannot_take_is_one_clear_error(kind: type[Exception], tmp_path: Path) -> None:
+    class Short(Llm):
+        def generate(self, prompts: list[dict[str, Any]], params: list[Sampling], use_tqdm: bool) -> list[Any]:
+            raise kind("The prompt is longer than the maximum model length of 2")
+
+    library = SimpleNamespace(SamplingParams=Sampling, exceptions=SimpleNamespace(VLLMClientError=Refusal))
+    vllm = ColocatedVllm(Short(Server()), library)
+    with pytest.raises(InputError, match="vLLM in this process: The prompt is longer"):
+        engine_on(vllm, tmp_path).generate(PROMPTS, SamplingParams(4), [0] * 4)
+
+
 def colocating() -> RunConfig:
     return parse(RunConfig, {"rollout": {"engine": "vllm", "mode": "colocate"}}, "test")
 

@@ -44,6 +44,8 @@ class ColocatedVllm:
 
     def __init__(self, llm: Any, library: Any):
         self.llm, self.library = llm, library
+        refusal = getattr(getattr(library, "exceptions", None), "VLLMClientError", ValueError)  # by its version
+        self.refusals = (ValueError, refusal)
         self._version: str | None = None
 
     def version(self) -> str | None:
@@ -60,9 +62,12 @@ class ColocatedVllm:
         found: list[Completion] = []
         for start in range(0, len(prompts), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            answers = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts[part]],
-                                        [self._sampling(params, seed, end_ids) for seed in seeds[part]],
-                                        use_tqdm=False)  # fmt: skip
+            asked = [{"prompt_token_ids": list(ids)} for ids in prompts[part]]
+            try:
+                answers = self.llm.generate(asked, [self._sampling(params, seed, end_ids) for seed in seeds[part]],
+                                            use_tqdm=False)  # fmt: skip
+            except self.refusals as error:  # a prompt beyond max_model_len, above all
+                raise InputError(f"{self.where}: {error}") from error
             made = [_completion(answer.outputs[0], end_ids) for answer in answers]
             found += made
             if progress:
