@@ -313,7 +313,7 @@ def test_one_vllm_a_process_is_started_with_what_exactness_needs(monkeypatch: py
     monkeypatch.setattr(vllm_colocated, "_RUNNING", {})
     first = colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, {"gpu_memory_utilization": 0.5})
     assert colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, {"gpu_memory_utilization": 0.5}) is first
-    assert colocated("a-model", ModelConfig(revision="abc"), "float32", 512, {"max_model_len": 64}) is not first
+    assert colocated("a-model", ModelConfig(revision="abc"), "float32", 64, {}) is not first
     assert [(given["dtype"], given["max_model_len"], given["gpu_memory_utilization"]) for given in library.started] == [
         ("bfloat16", 512, 0.5), ("float32", 64, 0.3)]  # fmt: skip
     assert all(given.items() >= OURS.items() for given in library.started)
@@ -325,8 +325,8 @@ def test_one_vllm_a_process_is_started_with_what_exactness_needs(monkeypatch: py
     ("options", "message"),
     [
         (
-            {"logprobs_mode": "raw_logprobs", "dtype": "float16"},
-            "rollout.options: dtype, logprobs_mode: set by Perdure",
+            {"logprobs_mode": "raw_logprobs", "max_model_len": 9},
+            "rollout.options: logprobs_mode, max_model_len: set by Perdure",
         ),
         ({"tensor_parallel": 2}, "rollout.options: vLLM does not start: .*tensor_parallel"),
     ],
@@ -386,14 +386,15 @@ def test_parity_with_a_real_vllm(mode: str, temperature: float) -> None:
     from perdure.models import head_of, hidden_at_loss_positions
     from perdure.session import open_session
 
-    place = {"mode": mode, "options": {"max_model_len": 512}}
+    place = {"mode": mode}
     if mode == "server":
         if "PERDURE_VLLM_URL" not in os.environ:
             pytest.skip("PERDURE_VLLM_URL names no running vLLM server")
         place = {"url": os.environ["PERDURE_VLLM_URL"]}
     elif importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed beside Perdure")
-    config = {"rollout": {"engine": "vllm"} | place, "model": {"compute_dtype": "bfloat16"}}
+    model = {"compute_dtype": "bfloat16", "max_window": 512}
+    config = {"rollout": {"engine": "vllm"} | place, "model": model}
     subject = open_session(parse(RunConfig, config, "test"))
     prompts = [subject.renderer.student_prompt(row) for row in general_prompts()[:16]]
     for update in (False, True):

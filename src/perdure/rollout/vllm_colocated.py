@@ -23,8 +23,8 @@ OURS = {
 }
 """What makes its samples and log-probabilities those that the loss is about."""
 
-OF_MODEL = {"model", "dtype", "revision", "trust_remote_code"}
-"""What the section [model] says."""
+OF_MODEL = {"model", "dtype", "revision", "trust_remote_code", "max_model_len"}
+"""What the section [model] says; beyond another ``max_model_len`` than its window answers would be cut short unsaid."""
 
 DEFAULTS = {"gpu_memory_utilization": 0.3, "disable_log_stats": True, "use_tqdm_on_load": False}
 """The rest of a GPU is the trainer's."""
