@@ -30,7 +30,7 @@ DEFAULTS = {"gpu_memory_utilization": 0.3, "disable_log_stats": True, "use_tqdm_
 """The rest of a GPU is the trainer's."""
 
 AT_ONCE = 256
-"""Prompts a call, so that progress moves; vLLM's own default for the sequences that it works on at once."""
+"""Prompts a call, so that progress moves."""
 
 _RUNNING: dict[str, ColocatedVllm] = {}
 
@@ -88,7 +88,7 @@ def _completion(output: Any, end_ids: Sequence[int]) -> Completion:
 
 
 def colocated(source: str, model: ModelConfig, dtype: str, window: int, options: dict[str, Any]) -> ColocatedVllm:
-    """This process's vLLM for ``source`` (a folder or a hub id), started at the first call: some 20 seconds.
+    """This process's vLLM for ``source`` (a folder or a hub id), started at the first call.
 
     ``dtype``: of the weights; ``window``: most tokens of prompt and answer; ``options``: what else ``vllm.LLM`` takes.
     Raises InputError where vLLM is not installed, does not start, or would be given an option that is not free."""
