@@ -35,6 +35,8 @@ from perdure.train import train
 from perdure.types import InputError, Prompt
 from test_train import make_stage, settings
 
+OF_IMPORTS = pytest.mark.filterwarnings("ignore")
+"""vLLM's own, where it is imported."""
 PROMPTS = [renderer().student_prompt(example(f"say {word}", None)) for word in ("north", "south", "east", "west")]
 
 
@@ -374,9 +376,8 @@ def test_several_processes_need_a_server(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("mode", ["server", "colocate"])
+@pytest.mark.parametrize("mode", ["server", pytest.param("colocate", marks=OF_IMPORTS)])
 def test_parity_with_a_real_vllm(mode: str, temperature: float) -> None:
     """Serving the embedded model: log-probabilities of both sides over the same samples, before and after an update
     of all weights, within bfloat16's rounding."""

@@ -75,8 +75,7 @@ class ThinkingConfig(SettingsSection):
 
     @model_validator(mode="after")
     def _used(self) -> ThinkingConfig:
-        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
-        if changed and not self.enabled:
+        if (changed := self.changed()) and not self.enabled:
             raise ValueError(f"{', '.join(changed)}: has an effect only with enabled = true")
         return self
 
@@ -116,9 +115,7 @@ class RolloutConfig(SettingsSection):
 
     @model_validator(mode="after")
     def _used(self) -> RolloutConfig:
-        plain = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
-        changed = [name for name, default in plain.items() if getattr(self, name) != default]
-        if self.engine == "own" and changed:
+        if (changed := self.changed()) and self.engine == "own":
             raise ValueError(f'{", ".join(changed)}: has an effect only with engine = "vllm"')
         other = {"server": {"options"}, "colocate": {"url", "model", "concurrency", "timeout"}}[self.mode]
         if idle := [name for name in changed if name in other]:

@@ -97,11 +97,12 @@ def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngi
 
     rollout = config.rollout
     if rollout.mode == "server":
-        return VllmEngine(loaded, working, VllmServer(rollout), rollout.weights_folder)
-    if GROUP.count > 1:
+        vllm = VllmServer(rollout)
+    elif GROUP.count > 1:
         raise InputError('rollout.mode = "colocate" is for one process; for several start a server (mode = "server")')
-    dtype = str(working.dtype).removeprefix("torch.")
-    vllm = colocated(resolve(config.model), config.model, dtype, loaded.window, rollout.options)
+    else:
+        dtype = str(working.dtype).removeprefix("torch.")
+        vllm = colocated(resolve(config.model), config.model, dtype, loaded.window, rollout.options)
     return VllmEngine(loaded, working, vllm, rollout.weights_folder)
 
 

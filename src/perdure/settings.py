@@ -19,6 +19,11 @@ class SettingsSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    def changed(self) -> list[str]:
+        """The settings that are not as they are by default."""
+        plain = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
+        return [name for name, default in plain.items() if getattr(self, name) != default]
+
 
 Section = TypeVar("Section", bound=BaseModel)
 

@@ -157,6 +157,7 @@ class TrainConfig(SettingsSection):
 
     def ignored(self) -> list[str]:
         """Settings that were changed and would have no effect: better said than silently accepted."""
+        changed = self.changed()
         uses = (
             ("jsd_beta", "divergence", "generalized_jsd"),
             ("topk", "support", "teacher_topk"),
@@ -172,23 +173,23 @@ class TrainConfig(SettingsSection):
         found = [
             f'{name} has an effect only with {owner} = "{value}"'
             for name, owner, value in uses
-            if self._changed(name) and getattr(self, owner) not in (value, *((AUTO,) if value == "sdft" else ()))
+            if name in changed and getattr(self, owner) not in (value, *((AUTO,) if value == "sdft" else ()))
         ]
         if not self.anchors_earlier:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
             names = ["anchor_per_skill", "anchor_focus", "anchor_weight"]
             names += ["anchor_rehearsal"] if self.anchor_rehearsal else []  # 0 is what there is then
-            found += [f"{name} {reason}" for name in names if self._changed(name)]
+            found += [f"{name} {reason}" for name in names if name in changed]
         elif self.method != AUTO and METHODS[self.method].earlier != "answers":
-            if self._changed("anchor_focus"):
+            if "anchor_focus" in changed:
                 found.append(
                     f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows'
                 )
-            if self._changed("anchor_rehearsal") and self.anchor_rehearsal:
+            if "anchor_rehearsal" in changed and self.anchor_rehearsal:
                 found.append(f'method = "{self.method}" says what all of these rows carry: leave anchor_rehearsal out')
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
-        if self._changed("max_importance") and not self.overlap and self.update_sampler_every == 1:
+        if "max_importance" in changed and not self.overlap and self.update_sampler_every == 1:
             found.append("max_importance has an effect only with overlap or update_sampler_every above 1")
         if self.max_length_change and not (self.validation_share and self.validation_max):
             found.append("max_length_change is measured on validation rows: set validation_share and validation_max")
@@ -198,10 +199,7 @@ class TrainConfig(SettingsSection):
             found.append("lora_dora takes the norms of exact weights: leave it or lora_nf4 out")
         of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora", "lora_nf4")
         return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
-                        if self._changed(name) and not self.lora_rank]  # fmt: skip
-
-    def _changed(self, name: str) -> bool:
-        return getattr(self, name) != type(self).model_fields[name].default
+                        if name in changed and not self.lora_rank]  # fmt: skip
 
     def _unsampled(self) -> list[str]:
         """``sampled`` is an estimate from the student's own samples; over any other tokens it is another loss."""
