@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "small batches": {"micro_batch_tokens": 64},
     "ema": {"teacher": "ema", "teacher_update_rate": 0.2},
     "original": {"teacher": "original"},
-    "lora": {"lora_rank": 4, "learning_rate": 3e-3},
+    "lora": {"lora_rank": 4, "lora_merge": False, "learning_rate": 3e-3},
     "offline": {"method": "offline"},
     "on policy": {"warm_start_steps": 0, "steps": 6, "sampling_temperature": 0.05},
 }

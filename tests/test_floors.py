@@ -17,7 +17,7 @@ FLOORS = {
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
         "files", "provenance", "servers", "hub", "processes", "sharding", "thinking", "templates", "contexts",
-        "packing", "attention", "batching", "nf4", "adapters", "models", "teacher", "likelihood",
+        "packing", "attention", "batching", "nf4", "adapters", "models", "stacks", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",

@@ -22,7 +22,7 @@ from perdure.reporting import Silent
 from perdure.rollout.base import SamplingParams
 from perdure.rollout.local import LocalEngine
 from perdure.running import open_version
-from perdure.session import weights_sha256
+from perdure.stacks import weights_sha256
 from perdure.stages import create_workspace
 from perdure.types import InputError
 from several import settings as run_settings

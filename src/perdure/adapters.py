@@ -1,14 +1,14 @@
 """Low-rank adapters within a stage (peft): they train on the working copy, which decodes and, with them off, teaches.
 
 One copy of the weights in the compute dtype serves as student, decoder and frozen teacher; the float32 masters do not
-take part (on a CPU, where both share one memory, they lie in a file) and get the product at the stage's end. A version
-is then plain: evaluation, versions and the next stage never see an adapter. With ``lora_nf4`` the layers below the
-adapters lie in 4 bits meanwhile; what the masters get is the product alone.
+take part (on a CPU, where both share one memory, they lie in a file) and get the product at the stage's end. The model
+is then plain: evaluation and the next stage never see an adapter, whether a version keeps one (stacks.py) or not. With
+``lora_nf4`` the layers below the adapters lie in 4 bits meanwhile; what the masters get is the product alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
@@ -16,11 +16,19 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perdure.config import TrainConfig
 from perdure.nf4 import in_nf4, is_nf4, plain_of, weight_of
+from perdure.processes import GROUP
 from perdure.types import InputError
+
+ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+"""peft's two files."""
+ADAPTER = "adapter"
+"""Where in a training's folder they lie until its version has them."""
 
 
 @contextmanager
@@ -29,8 +37,9 @@ def adapted(masters: Any, working: Any, config: TrainConfig, seed: int, merge: b
     """The model that trains: ``masters``; with ``lora_rank`` above 0 ``working``, of which only adapters train.
 
     Afterwards ``working`` is without adapters again. What they learned is part of ``masters`` then, unless ``merge`` is
-    off or an error ended the context. Where ``working`` shares the CPU's memory with ``masters``, they lie in a file of
-    ``folder`` meanwhile, if it is given. Raises InputError for targets that the model does not have."""
+    off or an error ended the context; with ``lora_merge`` off they lie in ``folder``'s ADAPTER as well. Where
+    ``working`` shares the CPU's memory with ``masters``, those lie in a file of ``folder`` meanwhile, if it is given.
+    Raises InputError for targets that the model does not have."""
     if not config.lora_rank:
         yield masters
         return
@@ -70,9 +79,53 @@ def _with_adapters(masters: Any, working: Any, config: TrainConfig, seed: int, m
             yield
         if merge:
             _merge(masters, working)
+            if folder and config.keeps_adapters and GROUP.lead:
+                save_adapter(folder / ADAPTER, settings, _tensors(tuner))
     finally:
         tuner.unload()
         working.requires_grad_(False)
+
+
+def _tensors(tuner: Any) -> dict[str, Tensor]:
+    """An adapter's parameters on the CPU, by the names that peft's files give them."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(tuner, save_embedding_layers=False)
+    return {f"base_model.{name}": value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+
+def save_adapter(folder: Path, settings: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter as peft reads it; ``settings``: its ``LoraConfig``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def add_adapter(model: Any, folder: Path) -> None:
+    """Add the product of the adapter in ``folder`` to the weights of a plain float32 model, as the end of its training
+    did. Raises InputError where it is damaged or of another model."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from peft.tuners.lora import LoraModel
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        tensors = {name.removeprefix("base_model."): value for name, value in
+                   load_file(folder / ADAPTER_WEIGHTS, device=str(model.device)).items()}  # fmt: skip
+        with torch.random.fork_rng():  # first values are drawn for it, and replaced
+            tuner = LoraModel(model, LoraConfig.from_pretrained(str(folder)), "default")
+        found = set_peft_model_state_dict(tuner, tensors)
+    except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be loaded as an adapter of this model: {error}") from error
+    if lacking := [name for name in found.missing_keys if ".lora_" in name] + list(found.unexpected_keys):
+        raise InputError(f"{folder}: damaged, or an adapter of another model: {lacking[0]} has no counterpart")
+    for _, layer in _layers(model):
+        layer.merge()
+        layer.merged_adapters.clear()  # the sum stays when the adapter goes
+    tuner.unload()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in trained
 
 
 def _check_targets(model: Any, targets: Sequence[str]) -> None:

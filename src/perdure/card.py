@@ -24,10 +24,16 @@ def _metadata(info: Mapping[str, Any]) -> ModelCardData:
         _result(skill, "skill", score["skill_hash"], score) for skill, score in info["scores"].items()
     ] + [_result(task, "lm-eval", None, score) for task, score in _tasks(info).items()]  # fmt: skip
     return ModelCardData(
-        base_model=EMBEDDED_HUB_ID if source == "embedded" else source, library_name="transformers",
+        base_model=EMBEDDED_HUB_ID if source == "embedded" else source,
+        library_name="peft" if _is_adapter(info) else "transformers",
         pipeline_tag="text-generation", tags=["perdure", "continual-learning", info["method"]],
         model_name=_name(info), eval_results=results or None,
     )  # fmt: skip
+
+
+def _is_adapter(info: Mapping[str, Any]) -> bool:
+    train = info["config"]["train"]
+    return bool(train["lora_rank"]) and not train["lora_merge"]
 
 
 def _name(info: Mapping[str, Any]) -> str:
@@ -56,6 +62,7 @@ def _text(info: Mapping[str, Any], taught: list[str]) -> str:
         f"**{info['skill']}** with Perdure ({_method(info['method'])}).",
         f"Skills in order: {', '.join(taught)}.",
         "",
+        *_form(info),
         f"The gate's verdict: **{verdict['decision']}**.",
         "",
         *(f"- {reason}" for reason in verdict["reasons"]),
@@ -77,6 +84,13 @@ def _text(info: Mapping[str, Any], taught: list[str]) -> str:
         *(f"| {kind} | {value} |" for kind, value in (info["cost"].get("priced") or {}).items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _form(info: Mapping[str, Any]) -> list[str]:
+    if not _is_adapter(info):
+        return []
+    return [f"This folder holds an adapter (peft) on the weights of {info['parent']}; for whole weights: "
+            f"`perdure export {info['version']} FOLDER`.", ""]  # fmt: skip
 
 
 def _method(name: str) -> str:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from perdure.adapters import trainable
+from perdure.adapters import ADAPTER, trainable
 from perdure.files import beside_of, put_in_place
 from perdure.processes import GROUP, barrier
 from perdure.sharding import like, whole
@@ -107,6 +107,9 @@ def drop_training_state(run: Path) -> None:
         _remove(folder)
     for path in run.glob(f"{_BEST}*"):
         path.unlink()
+    shutil.rmtree(run / ADAPTER, ignore_errors=True)
+    if not any(run.iterdir()):  # an attempt at repair that trained nothing
+        run.rmdir()
 
 
 def load_checkpoint(

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from perdure.adapters import save_adapter
 from perdure.files import file_sha256, new_folder, replace_text, to_json
-from perdure.models import LoadedModel, load, resolve, save
-from perdure.session import check_base
+from perdure.models import LoadedModel, resolve, save
+from perdure.stacks import load_version
 from perdure.types import InputError
 from perdure.verify import problems_of_version
 from perdure.workspace import BASE, Workspace
@@ -123,20 +123,17 @@ def _save(base: Any, found: Difference, rank: int, source: str, folder: Path) ->
                 down[: len(pair[0])], up[:, : pair[1].shape[1]] = pair[0][:rank], pair[1][:, :rank]
             tensors[f"base_model.model.{name}.lora_A.weight"] = down
             tensors[f"base_model.model.{name}.lora_B.weight"] = up
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=kinds, task_type="CAUSAL_LM",
-                          base_model_name_or_path=source, inference_mode=True)  # fmt: skip
-    settings.save_pretrained(str(folder))
+                          base_model_name_or_path=source)  # fmt: skip
+    save_adapter(folder, settings, tensors)
 
 
 def _version(workspace: Workspace, version: str) -> LoadedModel:
     if problems := problems_of_version(workspace, version):
         raise InputError("\n".join(problems))
     config = workspace.config()
-    loaded = load(config.model, None if version == BASE else workspace.version_folder(version), torch.device("cpu"))
-    if version == BASE:
-        check_base(loaded.model, config, workspace.version(BASE)["hashes"]["base"])
-    return loaded
+    folder = None if version == BASE else workspace.version_folder(version)
+    return load_version(config.model, folder, torch.device("cpu"), workspace.version(BASE)["hashes"]["base"])
 
 
 def _written(workspace: Workspace, version: str, folder: Path, write: Callable[[Path], None],

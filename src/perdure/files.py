@@ -175,9 +175,9 @@ def line_sha256(line: bytes) -> str:
     return hashlib.sha256(line).hexdigest()
 
 
-def files_sha256(paths: Sequence[Path]) -> str:
-    """One sha256 over several files' names and bytes."""
-    digest = hashlib.sha256()
+def files_sha256(paths: Sequence[Path], below: str = "") -> str:
+    """One sha256 over several files' names and bytes, and over the hash of what they lie on."""
+    digest = hashlib.sha256(below.encode())
     for path in paths:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())

@@ -20,6 +20,7 @@ from perdure.runlog import LoopState
 from perdure.running import Run
 from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
+from perdure.stacks import put_adapter
 from perdure.stages import Outcome, follow, settings_hash, settle, taught_this, turned_away
 from perdure.types import Verdict
 from perdure.workspace import BASE, Workspace
@@ -40,7 +41,12 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     }
 
     def write(folder: Path) -> None:
-        save(run.session.loaded, folder)
+        if run.adapter:
+            below = None if run.parent == BASE else workspace.version_folder(run.parent)
+            put_adapter(run.adapter, folder, below, config.model)
+            run.session.loaded.tokenizer.save_pretrained(folder)
+        else:
+            save(run.session.loaded, folder)
         write_items(folder / "evaluation", candidate.scores, candidate.probed)
 
     taught = list(dict.fromkeys([*workspace.taught(run.parent), run.skill.name]))

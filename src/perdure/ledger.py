@@ -68,6 +68,12 @@ class Ledger:
         """All events. Raises InputError naming the line that is no JSON object."""
         return read_jsonl(self.path, growing=True)
 
+    def erased(self) -> dict[str, str]:
+        """See ``erased_files``."""
+        if b'"erase"' not in self.path.read_bytes():  # asked of every version: no need to read all lines
+            return {}
+        return erased_files(self.events())
+
     def aliases(self) -> dict[str, str | None]:
         """champion, previous and candidate by the ledger. Raises InputError when it names no champion."""
         candidate, refused = None, set()

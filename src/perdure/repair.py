@@ -1,10 +1,10 @@
 """A candidate that learned its skill but hurt something is not the end: a few attempts to keep both.
 
 In order, until one passes: checkpoints of the stage from before the weights it ended with; the weights blended back
-towards the parent (three shares); a second training with more anchors; a third with a smaller learning rate. Several
-attempts are several chances to pass by luck, so the gate is strict with them: no observed loss beyond the budget of
-what was hurt, of an earlier skill or of all prior tasks together, significant or not. The ledger holds every attempt
-and is what a resumed stage goes by.
+towards the parent (three shares; not where the version keeps a DoRA adapter, of which a part is none); a second
+training with more anchors; a third with a smaller learning rate. Several attempts are several chances to pass by luck,
+so the gate is strict with them: no observed loss beyond the budget of what was hurt, of an earlier skill or of all
+prior tasks together, significant or not. The ledger holds every attempt and is what a resumed stage goes by.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perdure.adapters import adapted
+from perdure.adapters import ADAPTER, adapted, add_adapter
 from perdure.candidate import Candidate, measure_candidate
 from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json
 from perdure.gates import Guard
 from perdure.methods import METHODS
-from perdure.models import load
 from perdure.running import Run, train_stage
 from perdure.scores import Scores
+from perdure.stacks import load_version, scaled_adapter
 from perdure.stages import settings_hash
 from perdure.types import Verdict
 from perdure.workspace import BASE
@@ -55,9 +55,11 @@ def repair(
     tries: dict[str, Callable[[], None]] = {}
     for folder in checkpoints(run.folder):
         if (step := checkpoint_step(folder)) < ended:
-            tries[f"checkpoint {step}"] = lambda folder=folder: _earlier(run, parent, folder)
-    for share in BLENDS:
-        tries[f"blend {share}"] = lambda share=share: _set(run, parent, trained, share)
+            label = f"checkpoint {step}"
+            tries[label] = lambda label=label, folder=folder: _earlier(run, parent, label, folder)
+    kept_adapter = run.adapter
+    for share in BLENDS if not (kept_adapter and run.config.train.lora_dora) else ():
+        tries[f"blend {share}"] = lambda share=share: _blended(run, parent, trained, kept_adapter, share)
     again = {"more anchors": _anchored(run.config.train, harmed), "smaller rate": _slower(run.config)}
     if run.config.train.support == "sampled":  # an estimate from the student's samples: anchors are not
         del again["more anchors"]
@@ -82,12 +84,14 @@ def repair(
             return Candidate(found.scores, found.probed, Verdict(decision, (how, *found.verdict.reasons),
                                                                  found.verdict.table))  # fmt: skip
     _set(run, trained, trained, 1.0)
+    run.adapter = kept_adapter
     return None
 
 
 def _parent_weights(run: Run) -> Weights:
     folder = None if run.parent == BASE else run.workspace.version_folder(run.parent)
-    return dict(load(run.config.model, folder, torch.device("cpu")).model.named_parameters())
+    loaded = load_version(run.config.model, folder, torch.device("cpu"), run.session.base_sha256)
+    return dict(loaded.model.named_parameters())
 
 
 @torch.no_grad()
@@ -98,16 +102,34 @@ def _set(run: Run, start: Weights, end: Weights, share: float) -> None:
     run.session.publish()
 
 
-def _earlier(run: Run, parent: Weights, folder: Path) -> None:
+def _blended(run: Run, parent: Weights, trained: Weights, adapter: Path | None, share: float) -> None:
+    if adapter is None:
+        _set(run, parent, trained, share)
+        return
+    run.adapter = run.folder / _place(f"blend {share}") / ADAPTER
+    scaled_adapter(adapter, share, run.adapter)
     _set(run, parent, parent, 0.0)
-    with adapted(run.session.loaded.model, run.session.working, run.config.train, run.seed) as student:
-        load_student(folder, student)
+    add_adapter(run.session.loaded.model, run.adapter)
     run.session.publish()
+
+
+def _earlier(run: Run, parent: Weights, label: str, folder: Path) -> None:
+    _set(run, parent, parent, 0.0)
+    place, train = run.folder / _place(label), run.config.train
+    with adapted(run.session.loaded.model, run.session.working, train, run.seed, folder=place) as student:
+        load_student(folder, student)
+    run.adapter = place / ADAPTER if train.keeps_adapters else None
+    run.session.publish()
+
+
+def _place(label: str) -> str:
+    """The folder of an attempt in its stage's."""
+    return "repair-" + label.replace(" ", "-")
 
 
 def _again(run: Run, parent: Weights, check: dict[str, Any] | None, label: str, settings: TrainConfig) -> None:
     _set(run, parent, parent, 0.0)
-    train_stage(run, check, settings, "repair-" + label.replace(" ", "-"))
+    train_stage(run, check, settings, _place(label))
 
 
 def _anchored(config: TrainConfig, harmed: Verdict) -> TrainConfig:

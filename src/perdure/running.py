@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perdure.adapters import ADAPTER
 from perdure.advisor import ABLE, Recommendation, followed, is_known, provisional, recommend, rehearses
 from perdure.anchors import make_anchors
 from perdure.config import RunConfig, TrainConfig
@@ -52,6 +53,8 @@ class Run:
     parent: str
     session: Session
     seconds: dict[str, float] = field(default_factory=dict)
+    adapter: Path | None = None
+    """Where the student's difference to its parent lies as an adapter, once it is trained and if it is to be kept."""
     branch: str | None = None
     """Set where the stage is part of a replay: its version does not become the champion by itself."""
 
@@ -223,6 +226,7 @@ def train_stage(run: Run, check: dict[str, Any] | None, train_config: TrainConfi
         work = (config, anchors, template, run.folder / subfolder)
         with together("train", run.session.key, run.skill.folder, *work):
             state = _train(run.session, run.skill, *work, run.reporter)
+    run.adapter = run.folder / subfolder / ADAPTER if train_config.keeps_adapters else None
     lines = read_jsonl(run.folder / subfolder / "metrics.jsonl")
     if said := said_of_manner(lines, train_config.max_length_change):
         run.reporter.note(said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
@@ -16,12 +15,13 @@ from perdure.attention import is_enabled
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.likelihood import Pair, score_pairs
-from perdure.models import LoadedModel, compute_dtype, device_of, load, resolve, sync_weights, working_copy
+from perdure.models import LoadedModel, compute_dtype, device_of, resolve, sync_weights, working_copy
 from perdure.processes import GROUP, copy_from_lead, followed_by, from_lead, together
 from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.rollout.generate import GenerateEngine
 from perdure.rollout.local import LocalEngine
 from perdure.rollout.split import SplitEngine
+from perdure.stacks import load_version
 from perdure.types import InputError, Prompt
 
 logger = logging.getLogger(__name__)
@@ -65,21 +65,11 @@ def open_session(config: RunConfig, folder: Path | None = None, base_sha256: str
         return _open(key, config, folder, base_sha256)
 
 
-def check_base(model: Any, config: RunConfig, wanted: str | None) -> None:
-    """Raises InputError where ``wanted`` is given and these are other weights."""
-    if wanted is not None and (found := weights_sha256(model)) != wanted:
-        raise InputError(
-            f"model.source: {config.model.source} is not the base model that this workspace was made with (weights "
-            f"{found[:12]}, in the ledger {wanted[:12]}); bring that one back, or make a new workspace for this one"
-        )
-
-
 def _open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | None) -> Session:
     device = device_of(config.model)
     # Masters of adapters take no part in training: they leave a GPU's memory to the working copy.
-    loaded = load(config.model, folder, torch.device("cpu") if config.train.lora_rank else device)
-    if folder is None:
-        check_base(loaded.model, config, base_sha256)
+    there = torch.device("cpu") if config.train.lora_rank else device
+    loaded = load_version(config.model, folder, there, base_sha256)
     dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
     working = working_copy(loaded.model, dtype, device)
     remote = config.rollout.engine == "vllm"
@@ -137,9 +127,7 @@ def base_model(config: RunConfig, session: Session) -> Any:
     """The configured base model by itself, in float32, in the CPU's memory: for a copy to be made of.
 
     Raises InputError where it is not the base model that the session knows of."""
-    model = load(config.model, None, torch.device("cpu")).model
-    check_base(model, config, session.base_sha256)
-    return model
+    return load_version(config.model, None, torch.device("cpu"), session.base_sha256).model
 
 
 def base_as_teacher(config: RunConfig, session: Session) -> tuple[Any, RolloutEngine]:
@@ -158,12 +146,3 @@ def make_engine(loaded: LoadedModel, working: Any, batch_tokens: int = 8192) -> 
         "through transformers' generate, which is several times slower", type(working).__name__,
     )  # fmt: skip
     return GenerateEngine(loaded, working, batch_tokens)
-
-
-def weights_sha256(model: Any) -> str:
-    """One hash over names, shapes and float32 values of all parameters: the same weights, wherever they came from."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().float().contiguous().cpu().numpy())
-    return digest.hexdigest()

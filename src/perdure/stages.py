@@ -16,9 +16,9 @@ from perdure.config import RunConfig
 from perdure.files import check_free, read_json, replace_text
 from perdure.models import compute_dtype, load
 from perdure.provenance import now
-from perdure.session import weights_sha256
 from perdure.settings import by_field
 from perdure.skills.base import Skill, load_skill
+from perdure.stacks import weights_sha256
 from perdure.types import InputError
 from perdure.workspace import Workspace
 

@@ -111,10 +111,12 @@ class TrainConfig(SettingsSection):
     activation_checkpointing: bool = False
     """Activation checkpointing: less memory for a third more computation in the student's passes."""
     lora_rank: int = Field(default=0, ge=0)
-    """Above 0 the stage trains low-rank adapters of this rank, merged into full weights at its end; they want a higher
-    learning rate (about ten times)."""
+    """Above 0 the stage trains low-rank adapters of this rank; they want a higher learning rate (about ten times)."""
     lora_alpha: float = Field(default=32.0, gt=0)
     """The adapters' product is scaled by alpha / rank (rslora: by alpha / sqrt(rank))."""
+    lora_merge: bool = True
+    """A version has whole weights, the adapters merged. Off: it keeps the adapters, on top of the version before it (a
+    stack: small files, added up whenever it is loaded)."""
     lora_targets: tuple[str, ...] = ()
     """Names of the layers that get an adapter, such as q_proj; empty = every linear layer but the head."""
     lora_rslora: bool = False
@@ -143,6 +145,11 @@ class TrainConfig(SettingsSection):
     max_length_change: float = Field(default=0.0, ge=0)
     """Share by which the mean length of the answers to the validation rows may move from where the stage began, up or
     down; weights beyond it are not kept, and the stage ends there. 0 = no limit."""
+
+    @property
+    def keeps_adapters(self) -> bool:
+        """Whether a version is a stack: its adapter on the version before it."""
+        return bool(self.lora_rank) and not self.lora_merge
 
     @property
     def anchors_earlier(self) -> bool:
@@ -197,7 +204,7 @@ class TrainConfig(SettingsSection):
             found.append("overlap needs a working copy beside what trains; adapters train on it: leave one of them out")
         if self.lora_nf4 and self.lora_dora:
             found.append("lora_dora takes the norms of exact weights: leave it or lora_nf4 out")
-        of_lora = ("lora_alpha", "lora_targets", "lora_rslora", "lora_dora", "lora_nf4")
+        of_lora = ("lora_alpha", "lora_merge", "lora_targets", "lora_rslora", "lora_dora", "lora_nf4")
         return found + [f"{name} has an effect only with lora_rank above 0" for name in of_lora
                         if name in changed and not self.lora_rank]  # fmt: skip
 

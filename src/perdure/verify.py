@@ -15,6 +15,7 @@ from typing import Any
 from perdure.files import file_sha256, manifest_of, read_json
 from perdure.ledger import Ledger, aliases_text, erased_files
 from perdure.skills.base import content_hash, skill_files
+from perdure.stacks import stack_of
 from perdure.types import InputError
 from perdure.workspace import MANIFEST, Workspace
 
@@ -54,7 +55,12 @@ def problems_of_version(workspace: Workspace, name: str) -> list[str]:
     its weights were erased."""
     workspace.check_not_erased(name)
     events = workspace.ledger()
-    return _version(workspace.folder / "versions" / name, _recorded(events).get(name), {}, erased_files(events))
+    recorded, erased, folder = _recorded(events), erased_files(events), workspace.folder / "versions" / name
+    problems = _version(folder, recorded.get(name), {}, erased)
+    root, above = stack_of(folder) if not problems else (None, [])
+    below = [*([root] if root else []), *above]  # what a stack stands on is served with it
+    return problems + [said for path in below if path != folder
+                       for said in _version(path, recorded.get(path.name), {}, erased)]  # fmt: skip
 
 
 def _children(folder: Path) -> list[Path]:

@@ -28,11 +28,12 @@ from perdure.files import (
     replace_text,
     to_json,
 )
-from perdure.ledger import Ledger, aliases_text, erased_files
+from perdure.ledger import Ledger, aliases_text
 from perdure.provenance import now
 from perdure.run_folders import RunFolders, next_name
 from perdure.skill_folders import SkillFolders
 from perdure.skills.base import check_inside
+from perdure.stacks import is_stacked
 from perdure.types import InputError
 
 BASE = "v000"
@@ -156,7 +157,8 @@ class Workspace:
         write(beside)
         weights = sorted(beside.glob("*.safetensors"))
         if weights:
-            info = info | {"hashes": info["hashes"] | {"weights": files_sha256(weights)}}
+            below = self.version(info["parent"])["hashes"]["weights"] if is_stacked(beside) else ""
+            info = info | {"hashes": info["hashes"] | {"weights": files_sha256(weights, below)}}
         if card:
             (beside / "README.md").write_text(card(info), encoding="utf-8")
         info = info | {"files": manifest_of(beside)}
@@ -252,10 +254,7 @@ class Workspace:
 
     def erased(self) -> dict[str, str]:
         """File below the workspace -> the skill with which it was erased."""
-        ledger = Ledger(self.folder)
-        if b'"erase"' not in ledger.path.read_bytes():  # asked of every version: no need to read all lines
-            return {}
-        return erased_files(ledger.events())
+        return Ledger(self.folder).erased()
 
     def erased_versions(self) -> dict[str, str]:
         """Version -> the skill with which its weights were erased."""
