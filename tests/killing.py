@@ -1,7 +1,8 @@
 """Kills whole stages at random moments until they are through, and compares what is left with an unkilled run.
 
-    python tests/killing.py FOLDER KILLS SEED        prints one JSON object
+    python tests/killing.py FOLDER KILLS SEED whole|stack        prints one JSON object
 
+Versions have whole weights, or keep adapters on those before them.
 A process of its own, which imports everything, computes nothing and forks each victim. A victim dies just before its
 n-th change of the file system, or by SIGKILL after a random time, or finds the disk full from its n-th file on; the
 same work is then begun again in the same workspace, as a user would repeat the command.
@@ -42,11 +43,14 @@ ALLOWED = ("its stage was interrupted", "the next command that opens the workspa
 """What ``verify`` may say of an interrupted workspace."""
 
 
-def settings(model: Path) -> RunConfig:
+STACK = {"lora_rank": 4, "lora_merge": False, "learning_rate": 3e-2}
+
+
+def settings(model: Path, changed: dict[str, Any]) -> RunConfig:
     train = {"method": "sft", "learning_rate": 3e-3, "steps": 24, "warm_start_steps": 12, "anchor_share": 0.0,
              "checkpoint_every": 5, "validate_every": 6}  # fmt: skip
     return RunConfig.model_validate(
-        {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []}, "train": train,
+        {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []}, "train": train | changed,
          "gate": {"budget": 0.45, "repair": 4, "significance": 0.1, "confidence": 0.1}}
     )  # fmt: skip
 
@@ -137,14 +141,14 @@ def check_whole(folder: Path) -> None:
     assert workspace.aliases()["champion"] in workspace.versions()
 
 
-def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def main(folder: Path, kills: int, seed: int, kind: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     skills = [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
-    rng = random.Random(seed)
+    rng, changed = random.Random(seed), STACK if kind == "stack" else {}
 
     def prepare() -> None:
         torch.set_num_threads(1)
-        create_workspace(folder / "start", settings(save_tiny_model(folder / "model", copies=True)))
+        create_workspace(folder / "start", settings(save_tiny_model(folder / "model", copies=True), changed))
 
     assert finish(victim(prepare, "none", 0), "none", 0) == 0
     reference = shutil.copytree(folder / "start", folder / "reference")
@@ -182,7 +186,7 @@ def _first_difference(found: Any, wanted: Any) -> str:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+        print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
     except (AssertionError, InputError):
         traceback.print_exc()
         sys.exit(1)

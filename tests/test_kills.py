@@ -170,11 +170,12 @@ def test_replace_text_leaves_the_old_file_or_the_new_one(tmp_path):
     assert not killed
 
 
-def test_kills_at_random_moments_of_whole_stages_change_nothing(tmp_path):
-    """PERDURE_KILLS=200 for the long run (about five minutes)."""
-    kills = int(os.environ.get("PERDURE_KILLS", "24"))
+@pytest.mark.parametrize("kind", ["whole", "stack"])
+def test_kills_at_random_moments_of_whole_stages_change_nothing(tmp_path, kind: str):
+    """PERDURE_KILLS=200 for the long run (about five minutes each)."""
+    kills = int(os.environ.get("PERDURE_KILLS", "12"))
     script = Path(__file__).parent / "killing.py"
-    done = subprocess.run([sys.executable, str(script), str(tmp_path / "w"), str(kills), "0"], capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run([sys.executable, str(script), str(tmp_path / "w"), str(kills), "0", kind],
+                          capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert sum(json.loads(done.stdout)["kills"].values()) == kills

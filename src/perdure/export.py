@@ -1,8 +1,8 @@
 """A version for those who serve it: whole weights in one dtype, or its difference to another version as a LoRA adapter.
 
-A version is always whole weights. What a stage with adapters changed is still a product of low rank, and so is what a
-chain of such stages, or a blend of one, changed: it is found again by singular values, exactly but for rounding. So a
-base can be served once, with an adapter for each version (peft, vLLM).
+What a stage with adapters changed is a product of low rank, and so is what a chain of such stages, or a blend of one,
+changed: it is found again by singular values, exactly but for rounding, whether the versions kept their adapters or
+not. So a base can be served once, with an adapter for each version (peft, vLLM).
 """
 
 from __future__ import annotations
