@@ -7,7 +7,7 @@ import pytest
 from fakes import ScriptedEngine, copying_model, example, loaded, renderer
 from perdure.evaluate import evaluate, score_prompts
 from perdure.rollout.local import LocalEngine
-from perdure.stats import wilson_interval
+from perdure.stats import clustered_interval, wilson_interval
 from perdure.templates import parse_template
 from perdure.types import InputError
 
@@ -28,6 +28,13 @@ def test_accuracy_counts_full_scores_only():
     assert score.accuracy == 0.5  # cat, hen
     assert score.mean_score == 0.625  # (1 + 0 + 0.5 + 1) / 4
     assert (score.low, score.high) == wilson_interval(2, 4)
+
+
+def test_the_turns_of_a_conversation_are_no_independent_items():
+    rows = [replace(row, conversation=talk) for row, talk in zip(ROWS, ("first", "first", "second", ""), strict=True)]
+    score = evaluate(ScriptedEngine(ANSWERS), renderer(), "toy", rows, lenient, 8)
+    assert (score.low, score.high) == clustered_interval([True, False, False, True], ["a", "a", "b", "c"])
+    assert score.high - score.low > wilson_interval(2, 4)[1] - wilson_interval(2, 4)[0]
 
 
 def test_items_in_order_with_what_people_read():

@@ -10,6 +10,7 @@ from scipy.stats import norm
 
 from perdure.stats import (
     _noise_under,
+    clustered_interval,
     items_needed,
     mcnemar_one_sided,
     noninferiority_p,
@@ -41,6 +42,44 @@ def test_wilson_is_the_formula_and_holds_the_share(pair, confidence):
     low, high = wilson_interval(k, n, confidence)
     assert (low, high) == pytest.approx(wilson_by_formula(k, n, confidence), abs=1e-9)
     assert -1e-12 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1 + 1e-12
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), min_size=2, max_size=60))
+def test_items_in_clusters_give_an_interval_around_the_share(items):
+    right, clusters = [bit for bit, _ in items], [name for _, name in items]
+    low, high = clustered_interval(right, clusters)
+    assert 0 <= low <= sum(right) / len(right) <= high <= 1
+    alone = clustered_interval(right, range(len(right)))
+    assert alone == wilson_interval(sum(right), len(right))
+    if 0 < sum(right) < len(right):
+        assert high - low >= (alone[1] - alone[0]) * (1 - 1e-9)
+
+
+def test_clusters_that_move_together_count_as_one_item_each():
+    """20 conversations of 5 turns, all right or all wrong: the interval of 20 items, but for Student's t."""
+    right, clusters = [c < 12 for c in range(20) for _ in range(5)], [c for c in range(20) for _ in range(5)]
+    low, high = clustered_interval(right, clusters)
+    few, many = wilson_interval(12, 20), wilson_interval(60, 100)
+    assert low < few[0] + 0.01 and high > few[1] - 0.01 and high - low > 2 * (many[1] - many[0])
+    assert clustered_interval([True] * 100, clusters)[0] < wilson_interval(20, 20)[0]
+    assert clustered_interval([True, False], ["a", "a"]) == (0, 1)
+    with pytest.raises(ValueError):
+        clustered_interval([True], ["a", "b"])
+
+
+@pytest.mark.parametrize("k", [12, 40])
+def test_clustered_intervals_hold_the_truth_as_often_as_they_say(k):
+    """Conversations of 2 to 6 turns whose accuracy varies widely (beta 1.4, 0.6: mean 0.7)."""
+    rng = np.random.default_rng(0)
+    held = {"clustered": 0, "items": 0}
+    for _ in range(400):
+        sizes = rng.integers(2, 7, k)
+        clusters = np.repeat(np.arange(k), sizes).tolist()
+        right = (rng.random(sum(sizes)) < np.repeat(rng.beta(1.4, 0.6, k), sizes)).tolist()
+        for way, (low, high) in (("clustered", clustered_interval(right, clusters)),
+                                 ("items", wilson_interval(sum(right), len(right)))):  # fmt: skip
+            held[way] += low <= 0.7 <= high
+    assert held["clustered"] >= 0.92 * 400 and held["items"] < 0.88 * 400
 
 
 def test_wilson_at_the_ends_is_not_a_point():

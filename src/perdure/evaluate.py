@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from perdure.contexts import Renderer
 from perdure.episodes import play, transcript
 from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
 from perdure.skills.environments import Acting
-from perdure.stats import wilson_interval
+from perdure.stats import clustered_interval
 from perdure.templates import Template
 from perdure.types import Example, ItemResult, Prompt, SkillScore
 
@@ -43,7 +43,7 @@ def _played(engine: RolloutEngine, renderer: Renderer, name: str, examples: Sequ
         expected = renderer.demonstration_text(renderer.recorded_turns(example)[-1])
         tokens = sum(len(completion.token_ids) for _, completion in episode.turns)
         items.append(ItemResult(example.id, example.question, expected, transcript(episode), score, tokens))
-    return _summarise(name, items)
+    return _summarise(name, items, examples)
 
 
 def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts: Sequence[Prompt], grader: Grader,
@@ -64,11 +64,12 @@ def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts:
         expected = renderer.demonstration_text(example) if example.demonstration else ""
         score = grader(renderer.answer(completion), example)
         items.append(ItemResult(example.id, example.question, expected, text, score, len(completion.token_ids)))
-    return _summarise(name, items)
+    return _summarise(name, items, (prompt.example for prompt in prompts))
 
 
-def _summarise(name: str, items: list[ItemResult]) -> SkillScore:
-    right = sum(item.score >= 1 for item in items)
-    low, high = wilson_interval(right, len(items))
+def _summarise(name: str, items: list[ItemResult], examples: Iterable[Example]) -> SkillScore:
+    right = [item.score >= 1 for item in items]
+    together = [("turns of", e.conversation) if e.conversation else ("row", place) for place, e in enumerate(examples)]
+    low, high = clustered_interval(right, together)
     mean = sum(item.score for item in items) / len(items)
-    return SkillScore(name, right / len(items), mean, low, high, len(items), tuple(items))
+    return SkillScore(name, sum(right) / len(items), mean, low, high, len(items), tuple(items))

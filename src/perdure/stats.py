@@ -7,7 +7,8 @@ disagree carry information.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -51,6 +52,36 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
         raise ValueError(f"wilson_interval: successes must be 0..n = 0..{n}, got {successes}")
     interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def clustered_interval(
+    right: Sequence[bool], clusters: Sequence[Hashable], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of an accuracy whose items come in ``clusters`` (the name of each item's), as the turns of a
+    conversation do: the Wilson interval at the number of independent items that would be as uncertain. It is
+    ``wilson_interval`` where each item is a cluster by itself, and (0, 1) where all are one.
+
+    That number is n over the design effect (Kish 1965; linearised variance between clusters), made smaller for few
+    clusters by Student's t (Korn and Graubard 1998), and the clusters' own where all or no items are right."""
+    _check_confidence(confidence)
+    hits, sizes = Counter(name for name, bit in zip(clusters, right, strict=True) if bit), Counter(clusters)
+    n, k, total = len(right), len(sizes), sum(map(bool, right))
+    if k == n:
+        return wilson_interval(total, n, confidence)
+    if k < 2:
+        return 0.0, 1.0
+    share = total / n
+    between = sum((hits[name] - share * size) ** 2 for name, size in sizes.items()) * k / (k - 1) / n**2
+    independent = n / max(1.0, between / (share * (1 - share) / n)) if 0 < total < n else float(k)
+    tail = 0.5 + confidence / 2
+    independent *= float(stats.t.ppf(tail, n - 1) / stats.t.ppf(tail, k - 1)) ** 2
+    return _wilson(share, independent, float(stats.norm.ppf(tail)))
+
+
+def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # of none or all: but for rounding
 
 
 def one_error_below(share: float, n: int) -> float:
