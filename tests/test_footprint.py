@@ -6,11 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fakes import save_tiny_model, toy_examples, toy_skill
-from perdure.config import ModelConfig, RunConfig, TrainConfig
+from perdure.config import ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from perdure.footprint import (
     DEVICES,
     Shape,
@@ -21,6 +22,7 @@ from perdure.footprint import (
     memory,
     parse_hardware,
     shape_of,
+    share_of_vllm,
     step_seconds,
     work_of,
 )
@@ -138,6 +140,28 @@ def test_the_command_says_whether_it_fits(tmp_path: Path) -> None:
     assert divided["devices_needed"] == 6  # 16 bytes a weight divided, 4 not: 48 / n + 12 GB must fit into 21.6
 
 
+def test_a_vllm_on_the_same_device_takes_its_share() -> None:
+    """And holds the keys and values; a server is elsewhere, and on several devices each process would need one."""
+    hardware = parse_hardware("1xH100-80GB")
+
+    def found(**rollout: Any) -> dict[str, Any]:
+        return estimate(SHAPE, WORK, TrainConfig(), hardware, share_of_vllm(RolloutConfig(**rollout)))
+
+    own, server = found(), found(engine="vllm", url="http://localhost:8000")
+    third, half = (found(engine="vllm", mode="colocate", options=options)
+                   for options in ({}, {"gpu_memory_utilization": 0.5}))  # fmt: skip
+    assert "vLLM" not in own["memory_gb"] and "vLLM" not in server["memory_gb"]
+    assert server["memory_gb"] == {k: v for k, v in own["memory_gb"].items() if k != "keys and values"}
+    assert third["memory_gb"] == server["memory_gb"] | {"vLLM": 24.0}
+    assert (half["memory_gb"]["vLLM"], third["fits"], third["devices_needed"]) == (40.0, True, 1)
+    full = found(engine="vllm", mode="colocate", options={"gpu_memory_utilization": 0.95})
+    assert not full["fits"] and full["devices_needed"] is None
+    with pytest.raises(InputError, match="is for one process"):
+        estimate(SHAPE, WORK, TrainConfig(), parse_hardware("2xH100-80GB"), 0.3)
+    with pytest.raises(InputError, match="gpu_memory_utilization = 'much'"):
+        found(engine="vllm", mode="colocate", options={"gpu_memory_utilization": "much"})
+
+
 def test_what_is_divided_and_what_is_not() -> None:
     alone, four = (memory(SHAPE, WORK, TrainConfig(fsdp=True), devices=n) for n in (1, 4))
     for part in ("masters", "gradients", "optimizer", "keys and values"):
@@ -165,6 +189,7 @@ def test_activation_checkpointing_keeps_a_layers_input() -> None:
 CHILD = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 import torch, transformers, peft
 from perdure.attention import NAME
 def status(key):

@@ -9,7 +9,7 @@ from typing import Any
 from perdure.advisor import provisional
 from perdure.config import RunConfig
 from perdure.files import read_json
-from perdure.footprint import estimate, lengths_renderer, parse_hardware, shape_of, work_of
+from perdure.footprint import Work, estimate, lengths_renderer, parse_hardware, shape_of, share_of_vllm, work_of
 from perdure.gates import USUAL_NOISE, guards_of, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of
@@ -95,12 +95,13 @@ def check_hardware(
 ) -> list[dict[str, Any]]:
     """What teaching each skill needs on ``hardware``, by arithmetic: no weights are loaded, nothing is written."""
     target, skills, train = parse_hardware(hardware), load_all(folders), provisional(config.train)
-    shape, renderer = shape_of(config.model), lengths_renderer(config.model)
-    return [
-        {"skill": skill.name, **estimate(shape, work_of(renderer, skill.train, candidates(config.context, skill.train),
-                                                        train, config.eval.batch_tokens), train, target)}
-        for skill in skills
-    ]  # fmt: skip
+    shape, renderer, share = shape_of(config.model), lengths_renderer(config.model), share_of_vllm(config.rollout)
+
+    def work(skill: Skill) -> Work:
+        templates = candidates(config.context, skill.train)
+        return work_of(renderer, skill.train, templates, train, config.eval.batch_tokens)
+
+    return [{"skill": skill.name, **estimate(shape, work(skill), train, target, share)} for skill in skills]
 
 
 def _test_power(workspace: Workspace, skill: Skill, config: RunConfig) -> dict[str, Any]:

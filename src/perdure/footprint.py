@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from perdure.config import ModelConfig, TrainConfig
+from perdure.config import ModelConfig, RolloutConfig, TrainConfig
 from perdure.contexts import Renderer
 from perdure.fused import CHUNK_ELEMENTS
 from perdure.hub import load_options
 from perdure.methods import METHODS
 from perdure.models import linear_parameters, load_tokenizer, resolve
 from perdure.nf4 import NF4_BYTES
+from perdure.rollout.vllm_colocated import DEFAULTS
 from perdure.templates import Template
 from perdure.types import Example, InputError
 
@@ -143,8 +144,21 @@ def _teacher_lengths(renderer: Renderer, turns: Sequence[Example], templates: Se
     return lengths
 
 
-def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1) -> dict[str, float]:
-    """Bytes by part on each of ``devices`` while a stage trains. ``width``: bytes of a number in the compute dtype."""
+def share_of_vllm(rollout: RolloutConfig) -> float | None:
+    """The share of a device's memory that a colocated vLLM takes for itself, 0 for a server, which is elsewhere; None
+    where the own decode writes the answers. Raises InputError for a share that is none."""
+    if rollout.engine == "own":
+        return None
+    share = (DEFAULTS | rollout.options)["gpu_memory_utilization"] if rollout.mode == "colocate" else 0.0
+    if not isinstance(share, int | float):
+        raise InputError(f"rollout.options.gpu_memory_utilization = {share!r}: a share of the memory, 0 to 1")
+    return share
+
+
+def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices: int = 1,
+           vllm: float | None = None) -> dict[str, float]:  # fmt: skip
+    """Bytes by part on each of ``devices`` while a stage trains. ``width``: bytes of a number in the compute dtype;
+    ``vllm``: bytes that a vLLM has there, which then writes the answers."""
     rows, parts_of_student = -(-work.rows // devices), devices if train.fsdp else 1
     trained = shape.weights if not train.lora_rank else adapter_weights(shape, train.lora_rank)
     length = work.prompt + work.completion
@@ -174,6 +188,9 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
         "loss": 2 * width * CHUNK_ELEMENTS + whole,
         "keys and values": 2 * width * shape.keys * shape.layers * min(rows * length, max(length, work.batch_tokens)),
     }
+    if vllm is not None:
+        del parts["keys and values"]
+        parts["vLLM"] = vllm
     return {part: float(size) for part, size in parts.items() if size}
 
 
@@ -212,15 +229,21 @@ def step_seconds(shape: Shape, work: Work, train: TrainConfig, hardware: Hardwar
     return parts
 
 
-def _least(shape: Shape, work: Work, train: TrainConfig, room: float) -> int | None:
+def _least(shape: Shape, work: Work, train: TrainConfig, room: float, vllm: float | None) -> int | None:
     """The least number of devices that would do; None where no number does."""
-    return next((count for count in (*range(1, 65), 128, 256, 512, 1024)
-                 if sum(memory(shape, work, train, devices=count).values()) <= room), None)  # fmt: skip
+    counts = (1,) if vllm else (*range(1, 65), 128, 256, 512, 1024)  # a colocated vLLM is for one process
+    return next((count for count in counts
+                 if sum(memory(shape, work, train, devices=count, vllm=vllm).values()) <= room), None)  # fmt: skip
 
 
-def estimate(shape: Shape, work: Work, train: TrainConfig, hardware: Hardware) -> dict[str, Any]:
-    """All of it as ``perdure check --hardware --json`` prints it."""
-    parts = memory(shape, work, train, devices=hardware.devices)
+def estimate(shape: Shape, work: Work, train: TrainConfig, hardware: Hardware,
+             share: float | None = None) -> dict[str, Any]:  # fmt: skip
+    """All of it as ``perdure check --hardware --json`` prints it; ``share``: see ``share_of_vllm``. Raises InputError
+    for a colocated vLLM on several devices."""
+    if share and hardware.devices > 1:
+        raise InputError('rollout.mode = "colocate" is for one process; for several start a server (mode = "server")')
+    vllm = None if share is None else share * hardware.memory
+    parts = memory(shape, work, train, devices=hardware.devices, vllm=vllm)
     room, needed = hardware.memory * (1 - FREE), sum(parts.values())
     return {
         "hardware": hardware.name,
@@ -228,7 +251,7 @@ def estimate(shape: Shape, work: Work, train: TrainConfig, hardware: Hardware) -
         "needed_gb": round(needed / GIGA, 1),
         "room_gb": round(room / GIGA, 1),
         "fits": needed <= room,
-        "devices_needed": _least(shape, work, train, room),
+        "devices_needed": _least(shape, work, train, room, vllm),
         "step_seconds": {part: round(value, 4) for part, value in step_seconds(shape, work, train, hardware).items()},
         "weights": shape.weights,
         "rows": work.rows,
