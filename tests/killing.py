@@ -130,7 +130,7 @@ def state(workspace: Workspace) -> dict[str, Any]:
     ledger = [{k: v for k, v in line.items() if k not in ("time", "began", "previous_line", "version_sha256")}
               for line in read_jsonl(workspace.folder / "ledger.jsonl")]  # fmt: skip
     return {"versions": versions, "aliases": workspace.aliases(), "runs": runs, "ledger": ledger,
-            "left": [str(p) for p in workspace.folder.glob("runs/*/checkpoint-*")]}  # fmt: skip
+            "left": [str(p) for p in workspace.folder.glob("runs/**/*.safetensors")]}  # fmt: skip
 
 
 def check_whole(folder: Path) -> None:

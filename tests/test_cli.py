@@ -141,7 +141,9 @@ def assert_refused(words: Sequence[str | Path], *parts: str) -> None:
 
 
 def test_help_and_version_need_no_torch(tmp_path: Path):
-    code = "import sys, perdure.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    """Nor do the commands that change what is served, or look at it."""
+    code = ("import sys, perdure.cli, perdure.verify, perdure.workspace; "
+            "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert perdure("--version").stdout.startswith("perdure ")
@@ -199,6 +201,7 @@ def test_init_from_a_settings_file(tmp_path: Path, model: Path):
     file.write_text("[train]\nsteps = 77\nlora_rank = 8\n")
     done = perdure("init", tmp_path / "bot", "--model", model, "--config", file, "--set", "train.lora_rank=4")
     assert done.returncode == 0, done.stderr
+    assert Workspace.open(tmp_path / "bot").config().model.source == str(model)
     train = Workspace.open(tmp_path / "bot").config().train
     assert (train.steps, train.lora_rank) == (77, 4)
     assert_refused(("init", tmp_path / "new", "--config", tmp_path / "none.toml"), "none.toml")
@@ -312,7 +315,10 @@ def test_what_the_gate_held_is_promoted_only_by_force_and_with_a_reason(held: Pa
     last = json.loads(perdure("log", held, "--json").stdout)[-1]
     assert (last["event"], last["version"], last["forced"], last["reason"]) == (
         "promote", "v002", True, "looked at by hand")  # fmt: skip
-    assert perdure("promote", "v001", "-w", held).returncode == 0  # passed once: no force
+    done = perdure("promote", "v001", "-w", held)
+    assert done.returncode == 0  # passed once: no force
+    assert f"It was not taught numbers, as the champion before it was: teach it again, or: perdure rollback -w {held}" \
+        in done.stdout  # fmt: skip
 
 
 def test_what_is_served_can_be_seen_and_changed_whatever_the_settings_say(held: Path):

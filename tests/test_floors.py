@@ -17,7 +17,7 @@ FLOORS = {
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
         "files", "provenance", "servers", "hub", "processes", "sharding", "thinking", "templates", "contexts",
-        "packing", "attention", "batching", "nf4", "adapters", "models", "stacks", "teacher", "likelihood",
+        "packing", "attention", "batching", "nf4", "stacks", "adapters", "models", "loading", "teacher", "likelihood",
     ],
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
@@ -37,7 +37,7 @@ FLOORS = {
     ],
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",
-        "report.samples", "report.results", "report.process", "report.text", "report.html",
+        "report.samples", "report.results", "report.process", "report.text", "report.check", "report.html",
         "bench", "bench.plan", "bench.sources", "bench.finished", "bench.chain_run", "bench.runner", "bench.numbers",
         "bench.plots", "bench.tables",
         "export", "chat", "trackers", "progress", "demo", "cli_common", "cli_import", "cli_learn",

@@ -282,26 +282,28 @@ def test_turns_of_a_conversation_are_no_independent_items():
     before, after = talks(30, 40, 5), talks(27, 40, 5)
     alone = verdict([guard(before)], {"old": after})
     assert alone.decision == "refused" and alone.table[1]["p_value"] == pytest.approx(2**-15)
-    together = verdict([guard(before, conversations=of_talk(before))], {"old": after})
+    together = verdict([guard(before, together=of_talk(before))], {"old": after})
     assert together.decision == "promoted" and together.table[1]["p_value"] == pytest.approx(2**-3)
-    assert "on 200 items of 40 conversations" in together.table[1]["reason"]
+    assert "on 200 items, 40 of them independent" in together.table[1]["reason"]
     assert together.table[1]["change"] == pytest.approx(-3 / 40) and together.table[1]["n"] == 200
-    judged = verdict([guard(before, decisive=True, conversations=of_talk(before))], {"old": after})
-    assert judged.decision == "held" and f"takes about {judged.table[1]['needed']} conversations" in judged.reasons[0]
+    judged = verdict([guard(before, decisive=True, together=of_talk(before))], {"old": after})
+    assert (
+        judged.decision == "held" and f"takes about {judged.table[1]['needed']} independent ones" in judged.reasons[0]
+    )
 
 
 def test_a_skill_of_conversations_is_learned_by_conversations():
     before, after = talks(0, 10, 8), talks(4, 10, 8)
     assert decide(CONFIG, "new", before, {"new": after}).decision == "promoted"
-    together = decide(CONFIG, "new", before, {"new": after}, conversations=of_talk(before))
+    together = decide(CONFIG, "new", before, {"new": after}, together=of_talk(before))
     assert together.table[0]["p_value"] == pytest.approx(2**-4) and together.decision == "held"  # a gain of 40 %
 
 
 def test_what_the_turns_of_a_conversation_lost_and_gained_cancels():
     before = {"c/1": True, "c/2": False, "d/1": True, "d/2": True, "e": True}
     after = {"c/1": False, "c/2": True, "d/1": True, "d/2": False, "e": True}
-    row = verdict([guard(before, conversations={k: k[0] for k in before if "/" in k})], {"old": after}).table[1]
-    assert row["p_value"] == pytest.approx(1 / 2) and "5 items of 3 conversations" in row["reason"]
+    row = verdict([guard(before, together={k: k[0] for k in before if "/" in k})], {"old": after}).table[1]
+    assert row["p_value"] == pytest.approx(1 / 2) and "5 items, 3 of them independent" in row["reason"]
 
 
 def test_turns_that_depend_on_each_other_leave_the_gate_its_word():
@@ -311,7 +313,7 @@ def test_turns_that_depend_on_each_other_leave_the_gate_its_word():
     for _ in range(300):
         gone = rng.random(120) < 0.08
         after = {name: not gone[int(name[1:].partition("/")[0])] for name in before}
-        one = guard(before, budget=0.04, decisive=True, conversations=of_talk(before))
+        one = guard(before, budget=0.04, decisive=True, together=of_talk(before))
         promoted += verdict([one], {"old": after}).decision == "promoted"
     assert promoted <= 0.1 * 300 + 2 * (300 * 0.1 * 0.9) ** 0.5
 
@@ -336,6 +338,6 @@ def test_a_share_of_all_turns_that_is_lost_in_few_conversations(case: str):
             lost, won = draw < 0.05, (draw > 0.5) & (draw < 0.55)
         after = {name: (before[name] and not lost[talk]) or (turn == 0 and bool(won[talk]))
                  for name, (talk, turn) in names.items()}  # fmt: skip
-        one = guard(before, budget=0.02, decisive=True, conversations=talks_of)
+        one = guard(before, budget=0.02, decisive=True, together=talks_of)
         promoted += verdict([one], {"old": after}).decision == "promoted"
     assert promoted <= 0.25 * runs

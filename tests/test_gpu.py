@@ -17,12 +17,12 @@ from perdure.batching import collate
 from perdure.config import ModelConfig, TrainConfig
 from perdure.curriculum import learn
 from perdure.fused import Head, chunked_loss
+from perdure.loading import weights_sha256
 from perdure.models import compute_dtype, device_of, hidden_at_loss_positions, working_copy
 from perdure.reporting import Silent
 from perdure.rollout.base import SamplingParams
 from perdure.rollout.local import LocalEngine
 from perdure.running import open_version
-from perdure.stacks import weights_sha256
 from perdure.stages import create_workspace
 from perdure.types import InputError
 from several import settings as run_settings

@@ -12,6 +12,7 @@ from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.files import package_file
 from perdure.importers import IMPORTERS, base, bfcl_multi, run_importer
+from perdure.importers.base import tokens_at_most
 from perdure.importers.bfcl import signature
 from perdure.importers.facts import spellings
 from perdure.importers.tldr import plain
@@ -149,6 +150,26 @@ def test_jsonl_leaves_out_lines_that_are_there_already(tmp_path: Path):
     skill = load_skill(tmp_path / "s")
     assert len(skill.train) + len(skill.test) == 20
     assert skill.settings.source == "rows.jsonl without 40 lines that were there already"
+
+
+def test_jsonl_knows_a_repeated_line_whatever_its_id(tmp_path: Path):
+    rows = [{"id": f"row-{n}", "prompt": f"p{n % 5}", "completion": f"a{n % 5}"} for n in range(20)]
+    file = jsonl(tmp_path / "log (turn by turn).jsonl", rows)
+    run_importer("jsonl", tmp_path / "skill", 0, file, "exact", 0.4)
+    skill = load_skill(tmp_path / "skill")
+    assert (len(skill.train), len(skill.test)) == (3, 2)
+    assert "without 15 lines" in skill.settings.source
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2024-11-03 18:45:22 ref 9948-2213-8837-1029-5561", "\u4eca\u5929\u5929\u6c14\u5f88\u597d" * 6,
+     "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! " * 6, "plain English text, as most answers are.",
+     '{"a": [1, 2, {"b": null}]}', "\U0001f600" * 9],
+)  # fmt: skip
+def test_there_is_room_for_every_answer(text: str):
+    tokens = embedded_renderer().tokenizer(text, add_special_tokens=False).input_ids
+    assert len(tokens) + 1 <= tokens_at_most(text) <= len(text.encode()) + 2
 
 
 def test_jsonl_as_windows_writes_it(tmp_path: Path):

@@ -15,7 +15,7 @@ import pytest
 from fakes import ScriptedEngine, renderer, save_tiny_model
 from perdure.cli import app
 from perdure.config import RunConfig
-from perdure.importers.docs import Questions, build, read_questions
+from perdure.importers.docs import Questions, build, holding, read_questions
 from perdure.importers.passages import Passage
 from perdure.question_writers import KEY, Endpoint, Fact, conversation, parse
 from perdure.questions import MAX_ANSWER_WORDS, Student, pretest, write_questions
@@ -403,6 +403,21 @@ def test_the_command_leaves_out_what_is_known(model: Path, document: Path, tmp_p
     assert [row for _, row in read_questions(saved).rows] == rows[1:]
     skill = load_skill(tmp_path / "cats")
     assert [e.id for e in (*skill.train, *skill.test)] == ["direct-2", "direct-3"]
+
+
+def test_questions_as_tables_export_them(document: Path, tmp_path: Path) -> None:
+    """null is nothing: three questions without a fact are three facts, not one called None."""
+    rows = [{"question": f"Question number {n}?", "answer": "red", "fact": None, "old": None} for n in range(3)]
+    file = tmp_path / "table.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row for _, row in read_questions(file).rows] == [
+        {"question": row["question"], "answer": "red"} for row in rows]  # fmt: skip
+
+
+def test_a_number_inside_another_is_no_answer_in_a_passage() -> None:
+    passage = Passage("It was opened in 1960 with 6.5 rooms.", "guide", "guide")
+    for answer, there in (("6", False), ("1960", True), ("6.5 rooms", True), ("5 rooms", False)):
+        assert (holding({"question": "?", "answer": answer}, [passage]) is not None) is there
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,38 @@ def test_forgetting_gives_the_weights_that_were_never_taught_the_skill(tmp_path:
     assert list(workspace.taught()) == ["colours", "numbers"]
 
 
+def test_forgetting_begins_with_what_a_kill_left(tmp_path: Path, made: Setup, monkeypatch: pytest.MonkeyPatch):
+    """The second skill's version is there, but not its promotion: it is taken out all the same."""
+    workspace = create_workspace(tmp_path / "bot", settings(made[0], enforce=False))
+    config = workspace.config()
+    learn(workspace, made[1][:1], config, Silent())
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "promote", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learn(workspace, made[1][1:], config, Silent())
+    assert workspace.resolve("champion") == "v001"
+    done = forget(workspace, "numbers", config, Silent())
+    assert (done.version, done.decision) == ("v001", "promoted") and list(workspace.taught()) == ["colours"]
+
+
+def test_what_waits_for_a_person_is_not_forgotten_in_silence(tmp_path: Path, made: Setup):
+    class Noting(Silent):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    workspace, reporter = create_workspace(tmp_path / "bot", settings(made[0], enforce=False)), Noting()
+    config = workspace.config()
+    learn(workspace, made[1][:1], config, Silent())
+    workspace.rollback()
+    workspace.hold("v001", reason="Said here.")
+    learn(workspace, made[1][1:], config, reporter)
+    assert reporter.said[0] == ("v001 (colours) is held and waits for a decision; this starts from the champion v000, "
+                                "without it.")  # fmt: skip
+
+
 def test_forgetting_the_last_skill_needs_no_training(tmp_path: Path, made: Setup):
     workspace = taught(tmp_path / "bot", made, significance=0.1, confidence=0.1)
     done = forget(workspace, "numbers", workspace.config(), Silent())

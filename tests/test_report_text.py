@@ -14,8 +14,9 @@ from rich.console import Console
 import fake_workspace
 from fake_workspace import PRIOR, FakeWorkspace, add_stage, chain_of_three, printed
 from perdure.report import words
+from perdure.report.check import preflight_tables
 from perdure.report.numbers import summary
-from perdure.report.text import preflight_tables, safe_text, score_table
+from perdure.report.text import safe_text, score_table
 
 
 @pytest.fixture
@@ -63,6 +64,21 @@ def test_preflight_and_score_tables(tmp_path):
     assert "with it 90%, gap +90.0 points on 32 training rows" in text
     assert re.search(r"a +90.0% +60–98% +10", text)
     assert re.search(r"prior, average +55.0%", text)
+
+
+@pytest.mark.parametrize(
+    ("rows", "a_step", "said"),
+    [
+        (1600, 14, "60 steps show 840 rows of the 1.6 k to learn from; to show all of them: train.steps = 115."),
+        (840, 14, "60 steps show 840 rows of the 840 to learn from."),
+        (100, 14, "60 steps show 840 rows of the 100 to learn from, each about 8.4 times."),
+    ],
+)
+def test_check_says_how_many_of_the_rows_a_stage_shows(rows: int, a_step: int, said: str):
+    console = Console(file=io.StringIO(), width=200)
+    found = fake_workspace.preflight("a", 0.9, ready=True) | {"train": {"rows": rows, "a_step": a_step, "steps": 60}}
+    preflight_tables([found], console)
+    assert said in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # Words

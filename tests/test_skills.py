@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perdure.skills.base import load_skill
+from perdure.skills.base import independent, load_skill
 from perdure.types import InputError
 
 TOML = 'name = "toy"\ngrader = "exact"\n'
@@ -193,6 +193,13 @@ def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path):
     row = json.dumps({"prompt": text, "completion": "a"}, ensure_ascii=False)
     skill = load_skill(write(tmp_path / "s", train=(row + "\r\n\r\n" + GOOD % 2)))
     assert [e.messages[0]["content"] for e in skill.train] == [text, "q2"] and skill.train[1].id == "train-3"
+
+
+def test_rows_with_the_same_prompt_are_no_independent_items(tmp_path):
+    """They get the same answer: three rows of one prompt are one item."""
+    test = rows(*({"id": f"t{n}", "prompt": f"p{min(n, 2)}", "completion": f"a{n}"} for n in range(5)))
+    skill = load_skill(write(tmp_path, test=test))
+    assert skill.together == dict.fromkeys(("t2", "t3", "t4"), "t2") and independent(skill.test) == 3
 
 
 def test_duplicate_ids(tmp_path):

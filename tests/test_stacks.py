@@ -11,23 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fakes import NUMBERS, save_tiny_model, toy_skill
 from perdure import judging, repair
-from perdure.adapters import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, add_adapter
-from perdure.config import RunConfig, TrainConfig
+from perdure.adapters import add_adapter, save_adapter
+from perdure.config import ModelConfig, RunConfig, TrainConfig
 from perdure.curriculum import learn
 from perdure.erasing import what_holds
 from perdure.export import export_adapter, export_weights
 from perdure.forgetting import forget
+from perdure.loading import load_version, put_adapter, scaled_adapter
 from perdure.reporting import Silent
 from perdure.running import open_version
-from perdure.stacks import is_stacked, load_version, scaled_adapter, stack_of
-from perdure.stages import create_workspace
+from perdure.stacks import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, is_stacked, stack_of
+from perdure.stages import create_workspace, settle_all
 from perdure.types import InputError, Verdict
 from perdure.verify import problems_of_version, verify
 from perdure.workspace import Workspace
@@ -117,8 +118,58 @@ def test_what_an_adapter_lies_on_is_written_in_it(stacked: Workspace, made: Setu
     assert named == [str(made[0]), "../v001"]
     folders = [stacked.version_folder(name) for name in ("v001", "v002")]
     assert stack_of(folders[1]) == (None, folders)
-    card = (folders[1] / "README.md").read_text(encoding="utf-8")
-    assert "library_name: peft" in card and "perdure export v002" in card and "v001" in card
+    first, second = ((folder / "README.md").read_text(encoding="utf-8") for folder in folders)
+    assert "library_name: peft" in second and "perdure export v002" in second and "on the weights of v001;" in second
+    assert "base_model:" in first and "base_model:" not in second  # on the base it would be another model
+    assert "on the weights of v000 (the base model);" in first
+
+
+def test_a_base_is_named_by_where_it_is_and_which_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its path looks like from here, and whatever is at the hub by then."""
+    kept, model = tmp_path / "kept", save_tiny_model(tmp_path / "v001")
+    (tmp_path / "bot").mkdir()
+    monkeypatch.chdir(tmp_path / "bot")
+    save_adapter(kept, LoraConfig(r=2, target_modules=["q_proj", "k_proj"]), {})
+    for config, wanted, revision in (
+        (ModelConfig(source="../v001"), str(tmp_path / "bot" / "../v001"), None),
+        (ModelConfig(source="some/model", revision="abc"), "some/model", "abc"),
+    ):
+        put_adapter(kept, tmp_path / "bot", None, config)
+        written = json.loads((tmp_path / "bot" / ADAPTER_SETTINGS).read_text())
+        assert (written["base_model_name_or_path"], written["revision"]) == (wanted, revision)
+        assert written["target_modules"] == ["k_proj", "q_proj"]
+        assert stack_of(tmp_path / "bot") == (None, [tmp_path / "bot"])
+    assert model.is_dir()
+
+
+def test_a_stack_speaks_by_its_own_tokenizer(stacked: Workspace, made: Setup, tmp_path: Path) -> None:
+    """Not by one that the base model's folder got since."""
+    other = tmp_path / "model"
+    shutil.copytree(made[0], other)
+    (other / "chat_template.jinja").write_text("something else")
+    loaded = load_version(settings(other, {}).model, stacked.version_folder("v002"))
+    before = load_version(stacked.config().model, stacked.version_folder("v002"))
+    assert loaded.tokenizer.chat_template == before.tokenizer.chat_template != "something else"
+    assert loaded.end_ids == before.end_ids
+
+
+def test_a_link_below_that_leads_out_of_the_workspace_is_refused(stacked: Workspace, tmp_path: Path) -> None:
+    workspace = Workspace(shutil.copytree(stacked.folder, tmp_path / "bot"))
+    path = workspace.folder / "versions" / "v001" / ADAPTER_WEIGHTS
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="outside"):
+        open_version(workspace, "v002", workspace.config())
+
+
+def test_what_a_kill_left_of_a_finished_stage_goes_with_the_next_command(stacked: Workspace, tmp_path: Path) -> None:
+    workspace = Workspace(shutil.copytree(stacked.folder, tmp_path / "bot"))
+    for place in ("s01-colours", "s02-numbers/repair-blend-0.5"):
+        shutil.copytree(workspace.version_folder("v001"), workspace.folder / "runs" / place / "adapter")
+    shutil.rmtree(workspace.folder / "runs" / "s01-colours" / "baseline")
+    settle_all(workspace)
+    assert not list(workspace.folder.glob("runs/**/*.safetensors"))
+    assert not (workspace.folder / "runs/s02-numbers/repair-blend-0.5").exists()
 
 
 def test_stages_of_both_kinds_follow_each_other(stacked: Workspace, made: Setup, tmp_path: Path) -> None:
@@ -249,6 +300,9 @@ def test_whole_weights_and_one_adapter_can_be_exported(stacked: Workspace, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert equal(dict(model.named_parameters()), weights(stacked, "v002"))
     assert export_adapter(stacked, "v002", "v000", tmp_path / "adapter", None)["rank"] == 8  # 4 and 4
+    whole, adapter = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("out", "adapter"))
+    assert "library_name: transformers" in whole and "holds an adapter" not in whole
+    assert "library_name: peft" in adapter and "on the weights of v000 (the base model);" in adapter
 
 
 def test_forgetting_and_erasing_know_stacks(tmp_path: Path, made: Setup, stacked: Workspace) -> None:
@@ -296,6 +350,7 @@ def test_damaged_stacks_are_one_error(stacked: Workspace, tmp_path: Path) -> Non
     assert "cannot be loaded as an adapter" in said(target_modules=["nothing"])
     assert "cannot be loaded as an adapter" in said(r=3)
     assert "has no counterpart" in said(target_modules=["q_proj"])
+    assert "no LoRA adapter" in said(peft_type="IA3")
     (top / ADAPTER_SETTINGS).write_text("{")
     with pytest.raises(InputError, match="damaged"):
         load_version(config, top)

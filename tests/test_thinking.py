@@ -318,9 +318,13 @@ def test_a_stage_whose_answers_grow_too_long_ends_with_the_last_weights_within_t
     assert all(torch.equal(begin[name], weight) for name, weight in weights(stage).items())
 
 
-def test_a_limit_without_rows_to_measure_it_on_is_refused() -> None:
+def test_a_limit_without_rows_to_measure_it_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_length_change is measured on validation rows"):
         TrainConfig(max_length_change=0.3, validation_share=0.0)
+    few = make_stage(tmp_path, anchors=False)
+    few = replace(few, examples=(*few.examples, *few.validation), validation=())
+    with pytest.raises(InputError, match=f"{len(few.examples)} training rows leave none"):
+        train(few, settings(max_length_change=0.3))
 
 
 def test_without_a_limit_nothing_is_measured_before_the_first_step(tmp_path: Path) -> None:

@@ -137,6 +137,18 @@ def test_arguments_may_be_text_and_schemas_must_be_schemas() -> None:
     assert len(parsed({"messages": conversation()[:2], "tools": []})) == 1  # nothing is known of the functions
 
 
+@pytest.mark.parametrize("reference", ["#/definitions/City", "https://example.invalid/city.json"])
+def test_a_schema_stands_by_itself(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it refers to must be in it: nothing is fetched."""
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+    odd = {"function": {"name": "weather", "parameters": {"properties": {"city": {"$ref": reference}}}}}
+    with pytest.raises(ValueError, match=f"refer to '{reference.lstrip('#')}', which is not in them"):
+        parsed({"messages": conversation()[:2], "tools": [odd]})
+    odd["function"]["parameters"] |= {"definitions": {"City": {"type": "string"}}}  # type: ignore[operator]
+    if reference.startswith("#"):
+        assert len(parsed({"messages": conversation()[:2], "tools": [odd]})) == 1
+
+
 def write(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> Path:
     folder.mkdir()
     (folder / "skill.toml").write_text('name = "weather"\ngrader = "tool_call"\nturns = "all"\n')

@@ -313,12 +313,14 @@ def test_one_vllm_a_process_is_started_with_what_exactness_needs(monkeypatch: py
     library = Library()
     monkeypatch.setitem(sys.modules, "vllm", library)
     monkeypatch.setattr(vllm_colocated, "_RUNNING", {})
+    monkeypatch.setattr(os, "environ", {})
     first = colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, {"gpu_memory_utilization": 0.5})
     assert colocated("a-model", ModelConfig(revision="abc"), "bfloat16", 512, {"gpu_memory_utilization": 0.5}) is first
     assert colocated("a-model", ModelConfig(revision="abc"), "float32", 64, {}) is not first
     assert [(given["dtype"], given["max_model_len"], given["gpu_memory_utilization"]) for given in library.started] == [
         ("bfloat16", 512, 0.5), ("float32", 64, 0.3)]  # fmt: skip
     assert all(given.items() >= OURS.items() for given in library.started)
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"  # nothing is sent to its makers
     assert {(given["model"], given["revision"], given["trust_remote_code"]) for given in library.started} == {
         ("a-model", "abc", False)}  # fmt: skip
 

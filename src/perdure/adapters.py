@@ -2,7 +2,7 @@
 
 One copy of the weights in the compute dtype serves as student, decoder and frozen teacher; the float32 masters do not
 take part (on a CPU, where both share one memory, they lie in a file) and get the product at the stage's end. The model
-is then plain: evaluation and the next stage never see an adapter, whether a version keeps one (stacks.py) or not. With
+is then plain: evaluation and the next stage never see an adapter, whether a version keeps one (loading.py) or not. With
 ``lora_nf4`` the layers below the adapters lie in 4 bits meanwhile; what the masters get is the product alone.
 """
 
@@ -23,10 +23,9 @@ from torch import Tensor
 from perdure.config import TrainConfig
 from perdure.nf4 import in_nf4, is_nf4, plain_of, weight_of
 from perdure.processes import GROUP
+from perdure.stacks import ADAPTER_WEIGHTS
 from perdure.types import InputError
 
-ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-"""peft's two files."""
 ADAPTER = "adapter"
 """Where in a training's folder they lie until its version has them."""
 
@@ -98,7 +97,12 @@ def save_adapter(folder: Path, settings: Any, tensors: Mapping[str, Tensor]) -> 
     """Write an adapter as peft reads it; ``settings``: its ``LoraConfig``."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    settings.inference_mode = True
+    save_settings(settings, folder)
+
+
+def save_settings(settings: Any, folder: Path) -> None:
+    """Write a ``LoraConfig`` for those who load the adapter; the same one gives the same bytes."""
+    settings.inference_mode, settings.target_modules = True, sorted(settings.target_modules)
     settings.save_pretrained(str(folder))
 
 

@@ -31,7 +31,7 @@ def measure_candidate(run: Run, before: Scores, kept: Sequence[Guard], name: str
 
     def verdict(after: dict[str, Items], kept: Sequence[Guard]) -> Verdict:
         return decide(config.gate, skill, before.items.get(skill), after, kept, hurt,
-                      run.skill.conversations)  # fmt: skip
+                      run.skill.together)  # fmt: skip
 
     scores = {taught: _measure(run, name, taught) for taught in (*earlier, skill)}
     after: dict[str, Items] = {s.skill: skill_items(s) for s in scores.values()}

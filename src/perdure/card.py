@@ -9,31 +9,29 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from perdure.methods import METHODS
 from perdure.models import EMBEDDED_HUB_ID
+from perdure.workspace import BASE
 
 PAPER = "https://arxiv.org/abs/2601.19897"
 
 
-def model_card(info: Mapping[str, Any], taught: list[str]) -> str:
-    """The card as Markdown. ``info`` is a version.json before its files are hashed, ``taught`` the skills in order."""
-    return f"---\n{_metadata(info).to_yaml()}\n---\n\n{_text(info, taught)}"
+def model_card(info: Mapping[str, Any], taught: list[str], below: str | None) -> str:
+    """The card as Markdown. ``info`` is a version.json before its files are hashed, ``taught`` the skills in order,
+    ``below`` the version on whose weights the folder's adapter lies; None where it holds whole weights."""
+    return f"---\n{_metadata(info, below).to_yaml()}\n---\n\n{_text(info, taught, below)}"
 
 
-def _metadata(info: Mapping[str, Any]) -> ModelCardData:
+def _metadata(info: Mapping[str, Any], below: str | None) -> ModelCardData:
     source = info["config"]["model"]["source"]
     results = [
         _result(skill, "skill", score["skill_hash"], score) for skill, score in info["scores"].items()
     ] + [_result(task, "lm-eval", None, score) for task, score in _tasks(info).items()]  # fmt: skip
+    # An adapter on another version is none on the base: whoever goes by this would put it there.
+    base = None if below not in (None, BASE) else EMBEDDED_HUB_ID if source == "embedded" else source
     return ModelCardData(
-        base_model=EMBEDDED_HUB_ID if source == "embedded" else source,
-        library_name="peft" if _is_adapter(info) else "transformers",
+        base_model=base, library_name="peft" if below else "transformers",
         pipeline_tag="text-generation", tags=["perdure", "continual-learning", info["method"]],
         model_name=_name(info), eval_results=results or None,
     )  # fmt: skip
-
-
-def _is_adapter(info: Mapping[str, Any]) -> bool:
-    train = info["config"]["train"]
-    return bool(train["lora_rank"]) and not train["lora_merge"]
 
 
 def _name(info: Mapping[str, Any]) -> str:
@@ -53,7 +51,7 @@ def _tasks(info: Mapping[str, Any]) -> Mapping[str, Any]:
     return (info["probe"] or {"tasks": {}})["tasks"]
 
 
-def _text(info: Mapping[str, Any], taught: list[str]) -> str:
+def _text(info: Mapping[str, Any], taught: list[str], below: str | None) -> str:
     verdict, hashes = info["verdict"], info["hashes"]
     lines = [
         f"# {_name(info)}",
@@ -62,7 +60,7 @@ def _text(info: Mapping[str, Any], taught: list[str]) -> str:
         f"**{info['skill']}** with Perdure ({_method(info['method'])}).",
         f"Skills in order: {', '.join(taught)}.",
         "",
-        *_form(info),
+        *_form(info["version"], below),
         f"The gate's verdict: **{verdict['decision']}**.",
         "",
         *(f"- {reason}" for reason in verdict["reasons"]),
@@ -86,11 +84,11 @@ def _text(info: Mapping[str, Any], taught: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _form(info: Mapping[str, Any]) -> list[str]:
-    if not _is_adapter(info):
+def _form(version: str, below: str | None) -> list[str]:
+    if below is None:
         return []
-    return [f"This folder holds an adapter (peft) on the weights of {info['parent']}; for whole weights: "
-            f"`perdure export {info['version']} FOLDER`.", ""]  # fmt: skip
+    return [f"This folder holds an adapter (peft) on the weights of {below}{' (the base model)' * (below == BASE)}; "
+            f"for whole weights: `perdure export {version} FOLDER`.", ""]  # fmt: skip
 
 
 def _method(name: str) -> str:

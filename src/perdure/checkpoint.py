@@ -100,15 +100,18 @@ def trainings(run: Path) -> list[Path]:
     return [run, *sorted(path for path in run.glob("repair-*") if path.is_dir())]
 
 
+def training_state(run: Path) -> list[Path]:
+    """What of a training's folder only a resume, or the version that is to come of it, needs."""
+    adapter = [run / ADAPTER] if (run / ADAPTER).exists() else []
+    return [*checkpoints(run), *sorted(run.glob(f"{_BEST}*")), *adapter]
+
+
 def drop_training_state(run: Path) -> None:
     """Remove what only a resume needs, once the stage's version is published: the folder keeps what people read."""
     _sweep(run)
-    for folder in checkpoints(run):
-        _remove(folder)
-    for path in run.glob(f"{_BEST}*"):
-        path.unlink()
-    shutil.rmtree(run / ADAPTER, ignore_errors=True)
-    if not any(run.iterdir()):  # an attempt at repair that trained nothing
+    for path in training_state(run):
+        _remove(path) if path.is_dir() else path.unlink()
+    if run.is_dir() and not any(run.iterdir()):  # an attempt at repair that trained nothing
         run.rmdir()
 
 

@@ -45,13 +45,18 @@ def promote(
     passed = verdict is None or verdict["decision"] == "promoted"
     if verdict and not passed and not force:
         words = f"{name} was {verdict['decision']} by the gate: {verdict['reasons'][0]} To serve it all the same: "
-        out.print(Text(safe_line(f'{words}perdure promote {name} --force --reason "..."')), soft_wrap=True)
+        out.print(Text(safe_line(f'{words}perdure promote {name} -w {workspace} --force --reason "..."')),
+                  soft_wrap=True)  # fmt: skip
         raise typer.Exit(REFUSED)
     if problems := problems_of_version(place, name):
         raise InputError("\n".join(problems))
     forced: dict[str, Any] = {} if passed else {"forced": True}
+    lost = [skill for skill in place.taught() if skill not in place.taught(name)]
     place.promote(name, reason or "by hand", by=actor(), **forced)
     out.print(f"champion: {name}")
+    if lost:
+        said = f"It was not taught {', '.join(lost)}, as the champion before it was: teach it again, or: "
+        out.print(Text(safe_line(f"{said}perdure rollback -w {workspace}")), soft_wrap=True)
 
 
 @app.command()
@@ -162,6 +167,7 @@ def export(
 
     Whole weights, or with --adapter a LoRA adapter for peft or vLLM."""
     from perdure.export import DTYPES, MOST_RANK, export_adapter, export_weights
+    from perdure.stacks import is_stacked
 
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
@@ -178,3 +184,7 @@ def export(
     what = f"{found['dtype']} weights" if not adapter else (
         f"adapter of rank {found['rank']} on {found['since']}, {found['share']:.2%} of the difference")  # fmt: skip
     out.print(f"{found['version']}: {what}, {found['bytes'] / 1e6:.1f} MB in {folder}")
+    if adapter and is_stacked(place.version_folder(since)):
+        out.print(
+            f"{found['since']} keeps an adapter itself; whole weights below this one: perdure export {since} FOLDER"
+        )

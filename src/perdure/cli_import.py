@@ -96,9 +96,7 @@ def _say_imported(target: Path, source: str) -> None:
         guarded += f"; the default is {100 * default:g}" if least <= default else (
             f", and the default is {100 * default:g}: bring more rows, or write retention_budget = {least:.3f} "
             "into skill.toml before you teach it")  # fmt: skip
-    turns, what = (
-        ("", "test rows") if units == len(skill.test) else (f", turns of {units} conversations", "conversations")
-    )
+    turns, what = ("", "test rows") if units == len(skill.test) else (f", {units} independent", "independent ones")
     origin = f" ({skill.settings.source})" if source == "jsonl" else ""
     rows = f"{len(skill.train)} training and {len(skill.test)} test rows{turns}{origin}"
     said = f"{target}: {rows}. So many {what} {guarded}."

@@ -62,6 +62,8 @@ def init(
     from perdure.stages import create_workspace
 
     given = load_config(config) if config else RunConfig()
+    if model not in (None, "embedded") and Path(model).expanduser().exists():  # later commands may run elsewhere
+        model = str(Path(model).expanduser().absolute())
     source = [] if model is None else [f"model.source={json.dumps(model)}"]
     create_workspace(workspace, with_settings(given, [*source, *(settings or [])]))
     out.print(f"{workspace}: ready. Next, with a skill folder (perdure import makes one): perdure check SKILL -w "
@@ -82,7 +84,7 @@ def check(
 
     Data, windows, teacher gap, the method to take. Exit code 1: not ready."""
     from perdure.curriculum import check_hardware, check_skills
-    from perdure.report.text import hardware_tables, preflight_tables
+    from perdure.report.check import hardware_tables, preflight_tables
 
     place, config = open_workspace(workspace, settings)
     if hardware:

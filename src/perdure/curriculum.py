@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of
 from perdure.methods import method_label
 from perdure.reporting import Reporter
+from perdure.rows import row_counts
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, independent, load_skill
 from perdure.stages import Outcome, begin, finished, load_all, settle_all
@@ -33,6 +34,7 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
     skills = load_all(folders)
     kept = {s.name: load_skill(workspace.skills.keep(s.folder, s.name, s.content_hash)) for s in skills}
     settle_all(workspace)
+    _tell_of_waiting(workspace, kept, reporter)
     outcomes = []
     for number, skill in enumerate(kept.values(), 1):
         if done := finished(workspace, skill, config):
@@ -49,6 +51,14 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
         outcomes.append(learn_one(workspace, skill, scope, config, reporter,
                                   parent=workspace.resolve("champion"), force=force, restart=restart))  # fmt: skip
     return outcomes
+
+
+def _tell_of_waiting(workspace: Workspace, skills: Container[str], reporter: Reporter) -> None:
+    """A version that waits for a person is not what the next stage starts from."""
+    waiting, champion = workspace.aliases()["candidate"], workspace.resolve("champion")
+    if waiting and (skill := workspace.version(waiting)["skill"]) not in skills:
+        reporter.note(f"{waiting} ({skill}) is held and waits for a decision; this starts from the champion "
+                      f"{champion}, without it.")  # fmt: skip
 
 
 def learn_one(
@@ -86,7 +96,8 @@ def check_skills(
     for skill in skills:
         reporter.stage(f"{skill.name}: {len(skill.train)} training rows, {len(skill.test)} test rows, all valid")
         found = preflight_of(workspace, champion, session, skill, taught | {skill.name: skill}, config, reporter)
-        results.append(found | {"test": _test_power(workspace, skill, config)})
+        earlier = len(taught.keys() - {skill.name})
+        results.append(found | {"test": _test_power(workspace, skill, config), "train": _shown(skill, earlier, config)})
     return results
 
 
@@ -102,6 +113,13 @@ def check_hardware(
         return work_of(renderer, skill.train, templates, train, config.eval.batch_tokens)
 
     return [{"skill": skill.name, **estimate(shape, work(skill), train, target, share)} for skill in skills]
+
+
+def _shown(skill: Skill, earlier: int, config: RunConfig) -> dict[str, int]:
+    """How many of its training rows a stage can show, by its steps; ``earlier``: skills before it."""
+    train = config.train
+    a_step = row_counts(train, earlier if train.anchor_share else 0, general=bool(train.anchor_share))["taught"]
+    return {"rows": len(skill.train), "a_step": a_step, "steps": train.steps}
 
 
 def _test_power(workspace: Workspace, skill: Skill, config: RunConfig) -> dict[str, Any]:

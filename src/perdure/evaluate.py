@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from perdure.contexts import Renderer
 from perdure.episodes import play, transcript
 from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
+from perdure.skills.base import bound
 from perdure.skills.environments import Acting
 from perdure.stats import clustered_interval
 from perdure.templates import Template
@@ -69,7 +70,6 @@ def score_prompts(engine: RolloutEngine, renderer: Renderer, name: str, prompts:
 
 def _summarise(name: str, items: list[ItemResult], examples: Iterable[Example]) -> SkillScore:
     right = [item.score >= 1 for item in items]
-    together = [("turns of", e.conversation) if e.conversation else ("row", place) for place, e in enumerate(examples)]
-    low, high = clustered_interval(right, together)
+    low, high = clustered_interval(right, list(map(bound, examples)))
     mean = sum(item.score for item in items) / len(items)
     return SkillScore(name, sum(right) / len(items), mean, low, high, len(items), tuple(items))

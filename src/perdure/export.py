@@ -7,8 +7,7 @@ not. So a base can be served once, with an adapter for each version (peft, vLLM)
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters import save_adapter
+from perdure.card import model_card
 from perdure.files import file_sha256, new_folder, replace_text, to_json
-from perdure.models import LoadedModel, resolve, save
-from perdure.stacks import load_version
+from perdure.loading import base_name, load_version
+from perdure.models import LoadedModel, save
 from perdure.types import InputError
 from perdure.verify import problems_of_version
 from perdure.workspace import BASE, Workspace
@@ -79,8 +79,14 @@ def export_adapter(workspace: Workspace, name: str, since: str, folder: Path, ra
         )
     about = {"since": since, "rank": chosen, "share": round(found.share(chosen), 6)}
     del target
-    source = resolve(workspace.config().model) if since == BASE else str(workspace.version_folder(since))
-    return _written(workspace, version, folder, lambda beside: _save(base.model, found, chosen, source, beside), about)
+    config = workspace.config().model
+    settings = {"base_model_name_or_path": str(workspace.weights_folder(since) or base_name(config)),
+                "revision": config.revision or None if since == BASE else None}  # fmt: skip
+
+    def write(beside: Path) -> None:
+        _save(base.model, found, chosen, settings, beside)
+
+    return _written(workspace, version, folder, write, about, since)
 
 
 def difference(base: Any, target: Any) -> Difference:
@@ -109,7 +115,7 @@ def _linear(model: Any) -> Iterator[tuple[str, nn.Linear]]:
             if isinstance(module, nn.Linear) and module is not head)  # fmt: skip
 
 
-def _save(base: Any, found: Difference, rank: int, source: str, folder: Path) -> None:
+def _save(base: Any, found: Difference, rank: int, below: Mapping[str, Any], folder: Path) -> None:
     """The adapter's two files as peft reads them; layers of a kind that changed but themselves did not get zeros."""
     from peft import LoraConfig
 
@@ -123,8 +129,7 @@ def _save(base: Any, found: Difference, rank: int, source: str, folder: Path) ->
                 down[: len(pair[0])], up[:, : pair[1].shape[1]] = pair[0][:rank], pair[1][:, :rank]
             tensors[f"base_model.model.{name}.lora_A.weight"] = down
             tensors[f"base_model.model.{name}.lora_B.weight"] = up
-    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=kinds, task_type="CAUSAL_LM",
-                          base_model_name_or_path=source)  # fmt: skip
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=kinds, task_type="CAUSAL_LM", **below)
     save_adapter(folder, settings, tensors)
 
 
@@ -132,18 +137,20 @@ def _version(workspace: Workspace, version: str) -> LoadedModel:
     if problems := problems_of_version(workspace, version):
         raise InputError("\n".join(problems))
     config = workspace.config()
-    folder = None if version == BASE else workspace.version_folder(version)
-    return load_version(config.model, folder, torch.device("cpu"), workspace.version(BASE)["hashes"]["base"])
+    return load_version(
+        config.model, workspace.weights_folder(version), torch.device("cpu"), workspace.version(BASE)["hashes"]["base"]
+    )
 
 
 def _written(workspace: Workspace, version: str, folder: Path, write: Callable[[Path], None],
-             said: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """What ``write`` puts into the folder, and the version's record and card."""
+             said: dict[str, Any], below: str | None = None) -> dict[str, Any]:  # fmt: skip
+    """What ``write`` puts into the folder, and the version's record and card; ``below``: what an adapter lies on."""
     folder = folder.absolute()
     with new_folder(folder) as beside:
         write(beside)
         if version != BASE:
-            shutil.copy(workspace.version_folder(version) / "README.md", beside / "README.md")
+            card = model_card(workspace.version(version), list(workspace.taught(version)), below)
+            replace_text(beside / "README.md", card)
         weights = {path.name: file_sha256(path) for path in sorted(beside.glob("*.safetensors"))}
         record = {"version": version, **said, "files": weights, "exported_from": workspace.version(version)}
         replace_text(beside / "perdure.json", to_json(record) + "\n")

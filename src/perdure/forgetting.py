@@ -41,12 +41,12 @@ def forget(workspace: Workspace, name: str, config: RunConfig, reporter: Reporte
     ``restart`` begins an unfinished stage of the replay anew.
 
     Stages of the replay that are finished are not repeated. Raises InputError when the skill was not taught."""
+    settle_all(workspace)  # first: it may promote what a kill left, and with it change what was taught
     taught = {skill: load_skill(folder) for skill, folder in workspace.taught().items()}
     if name not in taught:
         raise InputError(
             f"{workspace.folder}: the champion was not taught {name!r}; it knows {', '.join(taught) or '-'}"
         )
-    settle_all(workspace)
     champion, records = workspace.resolve("champion"), workspace.lineage_records()
     first = next(place for place, record in enumerate(records) if record["skill"] == name)
     version, branch = records[first - 1]["version"], f"forget {name}, instead of {champion}"

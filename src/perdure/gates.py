@@ -25,8 +25,9 @@ from perdure.types import Verdict
 
 Items = Mapping[str, bool]
 """Item id -> right or wrong."""
-Conversations = Mapping[str, str]
-"""Item id -> the conversation of which it is one of several turns; an item that is not there stands by itself."""
+Together = Mapping[str, str]
+"""Item id -> a name of the items with which it is no independent one (``Skill.together``); an item that is not there
+stands by itself."""
 
 CANNOT_TELL = "cannot tell"
 TELLING_GAIN = 0.1
@@ -54,12 +55,12 @@ class Guard:
     chosen_from: int = 1
     """Versions among which the reference was picked as the best: the best of several noisy results is partly luck, so
     the p-value is multiplied by their number."""
-    conversations: Conversations = field(default_factory=dict)
+    together: Together = field(default_factory=dict)
 
 
 def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[str, Items],
            guards: Sequence[Guard] = (), hurt: Collection[str] | None = None,
-           conversations: Conversations | None = None) -> Verdict:  # fmt: skip
+           together: Together | None = None) -> Verdict:  # fmt: skip
     """The verdict on a candidate: ``promoted``, ``held`` or ``refused``, with every failed check among the reasons.
 
     The new ``skill`` must gain significantly over ``before`` (one-sided exact McNemar test). A guard is refused when it
@@ -69,13 +70,13 @@ def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[
     refused. ``hurt``: names of guards that an earlier attempt hurt; these and the decisive ones are then refused by any
     loss beyond the budget, significant or not.
 
-    Turns of one conversation (``conversations``: those of the new skill) are no independent items. The tests then
-    count conversations, each of which lost, gained or neither, by the sum over its turns; and that twice the budget of
-    all turns was not lost must be shown over the conversations' sums as well.
+    Turns of one conversation, and rows with the same prompt, are no independent items (``together``: those of the new
+    skill). The tests then count such groups, each of which lost, gained or neither, by the sum over its items; and that
+    twice the budget of all items was not lost must be shown over the groups' sums as well.
 
     ``config.enforce`` changes nothing here: whoever promotes looks at it.
     """
-    pair = _paired(before, after.get(skill), conversations or {})
+    pair = _paired(before, after.get(skill), together or {})
     return _verdict([_gain(config, skill, pair), *_losses(config, after, guards, hurt)])
 
 
@@ -87,7 +88,7 @@ def decide_kept(config: GateConfig, after: Mapping[str, Items], guards: Sequence
 def _losses(
     config: GateConfig, after: Mapping[str, Items], guards: Sequence[Guard], hurt: Collection[str] | None
 ) -> list[dict[str, Any]]:
-    pairs = [_paired(guard.before, after.get(guard.name), guard.conversations) for guard in guards]
+    pairs = [_paired(guard.before, after.get(guard.name), guard.together) for guard in guards]
     p_values = [
         min(1.0, guard.chosen_from * mcnemar_one_sided(*pair.units, alternative="worse")) if pair else 1.0
         for guard, pair in zip(guards, pairs, strict=True)
@@ -116,7 +117,7 @@ class _Pair(NamedTuple):
 
     items: tuple[Bits, Bits]
     units: tuple[Bits, Bits]
-    """What is independent: items, or conversations that lost, gained or neither."""
+    """What is independent: items, or groups of them that lost, gained or neither."""
     sizes: list[int]
     """Items of each unit."""
     losses: list[int]
@@ -130,7 +131,7 @@ class _Pair(NamedTuple):
     def said(self) -> str:
         """How many there are, for people."""
         items = f"{len(self.items[0])} items"
-        return items if self.n == len(self.items[0]) else f"{items} of {self.n} conversations"
+        return items if self.n == len(self.items[0]) else f"{items}, {self.n} of them independent"
 
     @property
     def changed(self) -> tuple[int, int]:
@@ -144,16 +145,14 @@ class _Pair(NamedTuple):
         return min(self.changed) / self.n
 
 
-def _paired(old: Items | None, new: Items | None, conversations: Conversations) -> _Pair | None:
+def _paired(old: Items | None, new: Items | None, together: Together) -> _Pair | None:
     """None when they cannot be paired."""
     if not old or not new or old.keys() != new.keys():
         return None
     items = [old[item] for item in old], [new[item] for item in old]
     units: dict[tuple[str, str], list[str]] = {}
     for item in old:
-        units.setdefault(("turns of", conversations[item]) if item in conversations else ("item", item), []).append(
-            item
-        )
+        units.setdefault(("group", together[item]) if item in together else ("item", item), []).append(item)
     losses = [sum(old[item] - new[item] for item in turns) for turns in units.values()]
     whole = [
         all(old[item] for item in turns) for turns in units.values()
@@ -205,7 +204,7 @@ def _loss(guard: Guard, pair: _Pair | None, p_value: float, counts: bool, confid
         return row | {"verdict": "kept", "passed": True, "reason": f"{label}: kept, {numbers}."}
     needed = items_needed(_twice(guard, pair), pair.noise, 1 - confidence, confidence)
     row["needed"] = needed
-    what = "" if pair.n == row["n"] else " conversations"
+    what = "" if pair.n == row["n"] else " independent ones"
     asked = f"a version without any loss takes about {needed}{what}" if needed else "a million cannot either"
     reason = (
         f"{label}: cannot tell, {numbers}: so few items cannot show that less than twice the budget of "

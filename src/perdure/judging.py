@@ -11,6 +11,7 @@ from perdure.card import model_card
 from perdure.config import RunConfig
 from perdure.forecast import priced
 from perdure.gates import decide
+from perdure.loading import put_adapter
 from perdure.measure import probe_json, score_json, way_of, write_items
 from perdure.models import save
 from perdure.provenance import code_state, environment, now
@@ -20,7 +21,6 @@ from perdure.runlog import LoopState
 from perdure.running import Run
 from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
-from perdure.stacks import put_adapter
 from perdure.stages import Outcome, follow, settings_hash, settle, taught_this, turned_away
 from perdure.types import Verdict
 from perdure.workspace import BASE, Workspace
@@ -42,15 +42,14 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
 
     def write(folder: Path) -> None:
         if run.adapter:
-            below = None if run.parent == BASE else workspace.version_folder(run.parent)
-            put_adapter(run.adapter, folder, below, config.model)
+            put_adapter(run.adapter, folder, workspace.weights_folder(run.parent), config.model)
             run.session.loaded.tokenizer.save_pretrained(folder)
         else:
             save(run.session.loaded, folder)
         write_items(folder / "evaluation", candidate.scores, candidate.probed)
 
     taught = list(dict.fromkeys([*workspace.taught(run.parent), run.skill.name]))
-    workspace.add_version(info, write, lambda whole: model_card(whole, taught))
+    workspace.add_version(info, write, lambda whole: model_card(whole, taught, run.parent if run.adapter else None))
     outcome = settle(workspace, name)
     for reason in outcome.reasons:
         run.reporter.note(reason)
@@ -107,7 +106,7 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
         return None
     kept = guards(workspace, parent, before, earlier, config, way)
     return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept,
-                  conversations=skill.conversations)  # fmt: skip
+                  together=skill.together)  # fmt: skip
 
 
 def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:

@@ -93,16 +93,17 @@ def resolve(config: ModelConfig) -> str:
     return str(path) if path.exists() else config.source
 
 
-def load(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None) -> LoadedModel:
+def load(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None,
+         tokenizer_folder: Path | None = None) -> LoadedModel:  # fmt: skip
     """Load in float32 from ``folder`` (a version of a workspace) or from the configured source, to the configured
-    ``device`` or another one.
+    ``device`` or another one; the tokenizer from the same place or from ``tokenizer_folder``.
 
     Raises InputError naming the source when it is no model that this package can train."""
     from transformers import AutoModelForCausalLM
 
     source = str(folder) if folder else resolve(config)
     options = load_options(config, folder)
-    tokenizer = load_tokenizer(config, folder)
+    tokenizer = load_tokenizer(config, tokenizer_folder or folder)
     try:
         with _quiet():
             read: Any = AutoModelForCausalLM.from_pretrained

@@ -22,13 +22,12 @@ from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json
 from perdure.gates import Guard
+from perdure.loading import load_version, scaled_adapter
 from perdure.methods import METHODS
 from perdure.running import Run, train_stage
 from perdure.scores import Scores
-from perdure.stacks import load_version, scaled_adapter
 from perdure.stages import settings_hash
 from perdure.types import Verdict
-from perdure.workspace import BASE
 
 BLENDS = (0.75, 0.5, 0.25)
 """Shares of the way from the parent to the candidate."""
@@ -89,7 +88,7 @@ def repair(
 
 
 def _parent_weights(run: Run) -> Weights:
-    folder = None if run.parent == BASE else run.workspace.version_folder(run.parent)
+    folder = run.workspace.weights_folder(run.parent)
     loaded = load_version(run.config.model, folder, torch.device("cpu"), run.session.base_sha256)
     return dict(loaded.model.named_parameters())
 

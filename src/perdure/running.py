@@ -89,7 +89,7 @@ def open_version(workspace: Workspace, name: str, config: RunConfig) -> Session:
     Raises InputError where the base model is not the one that the workspace was made with."""
     workspace.check_not_erased(name)
     base = workspace.version(BASE)["hashes"]["base"]
-    return open_session(config, None if name == BASE else workspace.version_folder(name), base)
+    return open_session(config, workspace.weights_folder(name), base)
 
 
 def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Skill, scope: Mapping[str, Skill],
@@ -100,6 +100,7 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
         original = base_as_teacher(config, session) if config.train.teacher == "original" and parent != BASE else None
         found = preflight(subject_of(session, skill, config, original), config.context, config.preflight, config.train,
                           stage_seed(config, skill), _rows_of(phase))  # fmt: skip
+        del original  # the forecast's own steps need its memory
     recommended = _advised(workspace, parent, session, skill, config, found, reporter).to_json()
     advice: dict[str, Any] = {"recommended": recommended}
     other_way = recommended["method"] != "sdft" or "train.teacher" in recommended["settings"]

@@ -159,7 +159,7 @@ def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[st
     for name, skill in skills.items():
         items = before.items.get(name)
         budget = skill.settings.retention_budget or gate.budget
-        found.append(Guard(name, "skill", parent, items, budget, conversations=skill.conversations))
+        found.append(Guard(name, "skill", parent, items, budget, together=skill.together))
         if not items:
             continue
         known = {version: scores.items[name] for version, scores in ancestors.items()
@@ -168,7 +168,7 @@ def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[st
         best = max(right, key=lambda version: right[version], default=parent)
         if right.get(best, 0) > sum(items.values()):
             found.append(Guard(name, "best ever", best, known[best], budget, decisive=False, chosen_from=len(right),
-                               conversations=skill.conversations))  # fmt: skip
+                               together=skill.together))  # fmt: skip
     tasks = [f"{PROBE}/{task}" for task in config.probe.tasks]
     for name in tasks:
         found.append(Guard(name, "prior", parent, before.items.get(name), gate.prior_budget, decisive=len(tasks) == 1))

@@ -15,13 +15,13 @@ from perdure.attention import is_enabled
 from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.likelihood import Pair, score_pairs
+from perdure.loading import load_version
 from perdure.models import LoadedModel, compute_dtype, device_of, resolve, sync_weights, working_copy
 from perdure.processes import GROUP, copy_from_lead, followed_by, from_lead, together
 from perdure.rollout.base import RolloutEngine, SamplingParams
 from perdure.rollout.generate import GenerateEngine
 from perdure.rollout.local import LocalEngine
 from perdure.rollout.split import SplitEngine
-from perdure.stacks import load_version
 from perdure.types import InputError, Prompt
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from perdure.checkpoint import checkpoints, drop_training_state, trainings
+from perdure.checkpoint import drop_training_state, training_state, trainings
 from perdure.config import RunConfig
 from perdure.files import check_free, read_json, replace_text
+from perdure.loading import weights_sha256
 from perdure.models import compute_dtype, load
 from perdure.provenance import now
 from perdure.settings import by_field
 from perdure.skills.base import Skill, load_skill
-from perdure.stacks import weights_sha256
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -73,7 +73,7 @@ def settle_all(workspace: Workspace) -> None:
         events.setdefault(str(event.get("version")), set()).add(event["event"])
     for name in workspace.versions()[1:]:
         run = workspace.run_folder(workspace.version(name)["stage"])
-        if not events.get(name, set()) & SETTLED or any(checkpoints(folder) for folder in trainings(run)):
+        if not events.get(name, set()) & SETTLED or any(map(training_state, trainings(run))):
             settle(workspace, name)
 
 

@@ -62,7 +62,8 @@ def clustered_interval(
     ``wilson_interval`` where each item is a cluster by itself, and (0, 1) where all are one.
 
     That number is n over the design effect (Kish 1965; linearised variance between clusters), made smaller for few
-    clusters by Student's t (Korn and Graubard 1998), and the clusters' own where all or no items are right."""
+    clusters by Student's t (Korn and Graubard 1998), and that of the clusters where all or no items are right: their
+    spread cannot be seen there."""
     _check_confidence(confidence)
     hits, sizes = Counter(name for name, bit in zip(clusters, right, strict=True) if bit), Counter(clusters)
     n, k, total = len(right), len(sizes), sum(map(bool, right))

@@ -156,6 +156,12 @@ def _check_environment(stage: Stage, config: TrainConfig) -> None:
             f"train.{used}: in an environment the weights of each step play its conversations; leave it out"
         )
 
+    if config.max_length_change and not stage.validation:
+        raise InputError(
+            f"train.max_length_change is measured on validation rows, and {len(stage.examples)} training rows leave "
+            "none: bring more, or raise train.validation_share"
+        )
+
 
 def _done(stage: Stage, config: TrainConfig, state: LoopState) -> bool:
     """Whether validation says that more steps would be of no use, or have gone too far."""

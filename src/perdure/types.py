@@ -162,7 +162,7 @@ class SkillScore:
     """Share of items with score 1, 0..1."""
     mean_score: float
     low: float
-    """Lower end of the 95 % Wilson interval of the accuracy."""
+    """Lower end of the 95 % interval of the accuracy (``stats.clustered_interval``)."""
     high: float
     n: int
     items: tuple[ItemResult, ...]

@@ -33,7 +33,7 @@ from perdure.provenance import now
 from perdure.run_folders import RunFolders, next_name
 from perdure.skill_folders import SkillFolders
 from perdure.skills.base import check_inside
-from perdure.stacks import is_stacked
+from perdure.stacks import is_stacked, stack_of
 from perdure.types import InputError
 
 BASE = "v000"
@@ -103,6 +103,17 @@ class Workspace:
         for path in (folder, *folder.rglob("*")):
             if path.is_symlink():
                 check_inside(folder.parent if path == folder else folder, path)
+        return folder
+
+    def weights_folder(self, name: str) -> Path | None:
+        """Where a version's weights, by its full name, are loaded from; None for the base model. Raises InputError as
+        ``version_folder`` does, for all that it stands on."""
+        if name == BASE:
+            return None
+        folder = self.version_folder(name)
+        root, above = stack_of(folder)
+        for below in (*([root] if root else ()), *above[:-1]):
+            self.version_folder(below.name)
         return folder
 
     def resolve(self, name: str) -> str:

@@ -37,3 +37,11 @@ def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], te
         except InputError as error:  # of files that are removed again
             raise InputError(str(error).replace(str(beside), str(target))) from error
     return target
+
+
+def tokens_at_most(text: str) -> int:
+    """Room for a text and the token that ends the turn, whatever the tokenizer: letters of plain English come several
+    to a token, a sign or digit may be one by itself, any other character one for each of its bytes. Room is cheap:
+    decoding ends with the turn."""
+    plain = sum(char.isascii() and (char.isalpha() or char.isspace()) for char in text)
+    return (plain + 1) // 2 + len(text.encode("utf-8", "surrogatepass")) - plain + 1

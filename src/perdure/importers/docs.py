@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from perdure.importers.base import Row, skill_name, write_skill
+from perdure.importers.base import Row, skill_name, tokens_at_most, write_skill
 from perdure.importers.passages import Passage, read_passages
 from perdure.skills.graders import contains
 from perdure.types import Example, InputError
@@ -57,8 +57,7 @@ def build(target: Path, documents: Path, questions: Path | Questions, grader: st
 
 def room(answers: Sequence[str]) -> int:
     """Tokens that each of the answers fits into."""
-    # A token is at least one byte of the answer; a model may say more than the bare answer.
-    return max(MAX_NEW_TOKENS, max(map(len, answers)) // 2)
+    return max(MAX_NEW_TOKENS, max(map(tokens_at_most, answers)))  # a model may say more than the bare answer
 
 
 def read_questions(path: Path) -> Questions:
@@ -71,6 +70,8 @@ def read_questions(path: Path) -> Questions:
             continue
         try:
             row = json.loads(line)
+            if isinstance(row, dict):  # exports of tables write null where there is nothing
+                row = {key: value for key, value in row.items() if value is not None}
             _check(row)
             found.append((number, row))
         except (ValueError, RecursionError) as error:  # of JSON, of the encoding, or ours
@@ -152,7 +153,7 @@ def holding(row: dict[str, Any], passages: Sequence[Passage]) -> Passage | None:
     answer = plain(row["answer"])
     if not answer:  # an answer of signs only would be found everywhere
         return None
-    fits = [p for p in passages if row.get("source", p.file) == p.file and answer in plain(p.text)]
+    fits = [p for p in passages if row.get("source", p.file) == p.file and contains.occurs(answer, plain(p.text))]
     words = set(plain(row["question"]).split())
     return max(fits, key=lambda p: len(words & set(plain(p.text).split())), default=None)
 

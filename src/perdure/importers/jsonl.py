@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Literal
 
-from perdure.importers.base import Row, skill_name, write_skill
+from perdure.importers.base import Row, skill_name, tokens_at_most, write_skill
 from perdure.settings import parse
 from perdure.skills.base import not_gradable, prompt_key
 from perdure.skills.graders import make_grader
@@ -20,7 +21,7 @@ Turns = Literal["last", "all"]
 
 def build(target: Path, seed: int, file: Path, grader: str, test_share: float, turns: Turns = "last") -> Path:
     """Write the skill folder. Rows with the same (first) prompt stay on one side, conversations are not cut apart;
-    lines that repeat another one are left out, and ``source`` says how many.
+    lines that repeat another one, whatever their ids, are left out, and ``source`` says how many.
 
     Raises InputError listing every bad line."""
     name = skill_name(target)
@@ -39,11 +40,12 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
         raise InputError(f"{file}: {counted(problems, 'problem')}:\n" + in_short(problems))
     first: dict[str, Example] = {}  # of each line
     for example in examples:
-        first.setdefault(example.origin.partition(" (turn ")[0], example)
+        first.setdefault(re.sub(r" \(turn \d+\)$", "", example.origin), example)
     lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
     groups: dict[str, dict[str, Row]] = {}  # prompt -> whole line -> row
     for example, row in zip(first.values(), lines, strict=True):
-        groups.setdefault(prompt_key(example), {}).setdefault(json.dumps(row, sort_keys=True), row)
+        whole = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
+        groups.setdefault(prompt_key(example), {}).setdefault(whole, row)
     if twice := len(lines) - sum(map(len, groups.values())):  # they would count as independent items
         settings["source"] = f"{file.name} without {twice} lines that were there already"
     if len(groups) < 2:
@@ -52,7 +54,6 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     random.Random(f"{seed}/jsonl").shuffle(order)
     held_out = min(len(order) - 1, max(1, round(len(order) * test_share)))
     test, train = ([row for group in part for row in group] for part in (order[:held_out], order[held_out:]))
-    longest = max(len(json.dumps(example.demonstration)) for example in examples)
-    # A token is at least one byte of the answer; most are three or four. Room is cheap: decoding ends with the turn.
-    settings["max_new_tokens"] = max(16, longest // 2)  # type: ignore[assignment]
+    answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in examples)
+    settings["max_new_tokens"] = max(16, max(map(tokens_at_most, answers)))  # type: ignore[assignment]
     return write_skill(target, settings, train, test)

@@ -17,7 +17,6 @@ from perdure.report.record import Version
 from perdure.report.words import (
     count,
     interval,
-    method_label,
     percent,
     points,
     safe_line,
@@ -30,7 +29,6 @@ __all__ = [
     "cost_table",
     "diff_tables",
     "ledger_table",
-    "preflight_tables",
     "profile_table",
     "render",
     "safe_text",
@@ -56,104 +54,25 @@ def render(summary: dict[str, Any], console: Console) -> None:
         console.print(Text(sentence))
 
 
-def preflight_tables(checks: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print what ``perdure check`` measured: ``checks`` are contents of ``preflight.json``."""
-    for found in checks:
-        chosen = found["template"]
-        table = _table(found["skill"], ["Context template", "Right", "95% interval", "Tokens", "KL", "Leaks"])
-        for row in found["templates"]:
-            style = "bold" if row["template"] == chosen else ""
-            name = row["template"] + (" (chosen)" if row["template"] == chosen else "")
-            cells = [percent(row["accuracy"]), interval([row["low"], row["high"]]), f"{row['tokens']:.0f}",
-                     f"{row['kl']:.2f}", percent(row["leak_share"])]  # fmt: skip
-            _row(table, [name, *cells], style)
-        console.print(table)
-        console.print(Text(_preflight_line(found)))
-        if test := found.get("test"):
-            console.print(Text(_test_line(test), style="yellow" if test["budget"] < test["least_budget"] else ""))
-        for line in found["advice"]:
-            console.print(Text(safe_line(line), style="" if found["ready"] else "yellow"))
-        if advised := found.get("recommended"):
-            options = "".join(f" --set {key}={value}" for key, value in advised["settings"].items())
-            line = f"Recommended: --method {advised['method']}{options}. {' '.join(advised['reasons'])}"
-            console.print(Text(safe_line(line), style="bold"))
-
-
-def _preflight_line(found: Mapping[str, Any]) -> str:
-    student, teacher = percent(found["student_accuracy"]), percent(found["teacher_accuracy"])
-    text = f"Without the demonstration {student}, with it {teacher}, gap {points(found['gap'])} points"
-    text += f" on {found['n']} training rows."
-    cost = found.get("cost") or {}
-    phases = cost.get("seconds") or {}
-    if phases:
-        parts = ", ".join(f"{phase} {seconds(value)}" for phase, value in phases.items())
-        total = count(sum(cost["tokens"].values()))
-        by = f" by {method_label(cost['method'])}" if cost.get("method") else ""
-        text += f" The stage will take about {seconds(sum(phases.values()))}{by} ({parts}) and {total} training tokens."
-    priced = cost.get("priced") or {}
-    if "energy_kwh" in priced:
-        text += f" About {priced['energy_kwh']:.3f} kWh at {priced['watts']:.0f} W."
-    if "money" in priced:
-        text += f" About {priced['money']:.2f} {priced['currency']} at {priced['price_per_hour']:.2f} an hour."
-    return text
-
-
-def _test_line(test: Mapping[str, Any]) -> str:
-    least, budget = percent(test["least_budget"], 1), percent(test["budget"], 1)
-    rows, units = test["rows"], test.get("units", test["rows"])
-    what = f"{rows} test rows" if units == rows else f"{rows} test rows, turns of {units} conversations,"
-    text = f"{what} can judge a retention budget of about {least} or more; the budget is {budget}"
-    if test["budget"] >= test["least_budget"]:
-        return f"{text}."
-    return f"{text}, so later versions would be held: add test rows, or set retention_budget in skill.toml."
-
-
-def hardware_tables(estimates: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print what ``perdure check --hardware`` found."""
-    for found in estimates:
-        table = _table(f"{found['skill']} on {found['hardware']}", ["Memory of each device", "GB"])
-        for part, size in found["memory_gb"].items():
-            _row(table, [part, f"{size:.2f}"])
-        _row(table, ["all", f"{found['needed_gb']:.1f}"], "bold")
-        console.print(table)
-        fits = f"Fits into {found['room_gb']:.0f} GB (a tenth of each device is left free)."
-        if not found["fits"]:
-            several = f"{found['devices_needed']} such devices, or " if found["devices_needed"] else ""
-            fits = (f"Does not fit into {found['room_gb']:.0f} GB: it takes {several}train.fsdp over several devices, "
-                    "train.activation_checkpointing, train.lora_rank, a smaller train.micro_batch_tokens or a smaller "
-                    "model.")  # fmt: skip
-        console.print(Text(fits, style="" if found["fits"] else "yellow"))
-        parts = ", ".join(f"{part} {value:.2g} s" for part, value in found["step_seconds"].items())
-        total = sum(found["step_seconds"].values())
-        line = f"A step of {found['rows']} rows: {total:.2g} s at the least ({parts}). {ARITHMETIC}"
-        console.print(Text(line))
-
-
-ARITHMETIC = (
-    "From data sheets; steps that were measured on a GPU took 1.4 to 5 times as long, small models the most "
-    "(docs/scaling.md). One process a device, started by torchrun."
-)
-
-
 def skill_table(numbers: Mapping[str, Any], skills: Sequence[str], console: Console) -> None:
     """Print how well the champion knows ``skills``: ``numbers`` as ``summary`` gives them."""
-    table = _table("Skills", ["", "Right now", "When learned", "Test rows"])
+    table = table_of("Skills", ["", "Right now", "When learned", "Test rows"])
     for skill in skills:
         place = numbers["skills"].index(skill)
         shares = [numbers[key][place] for key in ("final_accuracy", "accuracy_when_learned")]
-        _row(table, [skill, *(percent(share) for share in shares), str(numbers["n"][place] or "-")])
+        add_row(table, [skill, *(percent(share) for share in shares), str(numbers["n"][place] or "-")])
     console.print(table)
 
 
 def score_table(result: Mapping[str, Any], console: Console) -> None:
     """Print one version's scores: ``result`` is ``{"version", "scores", "probe"}``, as ``perdure eval --json`` says."""
-    table = _table(str(result["version"]), ["Measured on", "Right", "95% interval", "Rows"])
+    table = table_of(str(result["version"]), ["Measured on", "Right", "95% interval", "Rows"])
     tasks = (result["probe"] or {"tasks": {}})["tasks"]
     for name, score in (result["scores"] | {f"prior: {task}": score for task, score in tasks.items()}).items():
         cells = [percent(score["accuracy"], 1), interval([score["low"], score["high"]]), str(score["n"])]
-        _row(table, [name, *cells])
+        add_row(table, [name, *cells])
     if result["probe"]:
-        _row(table, ["prior, average", percent(result["probe"]["average"], 1)], "bold")
+        add_row(table, ["prior, average", percent(result["probe"]["average"], 1)], "bold")
     console.print(table)
 
 
@@ -177,28 +96,28 @@ def cost_table(versions: Sequence[Version], console: Console) -> None:
     if not known:
         return
     phases = ("train", "evaluate", "probe")
-    table = _table("Seconds, predicted at most and actual", ["Stage", *phases, "In all", "Ratio"])
+    table = table_of("Seconds, predicted at most and actual", ["Stage", *phases, "In all", "Ratio"])
     for version, predicted in known:
         actual = {phase: version.cost.seconds.get(phase, 0.0) for phase in phases}
         cells = [f"{predicted.get(phase, 0.0):.0f} / {actual[phase]:.0f}" for phase in phases]
         totals = sum(predicted.values()), sum(actual.values())
         ratio = f"{totals[1] / totals[0]:.2f}" if totals[0] else "–"
-        _row(table, [safe_line(str(version.stage)), *cells, f"{totals[0]:.0f} / {totals[1]:.0f}", ratio])
+        add_row(table, [safe_line(str(version.stage)), *cells, f"{totals[0]:.0f} / {totals[1]:.0f}", ratio])
     console.print(table)
 
 
 def diff_tables(found: Mapping[str, Any], console: Console) -> None:
     """Print what ``compare.compare`` gives."""
     first, second = found["first"], found["second"]
-    table = _table(
+    table = table_of(
         f"{first} and {second}", ["Measured on", first, second, "Change", "95% interval", "Lost", "Gained", "n"]
     )
     for name, score in found["scores"].items():
         if score is None:
-            _row(table, [name, *["–"] * 7])
+            add_row(table, [name, *["–"] * 7])
             continue
         style = "green" if score["low"] > 0 else "red" if score["high"] < 0 else ""
-        _row(table, [name, percent(score["before"], 1), percent(score["after"], 1), points(score["change"]),
+        add_row(table, [name, percent(score["before"], 1), percent(score["after"], 1), points(score["change"]),
                      f"{points(score['low'])} to {points(score['high'])}", str(score["lost"]), str(score["gained"]),
                      str(score["n"])], style)  # fmt: skip
     console.print(table)
@@ -211,18 +130,18 @@ def diff_tables(found: Mapping[str, Any], console: Console) -> None:
 
 def profile_table(stage: str, rows: Sequence[Mapping[str, Any]], peak: float, console: Console) -> None:
     """Print where a stage's training time went: ``rows`` as ``report.profile.profile`` gives them."""
-    table = _table(f"{stage}: training, median step", ["Part", "Seconds", "Share", "Tokens/s", "Of peak"])
+    table = table_of(f"{stage}: training, median step", ["Part", "Seconds", "Share", "Tokens/s", "Of peak"])
     for phase in dict.fromkeys(row["phase"] for row in rows):
         parts = [row for row in rows if row["phase"] == phase]
         total = sum(row["seconds"] for row in parts)
         steps = parts[0]["steps"]
         title = f"{phase.replace('_', ' ')}, {steps} step{'s' if steps != 1 else ''}"
-        _row(table, [title, f"{total:.2f}", "", "", ""], "bold")
+        add_row(table, [title, f"{total:.2f}", "", "", ""], "bold")
         for row in parts:
             rate, of_peak = row["tokens_per_second"], row["of_peak"]
             cells = [f"{row['seconds']:.2f}", percent(row["share"]), "" if rate is None else count(round(rate)),
                      "" if of_peak is None else percent(of_peak)]  # fmt: skip
-            _row(table, ["  " + row["part"], *cells])
+            add_row(table, ["  " + row["part"], *cells])
     console.print(table)
     note = "shared prefixes count for every row, so a part may pass 100%"
     console.print(Text(f"Peak: {peak / 1e9:,.0f} GFLOP/s, a matrix product timed now; {note}.", style="dim"))
@@ -236,7 +155,7 @@ def _matrix(summary: dict[str, Any], console: Console) -> None:
     names = [*summary["skills"], *(["prior"] if summary["prior"] else [])]
     for number, places in enumerate(_fitting(names, console.width)):
         title = "Accuracy after each stage" + (" (continued)" if number else "")
-        table = _table(title, ["Served model", *(names[place] for place in places)], label_width=LABEL_WIDTH)
+        table = table_of(title, ["Served model", *(names[place] for place in places)], label_width=LABEL_WIDTH)
         for row in rows:
             cells = [*row["cells"], row["prior"]]
             turned_away = row["kind"] == "candidate"
@@ -291,7 +210,7 @@ def _heat(level: float, bold: bool) -> Style:
 
 def _comparison(comparison: Mapping[str, Any], console: Console) -> None:
     columns = ["Method", "Skills", "Taught", "Now", "Retention", "Prior", "Change", "Time", "Tokens"]
-    table = _table("Methods side by side (bold: best of its column)", columns)
+    table = table_of("Methods side by side (bold: best of its column)", columns)
     for row in comparison["rows"]:
         shown = {"learned": percent(row["learned"], 1), "final": percent(row["final"], 1),
                  "retention": percent(row["retention"], 1), "prior_final": percent(row["prior_final"], 1),
@@ -306,15 +225,15 @@ def _comparison(comparison: Mapping[str, Any], console: Console) -> None:
 
 
 def _prior(summary: dict[str, Any], console: Console) -> None:
-    table = _table("Prior capabilities", ["Task", "Base", "95% interval", "Now", "95% interval", "Change", "Items"])
+    table = table_of("Prior capabilities", ["Task", "Base", "95% interval", "Now", "95% interval", "Change", "Items"])
     for task, scores in summary["prior"].items():
         base, final = scores["base"], scores["final"]
         change = final["accuracy"] - base["accuracy"] if base and final else None
         n = str((final or base or {}).get("n") or "–")
-        _row(table, [task, *_score(base), *_score(final), points(change), n])
+        add_row(table, [task, *_score(base), *_score(final), points(change), n])
     before, after = summary["prior_average"]["base"], summary["prior_average"]["final"]
     change = None if before is None or after is None else after - before
-    _row(table, ["average", percent(before, 1), "", percent(after, 1), "", points(change), ""], "bold")
+    add_row(table, ["average", percent(before, 1), "", percent(after, 1), "", points(change), ""], "bold")
     console.print(table)
 
 
@@ -327,7 +246,7 @@ def _score(score: Mapping[str, Any] | None) -> tuple[str, str]:
 # Tables
 
 
-def _table(title: str, columns: Sequence[str], label_width: int | None = None) -> Table:
+def table_of(title: str, columns: Sequence[str], label_width: int | None = None) -> Table:
     """A plain table after an empty line, numbers to the right of a left-aligned first column."""
     heading = Text("\n" + safe_line(title), style="bold")
     table = Table(title=heading, title_justify="left", title_style="not italic", box=None, padding=(0, 1),
@@ -341,5 +260,5 @@ def _table(title: str, columns: Sequence[str], label_width: int | None = None) -
     return table
 
 
-def _row(table: Table, cells: Sequence[str], style: str = "") -> None:
+def add_row(table: Table, cells: Sequence[str], style: str = "") -> None:
     table.add_row(*(Text(safe_line(cell)) for cell in cells), style=style)

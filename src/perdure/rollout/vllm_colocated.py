@@ -101,6 +101,7 @@ def colocated(source: str, model: ModelConfig, dtype: str, window: int, options:
         # Forking a process whose torch has threads can hang it; its log is none of the command's.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would tell its makers; nothing leaves unasked
         try:
             vllm = importlib.import_module("vllm")
         except ImportError as error:

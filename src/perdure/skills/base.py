@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +47,23 @@ class Skill:
         return self.settings.name
 
     @property
-    def conversations(self) -> dict[str, str]:
-        """Test row -> the conversation of which it is one of several turns."""
-        return {example.id: example.conversation for example in self.test if example.conversation}
+    def together(self) -> dict[str, str]:
+        """Test row -> a name for the rows with which it is no independent item (``bound``), where there are any."""
+        rows: dict[Hashable, list[str]] = {}
+        for example in self.test:
+            rows.setdefault(bound(example), []).append(example.id)
+        return {row: names[0] for names in rows.values() if len(names) > 1 for row in names}
+
+
+def bound(row: Example) -> Hashable:
+    """The same for rows that are no independent items: the turns of one conversation, and rows with the same prompt,
+    which get the same answer."""
+    return ("turns of", row.conversation) if row.conversation else ("prompt", prompt_key(row))
 
 
 def independent(rows: Sequence[Example]) -> int:
-    """How many of the rows are independent: the turns of one conversation together count once."""
-    return len({("turns of", row.conversation) if row.conversation else ("row", row.id) for row in rows})
+    """How many of the rows are independent: those that are ``bound`` together count once."""
+    return len(set(map(bound, rows)))
 
 
 def load_skill(folder: Path) -> Skill:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonschema import Draft202012Validator, SchemaError
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from perdure.types import Message
 
@@ -97,6 +99,10 @@ def _problems(schema: Any, arguments: Any, name: str) -> Any:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"the parameters of the tool {name!r} are no JSON Schema: {error.message}") from error
-    for error in Draft202012Validator(schema).iter_errors(arguments):
-        place = ".".join(map(str, error.absolute_path))
-        yield f"the arguments of {name!r} do not fit its schema{f' at {place}' if place else ''}: {error.message}"
+    try:
+        # A registry of its own: the default one would fetch what a "$ref" names from the network.
+        for error in Draft202012Validator(schema, registry=Registry()).iter_errors(arguments):
+            place = ".".join(map(str, error.absolute_path))
+            yield f"the arguments of {name!r} do not fit its schema{f' at {place}' if place else ''}: {error.message}"
+    except Unresolvable as error:
+        raise ValueError(f"the parameters of the tool {name!r} refer to {error.ref!r}, which is not in them") from error

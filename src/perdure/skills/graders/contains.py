@@ -10,7 +10,8 @@ from perdure.types import Example
 
 def grade(completion: str, example: Example, ignore_case: bool = True, whole_words: bool = False) -> float:
     """1 when every part of the row's ``metadata.contains`` (default: the demonstration) occurs in the answer; a part is
-    a text, or a list of texts one of which must occur. ``whole_words``: not inside a longer word or number.
+    a text, or a list of texts one of which must occur. ``whole_words``: not inside a longer word. Never inside a longer
+    number.
 
     Raises ValueError when ``metadata.contains`` is of another form."""
     wanted = example.metadata["contains"] if "contains" in example.metadata else [expected_text(example)]
@@ -21,12 +22,14 @@ def grade(completion: str, example: Example, ignore_case: bool = True, whole_wor
 
 
 def occurs(text: str, answer: str, ignore_case: bool = True, whole_words: bool = False) -> bool:
-    """Whether the text stands in the answer; ``whole_words``: not inside a longer word or number."""
+    """Whether the text stands in the answer, not inside a longer number; ``whole_words``: nor inside a longer word."""
     if ignore_case:
         text, answer = text.casefold(), answer.casefold()
-    if not whole_words:
-        return text in answer
-    return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(text)}(?!\w)(?![.,]\d)", answer) is not None
+    if text not in answer:
+        return False
+    before = (r"(?<!\w)" if whole_words else "") + (r"(?<!\d)(?<!\d[.,])" if whole_words or text[0].isdigit() else "")
+    after = (r"(?!\w)" if whole_words else "") + (r"(?!\d)(?![.,]\d)" if whole_words or text[-1].isdigit() else "")
+    return re.search(f"{before}{re.escape(text)}{after}", answer) is not None
 
 
 def _is_part(part: object) -> bool:

@@ -15,8 +15,13 @@ _DIGITS = 60
 
 
 def grade(completion: str, example: Example, tolerance: float = 1e-9) -> float:
-    """1 when the last numbers of answer and demonstration differ by at most ``tolerance``."""
-    given, right = _last(completion), _last(expected_text(example))
+    """1 when the last numbers of answer and demonstration differ by at most ``tolerance``. An answer whose last number
+    has a decimal comma, or more than one point, is none.
+
+    Raises ValueError where the demonstration's has: what it says is not clear."""
+    given, right, unclear = _last(completion), _last(expected_text(example)), _unclear(expected_text(example))
+    if unclear:
+        raise ValueError(f"the number {unclear!r} can be read in several ways; write it with a decimal point: 1234.5")
     if given is None or right is None:
         return 0.0
     # Without traps: exponents beyond all limits become infinity or NaN, which compare as a wrong answer.
@@ -26,4 +31,11 @@ def grade(completion: str, example: Example, tolerance: float = 1e-9) -> float:
 
 def _last(text: str) -> str | None:
     found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return found[-1].replace(",", "") if found else None
+    return found[-1].replace(",", "") if found and not _unclear(text) else None
+
+
+def _unclear(text: str) -> str | None:
+    """The last number of a text, where digits with a comma or point stand right before it: 3,5 or 1.234.567."""
+    found = [*_NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-"))]
+    before = re.search(r"[\d.,]*\d[.,]$", text[: found[-1].start()]) if found else None
+    return before[0] + found[-1][0] if before else None
