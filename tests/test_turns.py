@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -187,5 +187,23 @@ def test_import_keeps_conversations_whole(tmp_path: Path) -> None:
     run_importer("jsonl", tmp_path / "chats", 0, file, "tool_call", 0.2, "all")
     skill = load_skill(tmp_path / "chats")
     assert (len(skill.train), len(skill.test), skill.settings.turns) == (24, 6, "all")
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_import_keeps_a_log_of_growing_conversations_together(tmp_path: Path, turns: Literal["last", "all"]) -> None:
+    """Each row is a conversation so far: what one asks for stands in the context of the next."""
+    file = tmp_path / "log.jsonl"
+    talks = [[{"role": role, "content": f"{role} {talk}/{turn}"} for turn in range(3) for role in ("user", "assistant")]
+             for talk in range(10)]  # fmt: skip
+    rows = [{"messages": talk[:end]} for end in (4, 2, 6) for talk in talks]
+    rows += [{"messages": [talk[0], talk[1] | {"weight": 0}, *talk[2:4]]} for talk in talks]  # the first is context
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_importer("jsonl", tmp_path / "log", 0, file, "exact", 0.3, turns)
+    skill = load_skill(tmp_path / "log")
+    sides = [{str(e.messages[0]["content"]) for e in side} for side in (skill.train, skill.test)]
+    assert [len(side) for side in sides] == [7, 3] and not sides[0] & sides[1]
+
+
+def test_turns_are_an_option_of_jsonl_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--turns is for jsonl only"):
         run_importer("mmlu", tmp_path / "other", 0, None, None, None, "all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,14 +15,15 @@ from perdure.skills.base import not_gradable, prompt_key
 from perdure.skills.graders import make_grader
 from perdure.skills.reading import counted, in_short, read_rows
 from perdure.skills.settings import SkillSettings
-from perdure.types import Example, InputError
+from perdure.types import Example, InputError, Message
 
 Turns = Literal["last", "all"]
 
 
 def build(target: Path, seed: int, file: Path, grader: str, test_share: float, turns: Turns = "last") -> Path:
-    """Write the skill folder. Rows with the same (first) prompt stay on one side, conversations are not cut apart;
-    lines that repeat another one, whatever their ids, are left out, and ``source`` says how many.
+    """Write the skill folder. Rows with the same (first) prompt stay on one side, and so do rows of which one is the
+    beginning of another, as in logs that hold a conversation once for each of its answers. Lines that repeat another
+    one, whatever their ids, are left out, and ``source`` says how many.
 
     Raises InputError listing every bad line."""
     name = skill_name(target)
@@ -38,14 +40,14 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     problems += not_gradable(grader, grade, examples)
     if problems:
         raise InputError(f"{file}: {counted(problems, 'problem')}:\n" + in_short(problems))
-    first: dict[str, Example] = {}  # of each line
+    learned: dict[str, list[Example]] = {}  # of each line
     for example in examples:
-        first.setdefault(re.sub(r" \(turn \d+\)$", "", example.origin), example)
+        learned.setdefault(re.sub(r" \(turn \d+\)$", "", example.origin), []).append(example)
     lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
-    groups: dict[str, dict[str, Row]] = {}  # prompt -> whole line -> row
-    for example, row in zip(first.values(), lines, strict=True):
+    groups: dict[int, dict[str, Row]] = {}  # group -> whole line -> row
+    for group, row in zip(_groups([*learned.values()]), lines, strict=True):
         whole = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
-        groups.setdefault(prompt_key(example), {}).setdefault(whole, row)
+        groups.setdefault(group, {}).setdefault(whole, row)
     if twice := len(lines) - sum(map(len, groups.values())):  # they would count as independent items
         settings["source"] = f"{file.name} without {twice} lines that were there already"
     if len(groups) < 2:
@@ -57,3 +59,33 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in examples)
     settings["max_new_tokens"] = max(16, max(map(tokens_at_most, answers)))  # type: ignore[assignment]
     return write_skill(target, settings, train, test)
+
+
+def _groups(lines: Sequence[Sequence[Example]]) -> list[int]:
+    """For each line, given by what is learned of it, the first line with which it must be on one side."""
+    of_line = list(range(len(lines)))
+
+    def first(place: int) -> int:
+        while of_line[place] != place:
+            place = of_line[place]
+        return place
+
+    def join(place: int, other: int) -> None:
+        one, two = sorted((first(place), first(other)))
+        of_line[two] = one
+
+    whole = [[*line[-1].messages, line[-1].demonstration] for line in lines]
+    known: dict[str, int] = {}
+    for place, line in enumerate(lines):
+        for key in (prompt_key(line[0]), _spoken(whole[place])):
+            join(place, known.setdefault(key, place))
+    for place, messages in enumerate(whole):
+        for end, message in enumerate(messages[:-1], 1):
+            begun = known.get(_spoken(messages[:end])) if message and message["role"] == "assistant" else None
+            if begun is not None:
+                join(place, begun)
+    return [first(place) for place in range(len(lines))]
+
+
+def _spoken(messages: Sequence[Message | None]) -> str:
+    return json.dumps({"spoken": messages}, sort_keys=True)
