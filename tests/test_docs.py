@@ -218,3 +218,14 @@ def test_the_command(documents: Path, tmp_path: Path) -> None:
     assert load_skill(tmp_path / "facts").settings.grader == "contains"
     assert_one_error(perdure("import", "docs", tmp_path / "more", "--file", documents), 2, "--questions")
     assert_one_error(perdure("import", "mmlu", tmp_path / "more", "--questions", questions), 2, "for docs only")
+
+
+def test_documents_of_a_script_without_spaces_are_cut_too(tmp_path: Path) -> None:
+    """Two characters count as a word; sentences end at their own stop, and nothing is lost."""
+    sentence = "\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u53bb\u516c\u56ed\u3002"
+    (tmp_path / "a.txt").write_text("\n\n".join([sentence * 60, "Plain words. " * 3, sentence]), encoding="utf-8")
+    found = read_passages(tmp_path / "a.txt")
+    assert len(found) >= 3 and all(len(passage.text) <= 2 * MAX_WORDS + 40 for passage in found)
+    assert all(passage.text.endswith("\u3002") for passage in found)
+    assert sum(passage.text.count("\u516c\u56ed") for passage in found) >= 61
+    assert "Plain words. Plain words. Plain words." in found[-1].text

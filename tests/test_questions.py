@@ -16,9 +16,9 @@ from fakes import ScriptedEngine, renderer, save_tiny_model
 from perdure.cli import app
 from perdure.config import RunConfig
 from perdure.importers.docs import Questions, build, holding, read_questions
-from perdure.importers.passages import Passage
+from perdure.importers.passages import Passage, words
 from perdure.question_writers import KEY, Endpoint, Fact, conversation, parse
-from perdure.questions import MAX_ANSWER_WORDS, Student, pretest, write_questions
+from perdure.questions import MAX_ANSWER_WORDS, MIN_WORDS, Student, pretest, write_questions
 from perdure.reporting import Silent
 from perdure.skills.base import load_skill
 from perdure.stages import create_workspace
@@ -412,6 +412,14 @@ def test_questions_as_tables_export_them(document: Path, tmp_path: Path) -> None
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row for _, row in read_questions(file).rows] == [
         {"question": row["question"], "answer": "red"} for row in rows]  # fmt: skip
+
+
+def test_questions_in_a_script_without_spaces_stand_the_checks() -> None:
+    text = "\u5317\u4eac\u662f\u4e2d\u56fd\u7684\u9996\u90fd\u3002"
+    reply = "A\uff1a\u5317\u4eac\nQ\uff1a\u4e2d\u56fd\u7684\u9996\u90fd\u662f\u54ea\u4e2a\u57ce\u5e02\uff1f"
+    (fact,), unread = parse(reply)
+    assert unread == 0 and holding({"question": fact.questions[0], "answer": fact.answer}, [Passage(text, "a", "a")])
+    assert len(words(fact.questions[0])) >= MIN_WORDS
 
 
 def test_a_number_inside_another_is_no_answer_in_a_passage() -> None:

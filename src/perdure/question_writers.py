@@ -149,10 +149,10 @@ class Fact(NamedTuple):
     questions: list[str]
 
 
-_LABEL = re.compile(r"(?:[-•]\s*|\d+[.)]\s*)?(q|question|a|answer)\s*\d*\s*:\s*(\S.*)", re.IGNORECASE)
+_LABEL = re.compile(r"(?:[-•]\s*|\d+[.)]\s*)?(q|question|a|answer)\s*\d*\s*[:\uff1a]\s*(\S.*)", re.IGNORECASE)
 _HALVES = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs: JSON can say them, but no file can hold them."""
-_INNER_LABEL = re.compile(r"(?<=\S)\s+(?=(?:A|Answer)\s*\d*:\s)")
+_INNER_LABEL = re.compile(r"(?<=\S)\s+(?=(?:A|Answer)\s*\d*(?::\s|\uff1a))")
 
 
 def parse(reply: str) -> tuple[list[Fact], int]:

@@ -15,7 +15,7 @@ from typing import Any
 from perdure.contexts import Renderer
 from perdure.evaluate import score_prompts
 from perdure.importers.docs import Questions, fact_of, holding, plain, room, wanted
-from perdure.importers.passages import Passage
+from perdure.importers.passages import Passage, words
 from perdure.question_writers import Writer, conversation, parse
 from perdure.reporting import Phase, Reporter
 from perdure.rollout.base import Progress, RolloutEngine, SamplingParams
@@ -76,7 +76,7 @@ class Student:
         question that does not fit the window."""
         if not rows:
             return []
-        tokens = room([row.row["answer"] for row in rows])
+        tokens = room([row.row["answer"] for row in rows]) + (WRITE.max_new_tokens if self.renderer.marks else 0)
         prompts = self._fitting([row.example(shown) for row in rows], tokens)
         score = score_prompts(self.engine, self.renderer, "questions", prompts, contains.grade, tokens, progress)
         return [item.score >= 1 for item in score.items]
@@ -157,11 +157,11 @@ def _fault(row: dict[str, Any], passage: Passage, seen: set[str]) -> str | None:
     """Why a question cannot be used; None where it can."""
     if holding(row, [passage]) is None:
         return "the answer is not in the passage"
-    if len(row["answer"].split()) > MAX_ANSWER_WORDS:
+    if len(words(row["answer"])) > MAX_ANSWER_WORDS:
         return f"an answer of more than {MAX_ANSWER_WORDS} words"
     if plain(row["answer"]) in plain(row["question"]):  # inside a word too: whoever repeats the question would be right
         return "the answer is in the question"
-    if len(row["question"].split()) < MIN_WORDS:
+    if len(words(row["question"])) < MIN_WORDS:
         return f"fewer than {MIN_WORDS} words"
     return "asked before" if plain(row["question"]) in seen else None
 

@@ -158,8 +158,11 @@ def holding(row: dict[str, Any], passages: Sequence[Passage]) -> Passage | None:
     return max(fits, key=lambda p: len(words & set(plain(p.text).split())), default=None)
 
 
+_SIGNS = ".,;:!?\"'()[]\u3001\u3002\u300c\u300d\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f"
+
+
 @lru_cache(8192)  # every question looks through the same passages
 def plain(text: str) -> str:
     """Lower case, without punctuation at the ends of words, single spaces: how a quotation is looked for."""
-    words = (word.strip(".,;:!?\"'()[]") for word in text.casefold().split())
+    words = (word.strip(_SIGNS) for word in text.casefold().split())
     return " ".join(word for word in words if word)

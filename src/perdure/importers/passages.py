@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perdure.skills.base import check_inside
+from perdure.skills.graders.text import SPACELESS
 from perdure.types import InputError
 
 TEXT, HTML, PDF = (".txt", ".md", ".markdown", ".rst"), (".html", ".htm"), (".pdf",)
@@ -36,7 +37,16 @@ class _Paragraph:
 
     @property
     def words(self) -> int:
-        return len(self.text.split())
+        return len(words(self.text))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, each with the space behind it; where a script writes no spaces between them, two characters
+    count as one."""
+    return _WORD.findall(text)
+
+
+_WORD = re.compile(rf"(?:[{SPACELESS}]{{1,2}}|[^\s{SPACELESS}]+)\s*")
 
 
 def read_passages(path: Path) -> list[Passage]:
@@ -180,15 +190,15 @@ def _sentences(paragraph: _Paragraph) -> Iterator[_Paragraph]:
     if paragraph.words <= MAX_WORDS:
         yield paragraph
         return
-    words: list[str] = []
-    for sentence in re.split(r"(?<=[.!?])\s+", paragraph.text):
-        for part in _runs(sentence.split()):
-            if words and len(words) + len(part) > MAX_WORDS:
-                yield _Paragraph(" ".join(words), paragraph.source)
-                words = []
-            words += part
-    yield _Paragraph(" ".join(words), paragraph.source)
+    taken: list[str] = []
+    for sentence in re.split(r"(?<=[.!?]\s)|(?<=[\u3002\uff01\uff1f])", paragraph.text):
+        for part in _runs(words(sentence)):
+            if taken and len(taken) + len(part) > MAX_WORDS:
+                yield _Paragraph("".join(taken).strip(), paragraph.source)
+                taken = []
+            taken += part
+    yield _Paragraph("".join(taken).strip(), paragraph.source)
 
 
-def _runs(words: list[str]) -> list[list[str]]:
-    return [words[start : start + MAX_WORDS] for start in range(0, len(words), MAX_WORDS)]
+def _runs(of: list[str]) -> list[list[str]]:
+    return [of[start : start + MAX_WORDS] for start in range(0, len(of), MAX_WORDS)]

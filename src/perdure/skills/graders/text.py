@@ -11,6 +11,9 @@ from typing import Any
 
 from perdure.types import Example
 
+SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Scripts that write no spaces between words, for a class of a pattern: Thai, Lao, Burmese, Khmer, kana, Han."""
+
 
 def expected_text(example: Example) -> str:
     """The demonstration's text, and its tool calls as compact JSON."""

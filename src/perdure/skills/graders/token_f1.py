@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from itertools import groupby
 
-from perdure.skills.graders.text import expected_text
+from perdure.skills.graders.text import SPACELESS, expected_text
 from perdure.types import Example
 
 
@@ -32,10 +33,9 @@ def words(text: str) -> list[str]:
 
 
 def _kind(char: str) -> str:
-    if unicodedata.name(char, "").startswith(_SPACELESS):
-        return "alone"
-    return "part" if unicodedata.category(char)[0] in "LMN" or char == "_" else "between"
+    if not (unicodedata.category(char)[0] in "LMN" or char == "_"):
+        return "between"
+    return "alone" if _ALONE.match(char) else "part"
 
 
-_SPACELESS = ("CJK UNIFIED", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
-"""How the names of such characters begin."""
+_ALONE = re.compile(f"[{SPACELESS}]")
