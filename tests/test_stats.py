@@ -67,6 +67,18 @@ def test_clusters_that_move_together_count_as_one_item_each():
         clustered_interval([True], ["a", "b"])
 
 
+def test_differences_of_clusters_are_over_clusters():
+    """Two conversations of ten that lost all five turns: two throws of a coin, not ten."""
+    before, clusters = [True] * 50, [item // 5 for item in range(50)]
+    after = [item >= 10 for item in range(50)]
+    alone, together = paired_difference(before, after), paired_difference(before, after, clusters=clusters)
+    assert alone == paired_difference(before, after, clusters=range(50))
+    assert (alone.p_worse, together.p_worse) == (0.5**10, 0.5**2) and together.lost == alone.lost == 10
+    assert together.change == alone.change and together.low < alone.low < alone.high < together.high
+    one = paired_difference([True, True, False], [True, False, False], clusters=["a"] * 3)
+    assert (one.low, one.high, one.p_worse) == (-1, 1, 0.5)
+
+
 @pytest.mark.parametrize("k", [12, 40])
 def test_clustered_intervals_hold_the_truth_as_often_as_they_say(k):
     """Conversations of 2 to 6 turns whose accuracy varies widely (beta 1.4, 0.6: mean 0.7)."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from perdure.scores import PROBE, Scores, known_scores
 from perdure.settings import dotted
+from perdure.skills.base import load_skill
 from perdure.stats import paired_difference
 from perdure.workspace import Workspace
 
@@ -28,7 +30,7 @@ def compare(workspace: Workspace, first: str, second: str) -> dict[str, Any]:
         "first": names[0],
         "second": names[1],
         "between": _between(workspace, *names),
-        "scores": {name: _difference(name, *scores) for name in measured},
+        "scores": {name: _difference(workspace, name, *scores) for name in measured},
         "config": {key: [before.get(key), after.get(key)] for key in sorted(before.keys() | after.keys())
                    if before.get(key) != after.get(key)},
         "weights": [record["hashes"].get("weights") for record in records],
@@ -44,8 +46,17 @@ def _between(workspace: Workspace, first: str, second: str) -> list[str] | None:
     return None
 
 
-def _difference(name: str, first: Scores, second: Scores) -> dict[str, Any] | None:
+def _difference(workspace: Workspace, name: str, first: Scores, second: Scores) -> dict[str, Any] | None:
     before, after = first.items.get(name), second.items.get(name)
     if not before or not after or before.keys() != after.keys() or first.taken(name) != second.taken(name):
         return None
-    return asdict(paired_difference(list(before.values()), [after[item] for item in before]))
+    groups = _together(workspace, name, first)
+    clusters = [("group", groups[item]) if item in groups else ("item", item) for item in before]
+    return asdict(paired_difference(list(before.values()), [after[item] for item in before], clusters=clusters))
+
+
+def _together(workspace: Workspace, name: str, scores: Scores) -> Mapping[str, str]:
+    """Which of a skill's items are no independent ones; none where the skill is not kept here any more."""
+    content = scores.skills.get(name, {}).get("skill_hash")
+    folder = workspace.skills.folder_of(name, content) if content else None
+    return load_skill(folder).together if folder and folder.is_dir() else {}

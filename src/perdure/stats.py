@@ -188,9 +188,11 @@ def holm(p_values: Sequence[float], level: float) -> list[bool]:
 
 
 def paired_bootstrap_difference(
-    before: ArrayLike, after: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = 2000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of mean(after) - mean(before), resampling items with both their scores.
+    before: ArrayLike, after: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = 2000,
+    clusters: Sequence[Hashable] | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """Percentile bootstrap interval of mean(after) - mean(before), resampling items with both their scores, or whole
+    ``clusters`` of them (the name of each item's).
 
     Scores may be booleans or any numbers. The same seed gives the same interval.
     """
@@ -201,25 +203,33 @@ def paired_bootstrap_difference(
     differences = second - first
     if np.all(differences == differences[0]):  # scipy cannot resample one item or no spread; the answer is known
         return float(differences[0]), float(differences[0])
+    sums, sizes = _by_cluster(differences, clusters)
+    if len(sums) == 1:
+        return -1.0, 1.0  # one cluster says nothing of others
     result = stats.bootstrap(
-        (differences,),
-        np.mean,
+        (sums, sizes),
+        lambda total, count, axis: total.sum(axis) / count.sum(axis),
+        paired=True,
         n_resamples=resamples,
         confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),
-        batch=max(1, 1_000_000 // differences.size),
+        batch=max(1, 1_000_000 // sums.size),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def paired_difference(
-    before: Sequence[bool], after: Sequence[bool], seed: int = 0, confidence: float = 0.95, resamples: int = 2000
-) -> PairedDifference:
-    """Everything a gate or a report says about two versions on the same items."""
+    before: Sequence[bool], after: Sequence[bool], seed: int = 0, confidence: float = 0.95, resamples: int = 2000,
+    clusters: Sequence[Hashable] | None = None,
+) -> PairedDifference:  # fmt: skip
+    """What a report says about two versions on the same items. Where these come in ``clusters`` (the name of each
+    item's), interval and p-values are over clusters, each of which lost, gained or neither."""
     first, second = _paired_bools(before, after)
     lost, gained = _discordant(first, second)
-    low, high = paired_bootstrap_difference(first, second, seed, confidence, resamples)
+    low, high = paired_bootstrap_difference(first, second, seed, confidence, resamples, clusters)
+    sums, _ = _by_cluster(second.astype(float) - first, clusters)
+    worse, better = int((sums < 0).sum()), int((sums > 0).sum())
     return PairedDifference(
         n=first.size,
         before=float(first.mean()),
@@ -229,9 +239,22 @@ def paired_difference(
         high=high,
         lost=lost,
         gained=gained,
-        p_worse=_sign_test(lost, lost + gained),
-        p_better=_sign_test(gained, lost + gained),
+        p_worse=_sign_test(worse, worse + better),
+        p_better=_sign_test(better, worse + better),
     )
+
+
+def _by_cluster(
+    values: NDArray[np.float64], clusters: Sequence[Hashable] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The sum of each cluster's values, and how many they are; without names each value is a cluster."""
+    names = list(range(len(values))) if clusters is None else list(clusters)
+    place = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    sums, sizes = np.zeros(len(place)), np.zeros(len(place))
+    for name, value in zip(names, values, strict=True):
+        sums[place[name]] += value
+        sizes[place[name]] += 1
+    return sums, sizes
 
 
 def _sign_test(hits: int, n: int) -> float:
