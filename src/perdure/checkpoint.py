@@ -101,16 +101,21 @@ def trainings(run: Path) -> list[Path]:
 
 
 def training_state(run: Path) -> list[Path]:
-    """What of a training's folder only a resume, or the version that is to come of it, needs."""
-    adapter = [run / ADAPTER] if (run / ADAPTER).exists() else []
-    return [*checkpoints(run), *sorted(run.glob(f"{_BEST}*")), *adapter]
+    """What of a training's folder only a resume, or the version that is to come of it, needs; and what a kill left of
+    that out of sight."""
+    return [path for name in (_PREFIX, _BEST, ADAPTER) for path in sorted(run.glob(f"*{name}*"))
+            if path.name.startswith((name, f".{name}"))]  # fmt: skip
 
 
 def drop_training_state(run: Path) -> None:
     """Remove what only a resume needs, once the stage's version is published: the folder keeps what people read."""
-    _sweep(run)
+    for folder in checkpoints(run):
+        _remove(folder)
     for path in training_state(run):
-        _remove(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     if run.is_dir() and not any(run.iterdir()):  # an attempt at repair that trained nothing
         run.rmdir()
 
