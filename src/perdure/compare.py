@@ -8,7 +8,7 @@ from typing import Any
 
 from perdure.scores import PROBE, Scores, known_scores
 from perdure.settings import dotted
-from perdure.skills.base import load_skill
+from perdure.skills.base import kept_test_rows, together
 from perdure.stats import paired_difference
 from perdure.workspace import Workspace
 
@@ -59,4 +59,4 @@ def _together(workspace: Workspace, name: str, scores: Scores) -> Mapping[str, s
     """Which of a skill's items are no independent ones; none where the skill is not kept here any more."""
     content = scores.skills.get(name, {}).get("skill_hash")
     folder = workspace.skills.folder_of(name, content) if content else None
-    return load_skill(folder).together if folder and folder.is_dir() else {}
+    return together(kept_test_rows(folder)) if folder and folder.is_dir() else {}

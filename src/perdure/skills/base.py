@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from perdure.settings import parse_toml, problems_of
+from perdure.settings import parse, parse_toml, problems_of
 from perdure.skills.environments import Acting
 from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
@@ -48,17 +48,33 @@ class Skill:
 
     @property
     def together(self) -> dict[str, str]:
-        """Test row -> a name for the rows with which it is no independent item (``bound``), where there are any."""
-        rows: dict[Hashable, list[str]] = {}
-        for example in self.test:
-            rows.setdefault(bound(example), []).append(example.id)
-        return {row: names[0] for names in rows.values() if len(names) > 1 for row in names}
+        """See ``together``, of the test rows."""
+        return together(self.test)
 
 
 def bound(row: Example) -> Hashable:
     """The same for rows that are no independent items: the turns of one conversation, and rows with the same prompt,
     which get the same answer."""
     return ("turns of", row.conversation) if row.conversation else ("prompt", prompt_key(row))
+
+
+def together(rows: Sequence[Example]) -> dict[str, str]:
+    """Row -> a name for the rows with which it is no independent item (``bound``), where there are any."""
+    groups: dict[Hashable, list[str]] = {}
+    for row in rows:
+        groups.setdefault(bound(row), []).append(row.id)
+    return {row: names[0] for names in groups.values() if len(names) > 1 for row in names}
+
+
+def kept_test_rows(folder: Path) -> tuple[Example, ...]:
+    """The test rows of a skill that a workspace keeps, without the code that grades or plays them. Raises InputError
+    where they cannot be read."""
+    files, problems = skill_files(folder), list[str]()
+    settings = parse(SkillSettings, parse_toml(files["skill.toml"], folder / "skill.toml"), where=str(folder))
+    rows = read_rows(folder / "test.jsonl", settings, problems, files["test.jsonl"])
+    if problems:
+        raise InputError("\n".join(problems))
+    return rows
 
 
 def independent(rows: Sequence[Example]) -> int:
