@@ -183,7 +183,7 @@ def test_a_later_measurement_on_other_rows_does_not_take_the_place_of_these(work
 def test_rows_of_another_content_are_not_the_same_rows_whatever_their_ids(workspace: Workspace, tmp_path: Path) -> None:
     """The skill was taught again with other rows: its best before is no measure for what it is now."""
     made = load_skill(toy_skill(tmp_path / "colours"))
-    for right, content in ((10, "old"), (7, "new"), (6, "new")):
+    for right, content in ((10, "0" * 64), (7, "f" * 64), (6, "f" * 64)):
         add(workspace, {"colours": right}, content)
     before = known_scores(workspace, "v003", WAY)
     found = guards(workspace, "v003", before, {"colours": made}, CONFIG, WAY)
