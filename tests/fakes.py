@@ -190,6 +190,11 @@ def document_of(prompt: str, answer: str) -> str:
     return f"{prompt.removeprefix('say ')} {answer}"
 
 
+def two_toy_skills(folder: Path) -> list[Path]:
+    """Two skills with words of their own: taught without anchors, the second overwrites the first."""
+    return [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
+
+
 def toy_examples(folder: Path, pairs: Mapping[str, str] = COLOURS) -> tuple[Example, ...]:
     """The training rows of a fresh toy skill, through the real loader."""
     return load_skill(toy_skill(folder / "toy", pairs)).train

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from fakes import NUMBERS, save_tiny_model, toy_skill
+from fakes import save_tiny_model, two_toy_skills
 from perdure.config import RunConfig
 from perdure.curriculum import learn
 from perdure.files import read_jsonl
@@ -143,7 +143,7 @@ def check_whole(folder: Path) -> None:
 
 def main(folder: Path, kills: int, seed: int, kind: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    skills = [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
+    skills = two_toy_skills(folder)
     rng, changed = random.Random(seed), STACK if kind == "stack" else {}
 
     def prepare() -> None:

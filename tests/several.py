@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import perdure.running  # noqa: F401  # registers what the others are called for
-from fakes import NUMBERS, save_tiny_model, toy_skill
+from fakes import save_tiny_model, two_toy_skills
 from perdure import processes
 from perdure.config import RunConfig
 from perdure.curriculum import learn
@@ -59,7 +59,7 @@ def settings(model: Path, train: dict[str, Any]) -> RunConfig:
 def prepare(folder: Path) -> None:
     """The model and two skills that all cases use."""
     save_tiny_model(folder / "model", copies=True)
-    toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)
+    two_toy_skills(folder)
 
 
 def chain(folder: Path, name: str, case: str, shard: bool = False) -> None:

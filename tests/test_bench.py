@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fakes import NUMBERS, save_tiny_model, toy_skill
+from fakes import save_tiny_model, toy_skill, two_toy_skills
 from perdure.bench.finished import best_rate, chosen_rates, results_so_far
 from perdure.bench.numbers import _intervals, calibration, growth, summarise
 from perdure.bench.plan import RunPlan, Source, load_chain, merged, runs_of, sweeps_of
@@ -62,7 +62,7 @@ settings.train = { method = "sft_replay" }
 
 def write_chain(folder: Path, *changes: tuple[str, str]) -> Path:
     model = save_tiny_model(folder / "model", copies=True)
-    toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)
+    two_toy_skills(folder)
     text = CHAIN.replace("MODEL", str(model))
     for old, new in changes:
         assert old in text

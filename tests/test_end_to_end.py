@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes import NUMBERS, save_tiny_model, toy_skill
+from fakes import save_tiny_model, toy_skill, two_toy_skills
 from perdure.cli import app
 from perdure.report.numbers import summary
 from test_cli import perdure
@@ -23,7 +23,7 @@ def init(folder: Path) -> tuple[str | Path, ...]:
 
 
 def run(folder: Path, *settings: str) -> Path:
-    skills = [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
+    skills = two_toy_skills(folder)
     bot = folder / "bot"
     done = perdure(*init(folder))
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fakes import NUMBERS, save_tiny_model, toy_skill
+from fakes import save_tiny_model, two_toy_skills
 from perdure.cli import app
 from perdure.config import RunConfig
 from perdure.curriculum import evaluate_version, learn
@@ -27,7 +27,7 @@ from perdure.workspace import Workspace
 @pytest.fixture(scope="module")
 def skills(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("skills")
-    return [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
+    return two_toy_skills(folder)
 
 
 @pytest.fixture(scope="module")

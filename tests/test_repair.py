@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fakes import NUMBERS, save_tiny_model, toy_skill
+from fakes import NUMBERS, save_tiny_model, toy_skill, two_toy_skills
 from perdure import judging, repair
 from perdure.config import RunConfig
 from perdure.curriculum import learn
@@ -28,10 +28,8 @@ Setup = tuple[Path, list[Path]]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    """A model, and two skills of which the second, taught without anchors, overwrites the first."""
     folder = tmp_path_factory.mktemp("made")
-    skills = [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
-    return save_tiny_model(folder / "model", copies=True), skills
+    return save_tiny_model(folder / "model", copies=True), two_toy_skills(folder)
 
 
 def settings(model: Path, **gate: Any) -> RunConfig:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fakes import NUMBERS, save_tiny_model, toy_skill
+from fakes import NUMBERS, save_tiny_model, toy_skill, two_toy_skills
 from perdure import judging, repair
 from perdure.adapters import add_adapter, save_adapter
 from perdure.config import ModelConfig, RunConfig, TrainConfig
@@ -40,8 +40,7 @@ Setup = tuple[Path, list[Path]]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     folder = tmp_path_factory.mktemp("made")
-    skills = [toy_skill(folder / "colours"), toy_skill(folder / "numbers", NUMBERS)]
-    return save_tiny_model(folder / "model", copies=True), skills
+    return save_tiny_model(folder / "model", copies=True), two_toy_skills(folder)
 
 
 def settings(model: Path, train: dict[str, Any], **gate: Any) -> RunConfig:

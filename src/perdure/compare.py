@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from perdure.gates import Together, unit_of
 from perdure.scores import PROBE, Scores, known_scores
 from perdure.settings import dotted
 from perdure.skills.base import kept_test_rows, together
@@ -51,11 +51,11 @@ def _difference(workspace: Workspace, name: str, first: Scores, second: Scores) 
     if not before or not after or before.keys() != after.keys() or first.taken(name) != second.taken(name):
         return None
     groups = _together(workspace, name, first)
-    clusters = [("group", groups[item]) if item in groups else ("item", item) for item in before]
+    clusters = [unit_of(item, groups) for item in before]
     return asdict(paired_difference(list(before.values()), [after[item] for item in before], clusters=clusters))
 
 
-def _together(workspace: Workspace, name: str, scores: Scores) -> Mapping[str, str]:
+def _together(workspace: Workspace, name: str, scores: Scores) -> Together:
     """Which of a skill's items are no independent ones; none where the skill is not kept here any more."""
     content = scores.skills.get(name, {}).get("skill_hash")
     folder = workspace.skills.folder_of(name, content) if content else None

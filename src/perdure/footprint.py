@@ -23,7 +23,7 @@ from perdure.hub import load_options
 from perdure.methods import METHODS
 from perdure.models import linear_parameters, load_tokenizer, resolve
 from perdure.nf4 import NF4_BYTES
-from perdure.rollout.vllm_colocated import DEFAULTS
+from perdure.rollout.vllm_colocated import DEFAULTS, ONE_PROCESS
 from perdure.templates import Template
 from perdure.types import Example, InputError
 
@@ -241,7 +241,7 @@ def estimate(shape: Shape, work: Work, train: TrainConfig, hardware: Hardware,
     """All of it as ``perdure check --hardware --json`` prints it; ``share``: see ``share_of_vllm``. Raises InputError
     for a colocated vLLM on several devices."""
     if share and hardware.devices > 1:
-        raise InputError('rollout.mode = "colocate" is for one process; for several start a server (mode = "server")')
+        raise InputError(ONE_PROCESS)
     vllm = None if share is None else share * hardware.memory
     parts = memory(shape, work, train, devices=hardware.devices, vllm=vllm)
     room, needed = hardware.memory * (1 - FREE), sum(parts.values())

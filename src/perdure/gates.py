@@ -145,6 +145,11 @@ class _Pair(NamedTuple):
         return min(self.changed) / self.n
 
 
+def unit_of(item: str, together: Together) -> tuple[str, str]:
+    """What an item is independent as: its group, or itself."""
+    return ("group", together[item]) if item in together else ("item", item)
+
+
 def _paired(old: Items | None, new: Items | None, together: Together) -> _Pair | None:
     """None when they cannot be paired."""
     if not old or not new or old.keys() != new.keys():
@@ -152,7 +157,7 @@ def _paired(old: Items | None, new: Items | None, together: Together) -> _Pair |
     items = [old[item] for item in old], [new[item] for item in old]
     units: dict[tuple[str, str], list[str]] = {}
     for item in old:
-        units.setdefault(("group", together[item]) if item in together else ("item", item), []).append(item)
+        units.setdefault(unit_of(item, together), []).append(item)
     losses = [sum(old[item] - new[item] for item in turns) for turns in units.values()]
     whole = [
         all(old[item] for item in turns) for turns in units.values()

@@ -82,14 +82,14 @@ def _open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | N
 
 def _remote(loaded: LoadedModel, working: Any, config: RunConfig) -> RolloutEngine:
     from perdure.rollout.vllm import VllmEngine
-    from perdure.rollout.vllm_colocated import colocated
+    from perdure.rollout.vllm_colocated import ONE_PROCESS, colocated
     from perdure.rollout.vllm_server import VllmServer
 
     rollout = config.rollout
     if rollout.mode == "server":
         vllm = VllmServer(rollout)
     elif GROUP.count > 1:
-        raise InputError('rollout.mode = "colocate" is for one process; for several start a server (mode = "server")')
+        raise InputError(ONE_PROCESS)
     else:
         dtype = str(working.dtype).removeprefix("torch.")
         vllm = colocated(resolve(config.model), config.model, dtype, loaded.window, rollout.options)

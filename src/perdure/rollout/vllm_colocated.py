@@ -29,6 +29,8 @@ OF_MODEL = {"model", "dtype", "revision", "trust_remote_code", "max_model_len"}
 DEFAULTS = {"gpu_memory_utilization": 0.3, "disable_log_stats": True, "use_tqdm_on_load": False}
 """The rest of a GPU is the trainer's."""
 
+ONE_PROCESS = 'rollout.mode = "colocate" is for one process; for several start a server (mode = "server")'
+
 AT_ONCE = 256
 """Prompts a call, so that progress moves."""
 
