@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fakes import save_tiny_model, toy_skill, two_toy_skills
+from perdure.bench.chain_run import units_of
 from perdure.bench.finished import best_rate, chosen_rates, results_so_far
 from perdure.bench.numbers import _intervals, calibration, growth, summarise
 from perdure.bench.plan import RunPlan, Source, load_chain, merged, runs_of, sweeps_of
@@ -314,6 +315,25 @@ def test_the_same_numbers_come_out_again() -> None:
         for s in (0, 1)
     ]
     assert summarise(runs, BASE, "m") == summarise(runs, BASE, "m")
+
+
+def test_items_that_are_not_independent_are_drawn_together() -> None:
+    """Ten prompts, four rows of each, all of a prompt alike: as uncertain as ten items, not as forty."""
+    bits = "".join(bit * 4 for bit in "1010101010")
+    runs, base = [result("m", stage("x", "0" * 40, bits, bits))], {"skills": {"x": "0" * 40}, "probe": {"piqa": "1110"}}
+    items = [f"{place}" for place in range(40)]
+    prompts = units_of(items, {item: items[place // 4 * 4] for place, item in enumerate(items)})
+    assert prompts == [place // 4 for place in range(40)] and units_of(items, {}) == list(range(40))
+
+    def wide(**more: Any) -> float:
+        mean, low, high = summarise(runs, base | more, "m")["rows"]["m"]["final"]
+        assert mean == 0.5
+        return high - low
+
+    assert wide(units={"x": units_of(items, {})}) == wide()
+    assert wide(units={"x": prompts}) == pytest.approx(2 * wide(), rel=0.15)
+    # Of unlike sizes: one prompt with most of the rows, and a mean that is still over rows.
+    assert wide(units={"x": [0] * 20 + list(range(1, 21))}) > wide()
 
 
 def test_a_few_runs_are_judged_by_students_t_and_one_by_its_items() -> None:

@@ -221,6 +221,27 @@ def test_another_method_in_the_same_words(chain):
     assert re.search(r"SFT +3 +93.3% +53.3% +37.8% +40.0% +−15.0", text)
 
 
+def test_rows_with_the_same_prompt_are_one_item_of_the_comparison(chain):
+    rival = FakeWorkspace(chain.folder / "compare" / "sft", "sft")
+    add_stage(rival, "a", {"a": 10, "b": 3, "c": 1}, base={"a": 0, "b": 5, "c": 1}, seconds=60)
+    add_stage(rival, "b", {"a": 4, "b": 9, "c": 1}, seconds=60)
+    add_stage(rival, "c", {"a": 2, "b": 5, "c": 9}, {"piqa": 40, "boolq": 40}, seconds=60)
+    apart = summary(chain.folder)["differences"]["sft"]["a"]
+    kept = chain.workspace.skills.folder_of("a", "c" * 64)
+    kept.mkdir(parents=True)
+    (kept / "skill.toml").write_text('name = "a"\ngrader = "exact"\n')
+    (kept / "train.jsonl").write_text("")
+    rows = [{"id": f"a-{i}", "prompt": f"question {i // 5}", "completion": "answer"} for i in range(10)]
+    (kept / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = chain.folder / "versions" / "v003" / "version.json"
+    info = json.loads(path.read_text())
+    info["scores"]["a"]["skill_hash"] = "c" * 64
+    path.write_text(json.dumps(info))
+    found = summary(chain.folder)["differences"]["sft"]["a"]
+    assert (found["n"], found["change"]) == (apart["n"], apart["change"])
+    assert found["p_better"] == 1 / 4 > apart["p_better"]  # two prompts, both gained
+
+
 def test_best_of_a_column_is_marked_for_every_method(chain):
     rival = FakeWorkspace(chain.folder / "compare" / "sft", "sft")
     add_stage(rival, "a", {"a": 10, "b": 3, "c": 1}, base={"a": 0, "b": 5, "c": 1}, seconds=60)

@@ -50,13 +50,12 @@ def _difference(workspace: Workspace, name: str, first: Scores, second: Scores) 
     before, after = first.items.get(name), second.items.get(name)
     if not before or not after or before.keys() != after.keys() or first.taken(name) != second.taken(name):
         return None
-    groups = _together(workspace, name, first)
+    groups = together_in(workspace, name, first.skills.get(name, {}).get("skill_hash"))
     clusters = [unit_of(item, groups) for item in before]
     return asdict(paired_difference(list(before.values()), [after[item] for item in before], clusters=clusters))
 
 
-def _together(workspace: Workspace, name: str, scores: Scores) -> Together:
-    """Which of a skill's items are no independent ones; none where the skill is not kept here any more."""
-    content = scores.skills.get(name, {}).get("skill_hash")
+def together_in(workspace: Workspace, name: str, content: str | None) -> Together:
+    """Which items of a skill's ``content`` are no independent ones; none where that is not kept here any more."""
     folder = workspace.skills.folder_of(name, content) if content else None
     return together(kept_test_rows(folder)) if folder and folder.is_dir() else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from perdure.bench.finished import RESULT
 from perdure.bench.plan import RunPlan
 from perdure.curriculum import learn
 from perdure.files import read_json, read_jsonl, replace_text
+from perdure.gates import Together, unit_of
 from perdure.measure import measure_probe, measure_skill, skill_items
 from perdure.monitor import drift
 from perdure.probe import ProbeResult
@@ -125,11 +126,20 @@ def measure_base(path: Path, plan: RunPlan, skills: dict[str, Path], threads: in
     """What the base model scores on every skill and prior task, written to ``path``: the same for every run."""
     torch.set_num_threads(threads)
     session, config = open_session(plan.config), plan.config
-    scores = {name: _bits(skill_items(measure_skill(session, load_skill(folder), config, Silent(), "base")))
-              for name, folder in skills.items()}  # fmt: skip
+    scores, units = {}, {}
+    for name, folder in skills.items():
+        skill = load_skill(folder)
+        items = skill_items(measure_skill(session, skill, config, Silent(), "base"))
+        scores[name], units[name] = _bits(items), units_of(items, skill.together)
     probed = measure_probe(session, plan.probe, Silent(), "base")
-    found = {"identity": plan.base_identity(skills), "skills": scores, "probe": probe_bits(probed)}
+    found = {"identity": plan.base_identity(skills), "skills": scores, "units": units, "probe": probe_bits(probed)}
     replace_text(path, json.dumps(found) + "\n")
+
+
+def units_of(items: Iterable[str], together: Together) -> list[int]:
+    """A number for each item, the same for those that are not independent of each other."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(unit_of(item, together), len(numbers)) for item in items]
 
 
 def probe_bits(probed: ProbeResult | None) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Runs (an order with a seed) are few, so what they scatter goes into an interval by Student's t; what the items scatter,
 which all runs share, by a bootstrap: a resample draws items for each skill and prior task, the same ones for every
-method and run, so that differences are paired. The two are added as variances. With one run there are only items.
+method and run, so that differences are paired. The two are added as variances. With one run there are only items. Items
+that are not independent (turns of one conversation, rows with the same prompt) are drawn together.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from scipy import stats
 from perdure import retention
 
 Array = NDArray[np.float64]
+Units = Sequence[NDArray[np.intp]]
+"""The places of the items of each unit, that is of those that are drawn together."""
 Result = dict[str, Any]
 Metrics = Mapping[str, float]
 """Metric -> value of one run."""
@@ -40,10 +43,11 @@ def summarise(results: Sequence[Result], base: dict[str, Any], reference: str, s
     found = {(r["method"], r["order"], r["seed"]): _decoded(r) for r in results}
     prior = {task: _bits(bits) for task, bits in base["probe"].items()}
     whole = {name: _bits(bits) for name, bits in base["skills"].items()}
+    units = {name: _units(base["units"][name]) for name in whole} if "units" in base else {}  # older files have none
     rng = np.random.default_rng(seed)
     samples: dict[str, list[list[Metrics]]] = {method: [] for method in methods}
     paired: dict[str, list[list[Metrics]]] = {method: [] for method in methods if method != reference}
-    for draw in [None, *(_draw(rng, whole, prior) for _ in range(RESAMPLES))]:
+    for draw in [None, *(_draw(rng, whole, units, prior) for _ in range(RESAMPLES))]:
         each = {key: _metrics(run, whole, prior, draw) for key, run in found.items()}
         for method in methods:
             samples[method].append([each[method, *run] for run in runs if (method, *run) in each])
@@ -127,9 +131,22 @@ def _decoded(result: Result) -> dict[str, Any]:
             "drift": result["drift"]}  # fmt: skip
 
 
-def _draw(rng: np.random.Generator, skills: Mapping[str, Array], prior: Mapping[str, Array]) -> dict[str, Any]:
+def _units(numbers: Sequence[int]) -> Units | None:
+    """None where each item is a unit; ``numbers``: the unit of each."""
+    count = 1 + max(numbers)
+    return [np.flatnonzero(np.equal(numbers, unit)) for unit in range(count)] if count < len(numbers) else None
+
+
+def _draw(rng: np.random.Generator, skills: Mapping[str, Array], units: Mapping[str, Units | None],
+          prior: Mapping[str, Array]) -> dict[str, Any]:  # fmt: skip
+    def items(name: str, count: int) -> NDArray[np.intp]:
+        groups = units.get(name)
+        if groups is None:
+            return rng.integers(count, size=count)
+        return np.concatenate([groups[place] for place in rng.integers(len(groups), size=len(groups))])
+
     return {
-        "items": {name: rng.integers(len(bits), size=len(bits)) for name, bits in skills.items()},
+        "items": {name: items(name, len(bits)) for name, bits in skills.items()},
         "prior": {task: rng.integers(len(bits), size=len(bits)) for task, bits in prior.items()},
     }
 

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from perdure import retention
+from perdure.compare import together_in
+from perdure.gates import Together, unit_of
 from perdure.report.record import Probe, Record, Run, Score, Version, read_compared, read_record
 from perdure.stats import paired_difference
 from perdure.types import InputError
-from perdure.workspace import BASE
+from perdure.workspace import BASE, Workspace
 
 PHASES = ("preflight", "train", "evaluate", "probe")
 
@@ -314,15 +316,19 @@ def _phase_order(kind: str) -> tuple[int, str]:
 
 def _differences(record: Record, other: Record, skills: Sequence[str]) -> dict[str, Any]:
     """By skill, our champion minus the other's on the test rows that both answered; None where they share none."""
-    return {skill: _difference(record, other, skill) for skill in skills}
+    workspace, measured = Workspace.open(record.folder), record.scores(record.champion)
+    contents = {skill: measured[skill].skill_hash if skill in measured else None for skill in skills}
+    return {skill: _difference(record, other, skill, together_in(workspace, skill, contents[skill]))
+            for skill in skills}  # fmt: skip
 
 
-def _difference(record: Record, other: Record, skill: str) -> dict[str, Any] | None:
+def _difference(record: Record, other: Record, skill: str, together: Together) -> dict[str, Any] | None:
     ours, theirs = record.items(record.champion, skill), other.items(other.champion, skill)
     shared = [key for key, item in ours.items() if key in theirs and theirs[key].prompt == item.prompt]
     if not shared:
         return None
-    found = paired_difference([theirs[key].right for key in shared], [ours[key].right for key in shared])
+    found = paired_difference([theirs[key].right for key in shared], [ours[key].right for key in shared],
+                              clusters=[unit_of(key, together) for key in shared])  # fmt: skip
     return {key: asdict(found)[key] for key in ("n", "change", "low", "high", "p_worse", "p_better")}
 
 
