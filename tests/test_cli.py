@@ -37,11 +37,12 @@ SURFACE = {
         "--workspace",
         "-w",
         "--grader",
+        "--grader-option",
         "--test-share",
         "--turns",
         "--seed",
     },
-    "check": {"--hardware", "skills", "--workspace", "-w", "--set", "--json"},
+    "check": {"--hardware", "skills", "--workspace", "-w", "--method", "--set", "--json"},
     "learn": {
         "skills",
         "--workspace",
@@ -67,7 +68,7 @@ SURFACE = {
     "sync": {"tracker", "--workspace", "-w", "--tracking-uri", "--name"},
     "rollback": {"--workspace", "-w", "--to", "--reason"},
     "report": {"workspace", "--workspace", "-w", "--json", "--open"},
-    "chat": {"prompt", "--workspace", "-w", "--version", "--system", "--temperature", "--max-new-tokens"},
+    "chat": {"prompt", "--workspace", "-w", "--version", "--skill", "--system", "--temperature", "--max-new-tokens"},
     "export": {"version", "folder", "--workspace", "-w", "--adapter", "--since", "--rank", "--dtype", "--json"},
     "bench": {"chain", "--out", "--jobs", "--method", "--seed", "--tables", "--json"},
 }

@@ -80,7 +80,7 @@ def _earlier(session: Session, skill: Skill, rows: Sequence[Example], config: Tr
 
     # What the last version had right is held, too; what it had wrong must not be.
     return [replace(stored(place), weight=float(right[place])) if rehearsed(place) else answer
-            for place, answer in enumerate(answers)]  # fmt: skip
+            for place, answer in enumerate(answers) if rehearsed(place) or right[place]]  # fmt: skip
 
 
 def _label(rollout: Rollout) -> Rollout:

@@ -104,8 +104,9 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
 def _capped_rows(module: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scaling: float | None,
                  softcap: float) -> Tensor:  # fmt: skip
     """Without a layout: rows and their mask as transformers gives them to sdpa, [B, T, heads, D]."""
-    if seen is None:  # sdpa would be told "causal"
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if seen is None:  # sdpa would be told "causal"; a cached decode asks for its last tokens alone
+        queries, keys = query.shape[2], key.shape[2]
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     mask = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~seen, torch.finfo(query.dtype).min)
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     return _capped(query, key, value, mask, scaling, softcap).transpose(1, 2)

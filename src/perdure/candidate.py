@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from perdure.config import TrainConfig
 from perdure.gates import Guard, Items, decide
 from perdure.measure import measure_probe, measure_skill, skill_items
 from perdure.probe import ProbeResult
+from perdure.runlog import LoopState
 from perdure.running import Run
 from perdure.scores import Scores, probe_items
 from perdure.types import SkillScore, Verdict
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training beside a stage's first one."""
+
+    settings: TrainConfig
+    state: LoopState
+    """At its end."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,8 @@ class Candidate:
     scores: Sequence[SkillScore]
     probed: ProbeResult | None
     verdict: Verdict
+    trained: Trained | None = None
+    """Where it is not the stage's first training that made it."""
 
 
 def measure_candidate(run: Run, before: Scores, kept: Sequence[Guard], name: str,

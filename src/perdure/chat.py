@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from perdure.rollout.base import SamplingParams
 from perdure.seeds import derive_seed
 from perdure.session import Session
-from perdure.types import Example, Message
+from perdure.skills.base import kept_test_rows
+from perdure.types import Example, InputError, Message
+from perdure.workspace import Workspace
+
+
+def setting_of(workspace: Workspace, skill: str) -> tuple[str | None, tuple[dict[str, Any], ...]]:
+    """System prompt and tools of the first test row of a skill that the champion was taught. Raises InputError for one
+    that it was not."""
+    taught = workspace.taught()
+    if skill not in taught:
+        raise InputError(f"the champion was not taught {skill!r}; it knows {', '.join(taught) or 'no skill'}")
+    row = kept_test_rows(taught[skill])[0]
+    first = row.messages[0]
+    return (first["content"] if first["role"] == "system" else None), row.tools
 
 
 class Chat:
-    """A conversation with one version: greedy answers, or with a temperature above 0 samples by a seed."""
+    """A conversation with one version: greedy answers, or with a temperature above 0 samples by a seed. ``tools``: the
+    functions that it is told of; no call is carried out."""
 
     def __init__(self, session: Session, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-                 system: str | None = None):  # fmt: skip
-        self.session, self.seed = session, seed
+                 system: str | None = None, tools: Sequence[dict[str, Any]] = ()):  # fmt: skip
+        self.session, self.seed, self.tools = session, seed, tuple(tools)
         self.params = SamplingParams(max_new_tokens, temperature)
         self.messages: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
 
@@ -21,7 +38,7 @@ class Chat:
         """The answer to the conversation so far and ``text``. Raises InputError where it does not fit the window."""
         renderer = self.session.renderer
         messages = (*self.messages, {"role": "user", "content": text})
-        prompt = renderer.student_prompt(Example("chat", messages, None, origin="chat"))
+        prompt = renderer.student_prompt(Example("chat", messages, None, self.tools, origin="chat"))
         renderer.check_window(prompt, self.params.max_new_tokens, "model")
         seed = derive_seed(self.seed, "chat", len(messages))
         (completion,) = self.session.engine.generate([prompt], self.params, [seed])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.text import Text
@@ -28,6 +29,9 @@ FAULT = 4
 """Exit code of a fault of Perdure's own: 1 would be taken for a verdict."""
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 """No room, or no right to write: another attempt may do."""
+_ELSEWHERE = "Nothing was half-written; make room or choose another place, then repeat the command."
+_NO_CPU_MEMORY = "DefaultCPUAllocator"
+"""In the message of torch's RuntimeError where a CPU's memory is full."""
 _PATH_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 """A path that cannot be what it is given as."""
 
@@ -50,17 +54,34 @@ def main() -> None:
             _fail(f"{place}{error.strerror}; name another path", BAD_INPUT)
         if error.errno not in _PLACE_ERRORS:
             _fault()
-        _fail(f"{place}{error.strerror}. Nothing was half-written; make room or choose another place, then repeat the "
-              "command.", BAD_INPUT)  # fmt: skip
-    except Exception:
-        _fault()
+        _fail(f"{place}{error.strerror}. {_ELSEWHERE}", BAD_INPUT)
+    except Exception as error:
+        if not (expected := _of_a_library(error)):
+            _fault()
+        _fail(expected, BAD_INPUT)
     except SystemExit as stop:
         if stop.code != _BY_SIGNAL:
             raise
         _fail("interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
 
 
-def _fault() -> None:
+def _of_a_library(error: Exception) -> str:
+    """What to say of a failure that is the machine's and that a library gives as an error of its own: no memory, or no
+    room on the disk. Empty for any other."""
+    first = str(error).split("\n")[0]
+    if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) or _NO_CPU_MEMORY in first:
+        return (f"out of memory ({first.rstrip('.')}). What was finished is kept. Repeat the command with smaller "
+                "passes (--set train.micro_batch_tokens=1024 --set eval.batch_tokens=2048), with --set "
+                "train.activation_checkpointing=true, or, for a stage that is begun anew, with adapters (--set "
+                "train.lora_rank=16 --set train.learning_rate=1e-3); perdure check SKILL --hardware 1xL4-24GB says "
+                "what a stage takes.")  # fmt: skip
+    code = re.search(r"\(os error (\d+)\)", first) if type(error).__name__ == "SafetensorError" else None
+    if code and int(code[1]) in _PLACE_ERRORS:
+        return f"weights cannot be written: {os.strerror(int(code[1]))}. {_ELSEWHERE}"
+    return ""
+
+
+def _fault() -> NoReturn:
     """A fault of ours ends with its traceback, but not with the exit code of a verdict."""
     traceback.print_exc()
     sys.exit(FAULT)
@@ -90,7 +111,7 @@ def _one_of_several() -> None:
         raise
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     from perdure.report.text import safe_text
 
     err.print(Text("error: ", style="bold red").append(safe_text(message), style="default"), soft_wrap=True)

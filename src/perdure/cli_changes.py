@@ -33,8 +33,8 @@ def promote(
     reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Although the gate did not pass it; needs --reason.")] = False,
 ) -> None:
-    """Make a version the champion. One that the gate held or refused needs --force and a reason; both stay in the
-    ledger. Exit code 1: the gate did not pass it."""
+    """Make a version the champion. One that the gate held or refused, or that was not taught what the champion was,
+    needs --force and a reason; both stay in the ledger. Exit code 1: it is not promoted."""
     from perdure.verify import problems_of_version
 
     place = open_place(workspace)
@@ -50,13 +50,17 @@ def promote(
         raise typer.Exit(REFUSED)
     if problems := problems_of_version(place, name):
         raise InputError("\n".join(problems))
-    forced: dict[str, Any] = {} if passed else {"forced": True}
     lost = [skill for skill in place.taught() if skill not in place.taught(name)]
+    if lost and not force:
+        words = (
+            f"{name} was not taught {', '.join(lost)}, which the champion {place.resolve('champion')} was. To serve it "
+        )
+        out.print(Text(safe_line(f'{words}all the same: perdure promote {name} -w {workspace} --force --reason "..."')),
+                  soft_wrap=True)  # fmt: skip
+        raise typer.Exit(REFUSED)
+    forced: dict[str, Any] = {"forced": True} if lost or not passed else {}
     place.promote(name, reason or "by hand", by=actor(), **forced)
     out.print(f"champion: {name}")
-    if lost:
-        said = f"It was not taught {', '.join(lost)}, as the champion before it was: teach it again, or: "
-        out.print(Text(safe_line(f"{said}perdure rollback -w {workspace}")), soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from perdure.cli_common import app, open_workspace, out, reporter
-from perdure.config import GateConfig, RunConfig, with_settings
+from perdure.config import GateConfig, RunConfig, toml_value, with_settings
 from perdure.types import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ def import_skill(
     grader: Annotated[
         str | None, typer.Option(help="jsonl and docs: how answers are graded; default: exact, and contains.")
     ] = None,
+    grader_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="jsonl only: an option of the grader (repeatable), such as pattern=..."),
+    ] = None,
     test_share: Annotated[
         float | None, typer.Option(help="jsonl only: share of the rows held out; default: 0.2.", min=0.01, max=0.9)
     ] = None,
@@ -69,7 +73,9 @@ def import_skill(
     Of a JSONL file or documents of your own, or of one of the data packages."""
     from perdure.importers import check_options, run_importer
 
-    check_options(source, turns=turns, test_share=test_share, questions=questions, file=file, grader=grader)
+    options = {key: value for option in grader_option for key, value in [_pair(option)]} if grader_option else None
+    check_options(source, turns=turns, test_share=test_share, questions=questions, file=file, grader=grader,
+                  grader_option=options)  # fmt: skip
     given: Path | Questions | None = questions
     asking = _Asking(ask, ask_model, pretest, save, model, workspace)
     if used := [name for name, value in vars(asking).items() if value]:
@@ -77,14 +83,22 @@ def import_skill(
             raise InputError(f"perdure import {source}: --{used[0].replace('_', '-')} is for docs only")
         _check_asking(asking, questions)
         given = _prepared(asking, target, file, questions, grader, seed)
-    run_importer(source, target, seed, file, grader, test_share, turns, given)
+    run_importer(source, target, seed, file, grader, test_share, turns, given, options)
     _say_imported(target, source)
+
+
+def _pair(option: str) -> tuple[str, object]:
+    key, equals, value = option.partition("=")
+    if not equals:
+        raise InputError(f"--grader-option {option}: expected key=value, such as pattern=[0-9]+")
+    return key.strip(), toml_value(value)
 
 
 def _say_imported(target: Path, source: str) -> None:
     """What was made, and what its test rows are good for."""
     from perdure.gates import USUAL_NOISE, guards_of, least_budget
     from perdure.skills.base import independent, load_skill
+    from perdure.skills.graders.tool_call import calls_for
 
     skill = load_skill(target)
     units = independent(skill.test)
@@ -100,8 +114,13 @@ def _say_imported(target: Path, source: str) -> None:
     origin = f" ({skill.settings.source})" if source == "jsonl" else ""
     rows = f"{len(skill.train)} training and {len(skill.test)} test rows{turns}{origin}"
     said = f"{target}: {rows}. So many {what} {guarded}."
-    if skill.settings.grader == "tool_call" and not any(example.tools for example in skill.train):
-        said += " No row has 'tools', so the model will not be told which functions there are."
+    if skill.settings.grader == "tool_call":
+        if not any(example.tools for example in skill.train):
+            said += " No row has 'tools', so the model will not be told which functions there are."
+        rows = (*skill.train, *skill.test)
+        if source == "jsonl" and (bare := sum(not calls_for(row) for row in rows)):
+            said += (f" In {bare} of the {len(rows)} rows no call is right: there any answer without a call counts, "
+                     "whatever it says.")  # fmt: skip
     out.print(Text(f"{said} Next: perdure check {shlex.quote(str(target))} -w WORKSPACE"), soft_wrap=True)
 
 

@@ -28,6 +28,13 @@ from perdure.types import InputError
 if TYPE_CHECKING:
     from perdure.workspace import Workspace
 
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method", help="sdft, sft ... (docs/method.md), or auto, as check recommends; default: perdure.toml."
+    ),
+]
+
 
 @app.command()
 def demo(
@@ -74,6 +81,7 @@ def init(
 def check(
     skills: Annotated[list[Path], typer.Argument(help="Skill folders.")],
     workspace: WorkspaceOption = HERE,
+    method: MethodOption = None,
     settings: SetOption = None,
     hardware: Annotated[
         str | None, typer.Option(help="Only the memory and time of a step there, by arithmetic: 1xH100-80GB.")
@@ -86,7 +94,7 @@ def check(
     from perdure.curriculum import check_hardware, check_skills
     from perdure.report.check import hardware_tables, preflight_tables
 
-    place, config = open_workspace(workspace, settings)
+    place, config = open_workspace(workspace, _with_method(settings, method))
     if hardware:
         found = check_hardware(place, skills, config, hardware)
         if as_json:
@@ -106,10 +114,7 @@ def check(
 def learn(
     skills: Annotated[list[Path], typer.Argument(help="Skill folders, taught in this order.")],
     workspace: WorkspaceOption = HERE,
-    method: Annotated[
-        str | None,
-        typer.Option(help="sdft, sft ... (docs/method.md), or auto, as check recommends; default: perdure.toml."),
-    ] = None,
+    method: MethodOption = None,
     settings: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Train although the preflight sees no teacher gap.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished stage anew.")] = False,
@@ -133,11 +138,8 @@ def learn(
 
     if profile and as_json:
         raise InputError("--profile prints tables, --json one object: give one of them")
-    if method and method not in (*METHODS, AUTO):
-        raise InputError(f"--method {method}: one of {', '.join((*METHODS, AUTO))}")
-    extra = [f'train.method="{method}"'] if method else []
-    extra += [] if repair is None else [f"gate.repair={6 if repair else 0}"]
-    place, config = open_workspace(workspace, [*extra, *(settings or [])])
+    repairs = [] if repair is None else [f"gate.repair={6 if repair else 0}"]
+    place, config = open_workspace(workspace, [*repairs, *(_with_method(settings, method))])
     with place.lock():
         outcomes = learn_skills(place, skills, config, reporter(), force=force, restart=restart)
         report = write_report(place.folder)
@@ -153,6 +155,13 @@ def learn(
                 out.print(Text(f"{outcome.skill} was {outcome.decision}: {' '.join(outcome.reasons)}"), soft_wrap=True)
         out.print(f"\nReport: {report}", soft_wrap=True)
     raise typer.Exit(0 if all(outcome.decision == "promoted" for outcome in outcomes) else REFUSED)
+
+
+def _with_method(settings: list[str] | None, method: str | None) -> list[str]:
+    """``--set`` with ``--method`` in front. Raises InputError for a method that is none."""
+    if method and method not in (*METHODS, AUTO):
+        raise InputError(f"--method {method}: one of {', '.join((*METHODS, AUTO))}")
+    return [*([f'train.method="{method}"'] if method else []), *(settings or [])]
 
 
 def _profile(place: Workspace, config: RunConfig, stages: list[str]) -> None:

@@ -147,17 +147,25 @@ def chat(
         list[str] | None,
         typer.Option("--version", metavar="VERSION", help="champion (the default), v0 ...; several answer in turn."),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt, as the skill's rows have it.")] = None,
+    skill: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With the system prompt and the tools of this skill's first test row."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer, as in evaluations.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
 ) -> None:
     """Ask a version, or several, and read what they say."""
-    from perdure.chat import Chat
+    from perdure.chat import Chat, setting_of
     from perdure.running import open_version
 
     place, config = open_workspace(workspace, None)
     names = list(dict.fromkeys(place.resolve(name) for name in versions or ["champion"]))
-    chats = {name: Chat(open_version(place, name, config), max_new_tokens, temperature, config.seed, system)
+    said, tools = setting_of(place, skill) if skill else (None, ())
+    system = system or said
+    if not skill and not system and (taught := place.taught()):
+        reporter().note(f"Without system prompt and tools. With those of a skill: --skill {', '.join(taught)}")
+    chats = {name: Chat(open_version(place, name, config), max_new_tokens, temperature, config.seed, system, tools)
              for name in names}  # fmt: skip
     for text in _asked() if prompt is None else [prompt]:
         for name, conversation in chats.items():

@@ -247,12 +247,13 @@ def with_settings(config: RunConfig, settings: list[str]) -> RunConfig:
             section = section.get(part)
             if not isinstance(section, dict):
                 raise InputError(f"--set {setting}: there is no section {part!r} (see perdure.toml)")
-        section[last] = _toml_value(value)
+        section[last] = toml_value(value)
     return parse(RunConfig, raw, where="--set")
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """A value as TOML has it; a bare word, such as turns:4, is a text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:  # a bare word, such as turns:4
+    except tomllib.TOMLDecodeError:
         return text

@@ -18,7 +18,7 @@ from perdure.reporting import Reporter
 from perdure.rows import row_counts
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, independent, load_skill
-from perdure.stages import Outcome, begin, finished, load_all, settle_all
+from perdure.stages import Outcome, asked_for, begin, differing, finished, load_all, settle_all
 from perdure.subject import candidates
 from perdure.types import InputError
 from perdure.workspace import Workspace
@@ -38,7 +38,8 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
     outcomes = []
     for number, skill in enumerate(kept.values(), 1):
         if done := finished(workspace, skill, config):
-            reporter.note(f"{skill.name}: {done.decision} already as {done.version}; nothing to do.")
+            reporter.note(f"{skill.name}: {done.decision} already as {done.version}; nothing to do."
+                          + _not_as_asked(workspace, done.version, config))  # fmt: skip
             outcomes.append(done)
             continue
         if judged := judge_again(workspace, skill, config, reporter):
@@ -51,6 +52,15 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
         outcomes.append(learn_one(workspace, skill, scope, config, reporter,
                                   parent=workspace.resolve("champion"), force=force, restart=restart))  # fmt: skip
     return outcomes
+
+
+def _not_as_asked(workspace: Workspace, version: str | None, config: RunConfig) -> str:
+    """What a finished stage has of other settings than these, and how to teach the skill with these."""
+    others = differing(asked_for(workspace.version(version)), config) if version else []
+    if not others:
+        return ""
+    return (f" It was taught with {', '.join(others)}: to teach it otherwise, bring more rows for it, or go back to "
+            "the version before it (perdure rollback) and repeat this.")  # fmt: skip
 
 
 def _tell_of_waiting(workspace: Workspace, skills: Container[str], reporter: Reporter) -> None:

@@ -57,7 +57,17 @@ def export_weights(workspace: Workspace, name: str, folder: Path, dtype: str) ->
     version = workspace.resolve(name)
     loaded = _version(workspace, version)
     loaded.model.to(getattr(torch, dtype))
+    loaded.model.generation_config = _as_measured(loaded.model.generation_config)
     return _written(workspace, version, folder, lambda beside: save(loaded, beside), {"dtype": dtype})
+
+
+def _as_measured(shipped: Any) -> Any:
+    """Of the base model's generation settings the token ids alone. Servers take the rest, such as a repetition penalty,
+    for their defaults, and no version was measured with those."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(**{name: getattr(shipped, name, None)
+                               for name in ("bos_token_id", "eos_token_id", "pad_token_id")})  # fmt: skip
 
 
 def export_adapter(workspace: Workspace, name: str, since: str, folder: Path, rank: int | None) -> dict[str, Any]:
@@ -80,7 +90,8 @@ def export_adapter(workspace: Workspace, name: str, since: str, folder: Path, ra
     about = {"since": since, "rank": chosen, "share": round(found.share(chosen), 6)}
     del target
     config = workspace.config().model
-    settings = {"base_model_name_or_path": str(workspace.weights_folder(since) or base_name(config)),
+    below = workspace.weights_folder(since)
+    settings = {"base_model_name_or_path": str(below.absolute()) if below else base_name(config),
                 "revision": config.revision or None if since == BASE else None}  # fmt: skip
 
     def write(beside: Path) -> None:

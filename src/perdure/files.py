@@ -96,11 +96,21 @@ def folder_beside(path: Path) -> Path:
 def put_in_place(beside: Path, path: Path) -> None:
     """Make a file or folder visible as ``path`` in one rename, safe on the disk: whole, or not there."""
     if beside.is_dir():
+        share_with_readers(beside)
         sync_folder(beside)
     else:
         sync_path(beside)
     os.replace(beside, path)
     sync_path(path.parent)
+
+
+def share_with_readers(folder: Path) -> None:
+    """Let those who may read ``folder`` read the files in it: safetensors makes its files for their owner alone, and a
+    server may run as another user."""
+    readers = folder.stat().st_mode & 0o444
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o777 | readers)
 
 
 def sync_path(path: Path) -> None:

@@ -16,7 +16,7 @@ from perdure.reporting import Reporter
 from perdure.running import open_version
 from perdure.scores import Scores, guards, known_scores, probe_items, unmeasured
 from perdure.skills.base import Skill, load_skill
-from perdure.stages import promote_or_hold, settings_hash, settle_all, taught_this
+from perdure.stages import asked_for, differing, promote_or_hold, settle_all, taught_this
 from perdure.types import InputError, Verdict
 from perdure.workspace import Workspace
 
@@ -61,7 +61,8 @@ def _replay(workspace: Workspace, skill: Skill, parent: str, branch: str, config
             scope: dict[str, Skill], restart: bool) -> str:  # fmt: skip
     """The version that teaches ``skill`` to ``parent`` on the branch; made now where it is not there yet."""
     for info in taught_this(workspace, skill):
-        if (info["parent"], info.get("branch"), info["hashes"]["config"]) == (parent, branch, settings_hash(config)):
+        same = (info["parent"], info.get("branch")) == (parent, branch)
+        if same and not differing(asked_for(info), config):
             return info["version"]
     # Whatever its own gate says, the last version of the branch is judged as a whole.
     outcome = learn_one(workspace, skill, scope, config, reporter, parent=parent, branch=branch, force=True,

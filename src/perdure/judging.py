@@ -21,7 +21,16 @@ from perdure.runlog import LoopState
 from perdure.running import Run
 from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
-from perdure.stages import Outcome, follow, settings_hash, settle, taught_this, turned_away
+from perdure.stages import (
+    Outcome,
+    asked_for,
+    deciding,
+    follow,
+    settings_hash,
+    settle,
+    taught_this,
+    turned_away,
+)
 from perdure.types import Verdict
 from perdure.workspace import BASE, Workspace
 
@@ -35,6 +44,10 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     if config.gate.repair and worth_repairing(candidate.verdict):
         ended = state.best_step if state.best_step >= 0 else state.step  # without validation: the last
         candidate = repair(run, before, kept, check, name, candidate.verdict, ended) or candidate
+    if again := candidate.trained:  # a version says how it was trained, and what all of its stage took
+        run.config = run.config.model_copy(update={"train": again.settings})
+        first, state = state.tokens, again.state
+        state.tokens = {part: count + first[part] for part, count in state.tokens.items()}
     info = _describe(run, name, check, state, candidate.verdict) | {
         "scores": {s.skill: score_json(s, run.scope[s.skill], way) for s in candidate.scores},
         "probe": probe_json(candidate.probed, way),
@@ -67,7 +80,7 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
     for info in taught_this(workspace, skill):
         name, same = info["version"], info["parent"] == champion and not info.get("branch")
         graded = info["scores"].get(skill.name, {}).get("code_hash", "") == skill.code_hash
-        asked = _without_gate(info.get("asked") or info["config"])
+        asked = _without_gate(asked_for(info))
         if not same or not graded or asked != _without_gate(config.model_dump(mode="json")):
             continue
         said = [event for event in workspace.ledger() if event.get("version") == name]
@@ -88,8 +101,8 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
 
 def _without_gate(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide which weights come out; ``gate.repair`` is one of them."""
-    others = {section: values for section, values in config.items() if section not in ("gate", "cost")}
-    return others | {"repair": config["gate"]["repair"]}
+    return {key: value for key, value in deciding(config).items()
+            if not key.startswith("gate.") or key == "gate.repair"}  # fmt: skip
 
 
 def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, parent: str,

@@ -24,14 +24,17 @@ from perdure.types import SkillScore
 
 
 def way_of(config: RunConfig) -> Way:
-    """How scores are taken under these settings on this machine."""
-    model = config.model.model_dump(mode="json") | {"compute_dtype": str(compute_dtype(config.model)),
-                                                    "device": device_of(config.model).type}  # fmt: skip
+    """How scores are taken under these settings on this machine. Where the base model lies does not matter: its weights
+    are checked."""
+    model = config.model.model_dump(
+        mode="json", exclude_defaults=True, exclude={"source", "revision", "trust_remote_code"}
+    )
+    model |= {"compute_dtype": str(compute_dtype(config.model)), "device": device_of(config.model).type}
     answers = [
         model,
         config.context.student_switches,
         str(config.context.date),
-        config.thinking.model_dump(mode="json"),
+        config.thinking.model_dump(mode="json", exclude_defaults=True),
         config.rollout.engine,
     ]
     prior = [model, config.probe.rows, config.seed]

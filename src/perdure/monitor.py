@@ -98,7 +98,8 @@ def measures_start(stage: Stage, config: TrainConfig) -> bool:
 def _manner(stage: Stage, result: SkillScore) -> dict[str, float]:
     """Mean length of the answers in tokens; of a model that thinks also the words of hesitation in an answer."""
     found = {"answer_tokens": sum(item.tokens for item in result.items) / result.n}
-    if marks := stage.renderer.marks:
+    marks = stage.renderer.marks
+    if marks and not stage.acting:  # a played conversation is one text of many turns
         thinking = [marks.split(item.completion)[0] for item in result.items]
         found["hesitations"] = sum(hesitations(text, stage.renderer.hesitations) for text in thinking) / result.n
     return found

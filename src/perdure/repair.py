@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from perdure.adapters import ADAPTER, adapted, add_adapter
-from perdure.candidate import Candidate, measure_candidate
+from perdure.candidate import Candidate, Trained, measure_candidate
 from perdure.checkpoint import checkpoint_step, checkpoints, load_student
 from perdure.config import RunConfig, TrainConfig
 from perdure.files import read_json
@@ -37,7 +37,8 @@ Weights = Mapping[str, Tensor]
 def worth_repairing(verdict: Verdict) -> bool:
     """Refused for harm alone: the new skill was learned."""
     verdicts = {row["verdict"] for row in verdict.table}
-    return verdict.decision == "refused" and "worse" in verdicts and not verdicts & {"not learned", "not measured"}
+    learned = any(row["kind"] == "new skill" and row["verdict"] == "learned" for row in verdict.table)
+    return verdict.decision == "refused" and learned and "worse" in verdicts and "not measured" not in verdicts
 
 
 def repair(
@@ -51,7 +52,7 @@ def repair(
     # Blended in the CPU's memory: a GPU that holds masters and working copy has no room for two more sets.
     trained = {key: value.detach().to("cpu", copy=True) for key, value in student.named_parameters()}
     parent = _parent_weights(run)
-    tries: dict[str, Callable[[], None]] = {}
+    tries: dict[str, Callable[[], Trained | None]] = {}
     for folder in checkpoints(run.folder):
         if (step := checkpoint_step(folder)) < ended:
             label = f"checkpoint {step}"
@@ -73,15 +74,15 @@ def repair(
         if past.get(label, "promoted") != "promoted":
             continue
         run.reporter.note(f"Repair: {label}.")
-        attempt()
+        trained_anew = attempt()
         found = measure_candidate(run, before, kept, name, hurt)
         decision, reason = found.verdict.decision, found.verdict.reasons[0]
         if label not in past:
             run.workspace.append(**key, skill=run.skill.name, attempt=label, decision=decision, reason=reason)
         if decision == "promoted":
             how = f"Repaired ({label}) after: {harmed.reasons[0]}"
-            return Candidate(found.scores, found.probed, Verdict(decision, (how, *found.verdict.reasons),
-                                                                 found.verdict.table))  # fmt: skip
+            verdict = Verdict(decision, (how, *found.verdict.reasons), found.verdict.table)
+            return Candidate(found.scores, found.probed, verdict, trained_anew)
     _set(run, trained, trained, 1.0)
     run.adapter = kept_adapter
     return None
@@ -126,9 +127,9 @@ def _place(label: str) -> str:
     return "repair-" + label.replace(" ", "-")
 
 
-def _again(run: Run, parent: Weights, check: dict[str, Any] | None, label: str, settings: TrainConfig) -> None:
+def _again(run: Run, parent: Weights, check: dict[str, Any] | None, label: str, settings: TrainConfig) -> Trained:
     _set(run, parent, parent, 0.0)
-    train_stage(run, check, settings, _place(label))
+    return Trained(settings, train_stage(run, check, settings, _place(label)))
 
 
 def _anchored(config: TrainConfig, harmed: Verdict) -> TrainConfig:

@@ -119,7 +119,8 @@ class Clock:
 
     def lap(self, part: str) -> None:
         if torch.cuda.is_initialized():  # a GPU works on after the call
-            torch.cuda.synchronize()
+            # Not the whole device: another thread may be recording a pass just now (train.overlap), which that breaks.
+            torch.cuda.current_stream().synchronize()
         now = time.perf_counter()
         self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 4)
         self._last = now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,15 @@ from perdure.workspace import Workspace
 
 SETTLED = {"promote", "accept", "hold", "refuse"}
 """Events that end a candidate's stage."""
+
+
+NEUTRAL = frozenset(
+    ("cost.watts", "cost.price_per_hour", "cost.currency", "eval.batch_tokens", "model.source", "model.revision",
+     "preflight.forecast", "rollout.concurrency", "rollout.timeout", "rollout.url", "rollout.weights_folder",
+     "train.activation_checkpointing", "train.micro_batch_tokens")
+)  # fmt: skip
+"""Settings that decide what a stage takes, or where it finds things, and nothing of what comes out but roundings: a
+stage goes on with others, as after it ran out of memory. (The base model's weights are checked by their hash.)"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,25 @@ def load_all(folders: Sequence[Path]) -> list[Skill]:
 
 
 def settings_hash(config: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(deciding(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
+
+
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a file's settings those that decide what comes out of a stage, by field. One that the file, of an older
+    version, does not have counts as its default."""
+    whole = by_field(RunConfig().model_dump(mode="json")) | by_field(settings)
+    return {key: value for key, value in whole.items() if key not in NEUTRAL}
+
+
+def differing(began: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """``key = value`` of each deciding setting of a file that is another one now."""
+    then, now = deciding(began), deciding(config.model_dump(mode="json"))
+    return [f"{key} = {then.get(key)}" for key, value in now.items() if then.get(key) != value]
+
+
+def asked_for(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with which a version's stage was called; where those left a choice open, the stage had others."""
+    return info.get("asked") or info["config"]
 
 
 def settle_all(workspace: Workspace) -> None:
@@ -154,18 +181,10 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
     for info in taught_this(workspace, skill):
         if info["version"] in lineage and latest == workspace.skills.folder_of(skill.name, skill.content_hash):
             return Outcome(skill.name, info["stage"], info["version"], "promoted", tuple(info["verdict"]["reasons"]))
-        same = info["parent"] == champion and info["hashes"]["config"] == settings_hash(config)
-        if same and not info.get("branch"):
+        same = info["parent"] == champion and not info.get("branch")
+        if same and not differing(asked_for(info), config):
             return turned_away(info, info["verdict"])
     return None
-
-
-def _differing(began: dict[str, Any], config: RunConfig) -> list[str]:
-    """``key = value`` of each setting that a stage began with and that is another one now. One that there was not yet
-    counts as its default."""
-    then = by_field(RunConfig().model_dump(mode="json")) | by_field(began)
-    now = by_field(config.model_dump(mode="json"))
-    return [f"{key} = {then[key]}" for key, value in now.items() if then.get(key) != value]
 
 
 def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, parent: str,
@@ -181,7 +200,7 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
             continue
         if restart:
             workspace.runs.remove(stage)
-        elif not (differing := _differing(info["config"], config)):
+        elif not (others := differing(info["config"], config)):
             if (began := info.get("compute_dtype", precision)) != precision:
                 raise InputError(
                     f"{folder}: this unfinished run of {skill.name} computes in {began}, and here {precision} was "
@@ -191,7 +210,7 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
             return stage, True
         else:
             raise InputError(
-                f"{folder}: an unfinished run of {skill.name} has other settings ({', '.join(differing)}); give the "
+                f"{folder}: an unfinished run of {skill.name} has other settings ({', '.join(others)}); give the "
                 "same ones to go on with it, or --restart to begin anew"
             )
     name = workspace.next_stage(skill.name)

@@ -122,8 +122,8 @@ def noninferiority_p(n: int, lost: int, gained: int, loss: float) -> float:
 def clustered_noninferiority_p(sizes: Sequence[int], losses: Sequence[int], loss: float) -> float:
     """P-value of the claim that a share ``loss`` or more of all items was lost, where items come in clusters of
     ``sizes`` that lost ``losses`` each (net; negative = gained): one-sided t test over the clusters, which is near its
-    level where there are some dozens of clusters of like sizes. 1.0 where fewer than two clusters, or no difference
-    between them, leave nothing to estimate by."""
+    level where there are some dozens of clusters of like sizes. 1.0 where fewer than two clusters leave nothing to
+    estimate by; where all clusters lost the same share it is 0.0 or 1.0, as that share is smaller or not."""
     spare = loss * np.asarray(sizes, dtype=float) - np.asarray(losses, dtype=float)
     if len(spare) < 2:
         return 1.0

@@ -18,6 +18,9 @@ from perdure.skills.environments import Acting
 from perdure.templates import Template, parse_template
 from perdure.types import Example, InputError
 
+NAMED = 20
+"""Rows that an error message names."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -80,6 +83,16 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
         raise InputError(problem)
 
 
+def check_skipped(renderer: Renderer, examples: Sequence[Example], train: TrainConfig) -> None:
+    """Raises InputError where ``train.skip_first_tokens`` leaves nothing of any demonstration to learn."""
+    longest = max(len(renderer.demonstration(e).token_ids) for e in renderer.each_turn(examples))
+    if longest <= train.skip_first_tokens:
+        raise InputError(
+            f"train.skip_first_tokens = {train.skip_first_tokens} leaves nothing to learn: the longest demonstration "
+            f"has {longest} tokens"
+        )
+
+
 def unthinking(renderer: Renderer, turns: Sequence[Example], train: TrainConfig) -> str | None:
     """What is wrong where a stage would train a model that thinks on answers without thinking; None where it would
     not."""
@@ -114,15 +127,20 @@ def check_windows(subject: Subject, templates: Sequence[Template]) -> tuple[dict
     """Lengths of every training row under every role (tokens, with room for the answer), and the templates that all
     rows can be written in and fit under.
 
-    Raises InputError listing each row, of training or test, that does not fit even without a demonstration, or whose
+    Raises InputError listing the rows, of training or test, that do not fit even without a demonstration, or whose
     demonstration is longer than an answer may be; else, when no template is left, one reason for each of them."""
     renderer, limit, most = subject.renderer, subject.renderer.window, subject.max_new_tokens
     rows = renderer.each_turn(subject.examples)
     prompts, room, problems = _lengths(renderer, rows, most)
-    problems += _lengths(renderer, renderer.each_turn(subject.tests), most)[2]
+    tests = renderer.each_turn(subject.tests)
+    problems += _lengths(renderer, tests, most)[2]
     if problems:
-        raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or raise max_new_tokens "
-                         "(skill.toml) or model.max_window:\n" + "\n".join(problems))  # fmt: skip
+        answer = max(len(renderer.demonstration(e).token_ids) for e in (*rows, *tests))
+        advice = f"raise max_new_tokens (skill.toml) to {answer}"
+        if answer <= most:
+            advice = f"lower max_new_tokens (skill.toml; the longest answer takes {answer}), or raise model.max_window"
+        named = [*problems[:NAMED], *([f"  ... and {len(problems) - NAMED} more"] if len(problems) > NAMED else [])]
+        raise InputError(f"{subject.skill}: rows that do not fit; shorten them, or {advice}:\n" + "\n".join(named))
     longest: dict[str, int] = {}
     cannot: dict[str, str] = {}
     for template in templates:

@@ -72,7 +72,8 @@ def optimise(stage: Stage, config: TrainConfig, optimizer: torch.optim.Optimizer
     ``rollouts`` are all rows of the step, ``teacher_hidden`` what ``score`` gives for this process's part of them."""
     count = sum(loss_tokens(r, config) for r in rollouts)
     if count == 0:
-        raise InputError("no token of this batch carries loss: lower train.skip_first_tokens")
+        raise InputError("no token of this batch carries loss: lower train.skip_first_tokens, or, where loss is on the "
+                         "answer after the thinking alone, raise max_new_tokens (skill.toml)")  # fmt: skip
     sums: dict[str, float] = dict.fromkeys(("loss", *METRICS), 0.0)
     moved: list[tuple[str, float]] = []
     own = own_rows(rollouts)

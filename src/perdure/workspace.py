@@ -136,7 +136,10 @@ class Workspace:
         return said[-1] if said else self.version(full).get("verdict")
 
     def next_version(self) -> str:
-        return f"v{int(self.versions()[-1][1:]) + 1:03d}"
+        """A name that no version has, or had: of one whose folder was removed by hand, the ledger still tells."""
+        told = (str(event.get("version")) for event in self.ledger())
+        numbers = [int(name[1:]) for name in (*self.versions(), *told) if _VERSION.fullmatch(name)]
+        return f"v{max(numbers) + 1:03d}"
 
     def lineage(self, name: str = "champion") -> list[str]:
         """From the base to ``name``, following parents. Raises InputError when they go in a circle."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from perdure.importers.base import Row, skill_name, tokens_at_most, write_skill
 from perdure.settings import parse
@@ -20,14 +20,17 @@ from perdure.types import Example, InputError, Message
 Turns = Literal["last", "all"]
 
 
-def build(target: Path, seed: int, file: Path, grader: str, test_share: float, turns: Turns = "last") -> Path:
+def build(target: Path, seed: int, file: Path, grader: str, test_share: float, turns: Turns = "last",
+          options: dict[str, Any] | None = None) -> Path:  # fmt: skip
     """Write the skill folder. Rows with the same (first) prompt stay on one side, and so do rows of which one is the
-    beginning of another, as in logs that hold a conversation once for each of its answers. Lines that repeat another
-    one, whatever their ids, are left out, and ``source`` says how many.
+    beginning of another, as in logs that hold a conversation once for each of its answers. Which side that is depends
+    on seed and prompt alone: when the file has grown, what was held out of it is so again. Lines that repeat another
+    one, whatever their ids, are left out, and ``source`` says how many. ``options``: of the grader.
 
     Raises InputError listing every bad line."""
-    name = skill_name(target)
-    settings = {"name": name, "source": str(file.name), "grader": grader, "turns": turns}
+    name, options = skill_name(target), options or {}
+    settings: dict[str, Any] = {"name": name, "source": str(file.name), "grader": grader, "turns": turns}
+    settings |= {"grader_options": options} if options else {}
     problems: list[str] = []
     if not file.is_file():
         raise InputError(f"{file}: no such file")
@@ -35,7 +38,7 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     of_rows = parse(
         SkillSettings, {"name": name, "grader": grader, "max_new_tokens": 4096, "turns": turns}, str(target)
     )
-    grade = make_grader(grader, {}, where="--grader")
+    grade = make_grader(grader, options, where="--grader")
     examples = read_rows(file, of_rows, problems, data)
     problems += not_gradable(grader, grade, examples)
     if problems:
@@ -52,13 +55,20 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
         settings["source"] = f"{file.name} without {twice} lines that were there already"
     if len(groups) < 2:
         raise InputError(f"{file}: {counted(groups, 'distinct prompt')}; at least 2 are needed to hold some out")
-    order = [list(group.values()) for group in groups.values()]
-    random.Random(f"{seed}/jsonl").shuffle(order)
-    held_out = min(len(order) - 1, max(1, round(len(order) * test_share)))
-    test, train = ([row for group in part for row in group] for part in (order[:held_out], order[held_out:]))
+    firsts = [line[0] for line in learned.values()]
+    drawn = {group: _drawn(seed, firsts[group]) for group in groups}
+    order = sorted(groups, key=lambda group: drawn[group])
+    held_out = min(len(order) - 1, max(1, sum(place < test_share for place in drawn.values())))
+    test, train = ([row for group in part for row in groups[group].values()]
+                   for part in (order[:held_out], order[held_out:]))  # fmt: skip
     answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in examples)
-    settings["max_new_tokens"] = max(16, max(map(tokens_at_most, answers)))  # type: ignore[assignment]
+    settings["max_new_tokens"] = max(16, max(map(tokens_at_most, answers)))
     return write_skill(target, settings, train, test)
+
+
+def _drawn(seed: int, first: Example) -> float:
+    """A number from 0 to 1 for a group of lines, by the first prompt of its first line: the same in another file."""
+    return int(hashlib.sha256(f"{seed}/{prompt_key(first)}".encode()).hexdigest()[:12], 16) / 16**12
 
 
 def _groups(lines: Sequence[Sequence[Example]]) -> list[int]:

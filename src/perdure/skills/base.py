@@ -187,6 +187,11 @@ def not_gradable(name: str, grade: Callable[[str, Example], float], examples: tu
         return []
     problems = []
     for example in examples:
+        if name != "tool_call" and example.demonstration and example.demonstration.get("tool_calls"):
+            problems.append(f"{example.origin}: the answer is a tool call, and the grader {name!r} does not know the "
+                            "forms that models write calls in; give rows with calls a skill of their own, graded by "
+                            "tool_call, or bring a python: grader")  # fmt: skip
+            continue
         try:
             score = grade(expected_text(example), example)
         except ValueError as error:

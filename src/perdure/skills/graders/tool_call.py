@@ -24,14 +24,17 @@ def grade(completion: str, example: Example) -> float:
     Expected are ``metadata.ground_truth`` ([{function: {argument: [allowed values]}}]; an allowed "" makes the argument
     optional; [] means that no call is right), else the demonstration's own calls. Raises ValueError when
     ``metadata.ground_truth`` has another form."""
+    return float(_match(calls_in(completion), calls_for(example)))
+
+
+def calls_for(example: Example) -> list[Wanted]:
+    """The calls that are right for a row; none where no call is. Raises ValueError as ``grade`` does."""
     if "ground_truth" in example.metadata:
-        wanted = _ground_truth(example.metadata["ground_truth"])
-    else:
-        said = example.demonstration or {}
-        # Beside calls a text is what is said while they run; it holds none of them.
-        right = calls_in(json.dumps(said["tool_calls"]) if said.get("tool_calls") else expected_text(example))
-        wanted = [(name, {key: [value] for key, value in arguments.items()}) for name, arguments in right]
-    return float(_match(calls_in(completion), wanted))
+        return _ground_truth(example.metadata["ground_truth"])
+    said = example.demonstration or {}
+    # Beside calls a text is what is said while they run; it holds none of them.
+    right = calls_in(json.dumps(said["tool_calls"]) if said.get("tool_calls") else expected_text(example))
+    return [(name, {key: [value] for key, value in arguments.items()}) for name, arguments in right]
 
 
 def _ground_truth(value: Any) -> list[Wanted]:
