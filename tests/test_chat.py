@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from fake_workspace import FakeWorkspace
 from fakes import save_tiny_model
-from perdure.chat import Chat
+from perdure.chat import Chat, setting_of
 from perdure.config import RunConfig
 from perdure.rollout.base import SamplingParams
 from perdure.session import Session, open_session
@@ -30,6 +32,28 @@ def test_each_answer_follows_the_whole_conversation(session: Session) -> None:
     prompt = session.renderer.student_prompt(Example("e", turns, None))
     (greedy,) = session.engine.generate([prompt], SamplingParams(4, 0), [0])
     assert session.renderer.text(greedy) == said[1]
+
+
+def test_it_can_be_asked_as_a_skill_asks(session: Session, tmp_path: Path) -> None:
+    workspace = FakeWorkspace(tmp_path / "bot").workspace
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    row = {"messages": [{"role": "system", "content": "be short"}, {"role": "user", "content": "cat"},
+                        {"role": "assistant", "content": "yes"}], "tools": tools}  # fmt: skip
+    kept = workspace.skills.folder_of("pets", "c" * 64)
+    kept.mkdir(parents=True)
+    (kept / "skill.toml").write_text('name = "pets"\n')
+    (kept / "train.jsonl").write_text("")
+    (kept / "test.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="was not taught 'pets'; it knows no skill"):
+        setting_of(workspace, "pets")
+    fake = FakeWorkspace.__new__(FakeWorkspace)
+    fake.workspace, fake.folder, fake.method, fake.n = workspace, workspace.folder, "sft", 10
+    fake.candidate(fake.start("pets"), {"pets": 9})
+    system, found = setting_of(workspace, "pets")
+    assert system == "be short" and list(found) == tools
+    told = Chat(session, 4, system=system, tools=found)
+    with pytest.raises(InputError, match="124 tokens"):  # of which the schema of f
+        told.say("dog")
 
 
 def test_samples_are_those_of_the_seed(session: Session) -> None:

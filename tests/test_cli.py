@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -64,6 +65,7 @@ SURFACE = {
     "diff": {"first", "second", "--workspace", "-w", "--json"},
     "promote": {"version", "--workspace", "-w", "--reason", "--force"},
     "forget": {"skill", "--workspace", "-w", "--set", "--restart"},
+    "prune": {"--workspace", "-w", "--yes", "--reason"},
     "erase": {"skill", "--workspace", "-w", "--yes", "--reason"},
     "sync": {"tracker", "--workspace", "-w", "--tracking-uri", "--name"},
     "rollback": {"--workspace", "-w", "--to", "--reason"},
@@ -261,6 +263,60 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp
     assert json.loads(perdure("status", bot, "--json").stdout)["champion"] == "v000"
 
 
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')",
+         ("out of memory (CUDA out of memory", "train.micro_batch_tokens", "--hardware")),
+        ("RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.')",
+         ("out of memory", "train.lora_rank")),
+        ("safetensors.SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')",
+         ("No space left on device", "repeat")),
+    ],
+)  # fmt: skip
+def test_what_a_library_says_of_the_machine_is_one_error(bot: Path, tmp_path: Path, error: str, parts: tuple[str, ...]):
+    code = (
+        "import safetensors, torch\n"
+        "import perdure.running as r, perdure.cli as c\n"
+        "def fails(*args, **settings):\n"
+        f"    raise {error}\n"
+        "r.preflight = fails\n"
+        "c.main()"
+    )
+    skill = toy_skill(tmp_path / "toy")
+    done = subprocess.run([sys.executable, "-c", code, "check", str(skill), "-w", str(bot)],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert_one_error(done, 2, *parts)
+
+
+def test_what_the_preflight_found_is_said_though_its_forecast_takes_too_much(bot: Path, tmp_path: Path):
+    code = (
+        "import torch\n"
+        "import perdure.running as r, perdure.cli as c\n"
+        "def fails(*args, **settings):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+        "r.forecast = fails\n"
+        "c.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "check", str(toy_skill(tmp_path / "toy")), "-w", str(bot)],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 2 and "out of memory (CUDA out of memory)" in done.stderr
+    assert re.search(r"Teacher \d+% with .*, student \d+%", done.stderr)
+
+
+def test_a_fault_of_ours_stays_one(bot: Path, tmp_path: Path):
+    code = (
+        "import perdure.running as r, perdure.cli as c\n"
+        "def fails(*args, **settings):\n"
+        "    raise RuntimeError('shapes do not match')\n"
+        "r.preflight = fails\n"
+        "c.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "check", str(toy_skill(tmp_path / "toy")), "-w", str(bot)],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 4 and "Traceback" in done.stderr
+
+
 def test_ctrl_c_is_resumable_and_the_resumed_run_has_the_same_bytes(bot: Path, tmp_path: Path, new: Path):
     # Twelve steps are over in half a second.
     longer = (*FAST, "--set", "train.steps=40", "--set", "train.patience=99")
@@ -316,10 +372,27 @@ def test_what_the_gate_held_is_promoted_only_by_force_and_with_a_reason(held: Pa
     last = json.loads(perdure("log", held, "--json").stdout)[-1]
     assert (last["event"], last["version"], last["forced"], last["reason"]) == (
         "promote", "v002", True, "looked at by hand")  # fmt: skip
+
+
+def test_what_was_not_taught_what_the_champion_was_is_promoted_only_by_force(held: Path):
+    assert perdure("promote", "v2", "-w", held, "--force", "--reason", "looked at by hand").returncode == 0
     done = perdure("promote", "v001", "-w", held)
-    assert done.returncode == 0  # passed once: no force
-    assert f"It was not taught numbers, as the champion before it was: teach it again, or: perdure rollback -w {held}" \
+    assert done.returncode == 1
+    assert "v001 was not taught numbers, which the champion v002 was. To go back to it: perdure rollback --to v001" \
         in done.stdout  # fmt: skip
+    assert perdure("rollback", "-w", held, "--to", "v001").returncode == 0
+    fake = FakeWorkspace.__new__(FakeWorkspace)
+    fake.workspace, fake.method, fake.n, fake.folder = Workspace.open(held), "sdft", 10, held
+    fake.candidate(fake.start("shapes"), {"colours": 9, "shapes": 9}, {"piqa": 60, "boolq": 50}, parent="v001")
+    done = perdure("promote", "v2", "-w", held, "--reason", "why not")
+    assert done.returncode == 1 and "v002 was held" in done.stdout
+    assert perdure("promote", "v2", "-w", held, "--force", "--reason", "without shapes").returncode == 0
+    done = perdure("promote", "v3", "-w", held)
+    assert done.returncode == 1 and "v003 was not taught numbers, which the champion v002 was" in done.stdout
+    assert f"perdure promote v003 -w {held} --force --reason" in done.stdout
+    assert perdure("promote", "v3", "-w", held, "--force", "--reason", "shapes instead").returncode == 0
+    last = json.loads(perdure("log", held, "--json").stdout)[-1]
+    assert (last["event"], last["version"], last["forced"]) == ("promote", "v003", True)
 
 
 def test_what_is_served_can_be_seen_and_changed_whatever_the_settings_say(held: Path):

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fakes import save_tiny_model, two_toy_skills
+from fakes import save_tiny_model, toy_skill, two_toy_skills
 from perdure.cli import app
-from perdure.config import RunConfig
+from perdure.config import GateConfig, RunConfig
 from perdure.curriculum import evaluate_version, learn
 from perdure.erasing import erase, what_holds
 from perdure.forgetting import forget
+from perdure.pruning import prunable, prune
 from perdure.report.html import write_report
 from perdure.report.numbers import summary
 from perdure.reporting import Silent
@@ -121,12 +122,62 @@ def test_a_kill_at_any_file_is_made_good_by_the_same_command(
         left[0] = more
         with pytest.raises(Killed):
             erase(forgotten, "colours")
-        assert any("to be erased; repeat perdure erase colours" in problem for problem in verify(forgotten.folder))
+        assert any("to be removed; repeat perdure erase colours" in problem for problem in verify(forgotten.folder))
     monkeypatch.undo()
     erase(forgotten, "colours")
     erase(forgotten, "colours")
     assert holds(forgotten.folder, skills[0]) == [] and verify(forgotten.folder) == []
     assert [event["event"] for event in forgotten.ledger()].count("erase") == 1
+
+
+# Pruning
+
+
+def test_room_is_made_where_nothing_stands_on_the_weights(learned: Path, skills: list[Path], tmp_path: Path):
+    """v003 was refused: its weights go, all that is known of it stays, and it is not trained a second time."""
+    workspace = Workspace(shutil.copytree(learned, tmp_path / "bot"))
+    third = toy_skill(tmp_path / "third", dict.fromkeys(("rain", "snow"), "wet"))
+    train = workspace.config().train.model_copy(update={"steps": 1, "warm_start_steps": 1, "learning_rate": 1e-9})
+    strict = workspace.config().model_copy(update={"gate": GateConfig(repair=0), "train": train})
+    (refused,) = learn(workspace, [third], strict, Silent())
+    assert (refused.version, refused.decision) == ("v003", "refused") and prunable(workspace).versions == ("v003",)
+    before = {path: path.read_bytes() for path in workspace.folder.rglob("*.json") if path.name != "ledger.head"}
+    says = CliRunner().invoke(app, ["prune", "-w", str(workspace.folder)])
+    assert says.exit_code == 1 and "The weights of v003" in says.output and prunable(workspace).versions == ("v003",)
+    assert CliRunner().invoke(app, ["prune", "-w", str(workspace.folder), "--yes"]).exit_code == 0
+    assert "Nothing to prune" in CliRunner().invoke(app, ["prune", "-w", str(workspace.folder)]).output
+    assert not list(workspace.version_folder("v003").glob("*.safetensors")) and verify(workspace.folder) == []
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert (workspace.ledger()[-1]["event"], workspace.ledger()[-1]["versions"]) == ("prune", ["v003"])
+    with pytest.raises(InputError, match="the weights of v003 were removed by perdure prune"):
+        evaluate_version(workspace, "v003", [], strict, False, Silent())
+    (again,) = learn(workspace, [third], strict, Silent())
+    assert again == refused and workspace.versions()[-1] == "v003"
+    lax = strict.model_copy(update={"gate": GateConfig(enforce=False, repair=0)})
+    (promoted,) = learn(workspace, [third], lax, Silent())  # its weights are gone, so it is trained anew
+    assert (promoted.version, promoted.decision) == ("v004", "promoted") and prunable(workspace).versions == ()
+
+
+def test_a_kill_while_pruning_is_made_good_by_the_same_command(forgotten: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """After forgetting, the line of the champion is v000, v003; the one before it, and what that stands on, stay."""
+    assert prunable(forgotten).versions == ()
+    forgotten.promote("v003", "again")
+    forgotten.promote("v001", "by hand")
+    forgotten.promote("v003", "by hand")  # now v002 is on no way
+    assert prunable(forgotten).versions == ("v002",)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda self, missing_ok=False: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(forgotten)
+    assert any("repeat perdure prune --yes" in problem for problem in verify(forgotten.folder))
+    assert prune(forgotten).versions == ("v002",) and verify(forgotten.folder) == []
+    assert [event["event"] for event in forgotten.ledger()].count("prune") == 1
+
+
+def test_a_name_is_not_used_twice_though_its_folder_was_removed_by_hand(learned: Path, tmp_path: Path):
+    workspace = Workspace(shutil.copytree(learned, tmp_path / "bot"))
+    shutil.rmtree(workspace.version_folder("v002"))
+    assert workspace.next_version() == "v003"
 
 
 def test_the_command_says_what_it_would_do_and_does_it_with_yes(forgotten: Workspace, skills: list[Path]):

@@ -90,6 +90,22 @@ def test_all_weights_are_no_adapter(tmp_path: Path) -> None:
         export_adapter(workspace, "v001", "v001", tmp_path / "other", None)
 
 
+def test_servers_get_no_sampling_settings_that_were_not_measured(adapted: Workspace, tmp_path: Path) -> None:
+    """And may read what safetensors writes for its owner alone."""
+    model = Path(adapted.config().model.source)
+    shipped = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(shipped | {"repetition_penalty": 1.3, "do_sample": True}))
+    try:
+        export_weights(adapted, "champion", tmp_path / "out", "float32")
+    finally:
+        (model / "generation_config.json").write_text(json.dumps(shipped))
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert "repetition_penalty" not in written and "do_sample" not in written
+    assert written.get("eos_token_id") == shipped.get("eos_token_id")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_whole_weights(adapted: Workspace, tmp_path: Path, dtype: str) -> None:
     found = export_weights(adapted, "champion", tmp_path / "out", dtype)

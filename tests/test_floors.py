@@ -33,7 +33,7 @@ FLOORS = {
     "F5 deciding": [
         "gates", "ledger", "run_folders", "skill_folders", "workspace", "verify", "scores", "measure", "compare",
         "stages", "staging", "forecast", "running", "candidate", "repair", "card", "judging", "curriculum",
-        "forgetting", "erasing", "question_writers", "questions",
+        "forgetting", "erasing", "pruning", "question_writers", "questions",
     ],
     "F6 talking": [
         "report", "report.profile", "report.record", "report.numbers", "report.words", "report.charts",

@@ -18,6 +18,7 @@ from perdure.importers.facts import spellings
 from perdure.importers.tldr import plain
 from perdure.session import open_session
 from perdure.skills.base import Skill, load_skill
+from perdure.skills.graders.tool_call import calls_for
 from perdure.types import InputError
 
 
@@ -139,7 +140,7 @@ def test_jsonl_keeps_equal_prompts_on_one_side_and_both_row_forms(tmp_path: Path
     skill = load_skill(tmp_path / "My Skill")
     assert skill.name == "my-skill"
     assert len(skill.train) + len(skill.test) == 41
-    assert len(skill.test) in (10, 9)
+    assert 3 <= len(skill.test) <= 18
     assert skill.settings.max_new_tokens >= 100
 
 
@@ -157,8 +158,53 @@ def test_jsonl_knows_a_repeated_line_whatever_its_id(tmp_path: Path):
     file = jsonl(tmp_path / "log (turn by turn).jsonl", rows)
     run_importer("jsonl", tmp_path / "skill", 0, file, "exact", 0.4)
     skill = load_skill(tmp_path / "skill")
-    assert (len(skill.train), len(skill.test)) == (3, 2)
+    assert len(skill.train) + len(skill.test) == 5
     assert "without 15 lines" in skill.settings.source
+
+
+def test_what_was_held_out_stays_so_when_the_file_grows(tmp_path: Path):
+    """Else rows that were trained on would measure the skill when it is taught again."""
+
+    def prompts(name: str, count: int, seed: int = 0) -> list[set[str]]:
+        rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(count)]
+        run_importer("jsonl", tmp_path / name, seed, jsonl(tmp_path / f"{name}.jsonl", rows[::-1]), "exact", 0.2)
+        skill = load_skill(tmp_path / name)
+        return [{row.question for row in side} for side in (skill.train, skill.test)]
+
+    train, test = prompts("before", 200)
+    more_train, more_test = prompts("after", 500)
+    assert train < more_train and test < more_test and 25 <= len(test) <= 55 and 75 <= len(more_test) <= 125
+    assert prompts("other", 200, seed=1)[1] != test
+    for share in (0.01, 0.9):  # at least one row on each side
+        rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(2)]
+        run_importer("jsonl", tmp_path / f"s{share}", 0, jsonl(tmp_path / "two.jsonl", rows), "exact", share)
+        skill = load_skill(tmp_path / f"s{share}")
+        assert len(skill.train) == len(skill.test) == 1
+
+
+def test_options_of_the_grader_come_with_the_import(tmp_path: Path):
+    rows = [{"prompt": f"q{n}", "completion": f"id {n}"} for n in range(9)]
+    file = jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match="needs a pattern"):
+        run_importer("jsonl", tmp_path / "s", 0, file, "regex", 0.2)
+    run_importer("jsonl", tmp_path / "s", 0, file, "regex", 0.2, grader_option={"pattern": "id [0-9]+"})
+    skill = load_skill(tmp_path / "s")
+    assert skill.settings.grader_options == {"pattern": "id [0-9]+"} and skill.grade("id 7", skill.test[0]) == 1
+    with pytest.raises(InputError, match="--grader-option is for jsonl only"):
+        run_importer("mmlu", tmp_path / "m", 0, None, None, None, grader_option={"pattern": "x"})
+
+
+def test_an_answer_that_is_a_call_is_graded_as_one(tmp_path: Path):
+    """By any other grader it would be wrong whatever the model writes, as each model writes calls in its own form."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    row = {"messages": [{"role": "user", "content": "do"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    file = jsonl(tmp_path / "rows.jsonl", [row, {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
+    for grader in ("exact", "json"):
+        with pytest.raises(InputError, match=r"rows.jsonl:1: the answer is a tool call"):
+            run_importer("jsonl", tmp_path / "s", 0, file, grader, 0.2)
+    run_importer("jsonl", tmp_path / "s", 0, file, "tool_call", 0.2)
+    skill = load_skill(tmp_path / "s")
+    assert sorted(bool(calls_for(row)) for row in (*skill.train, *skill.test)) == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +222,8 @@ def test_jsonl_as_windows_writes_it(tmp_path: Path):
     text = "".join(json.dumps({"prompt": f"q{i}", "completion": "ä"}, ensure_ascii=False) + "\r\n" for i in range(4))
     (tmp_path / "bom.jsonl").write_bytes(text.encode("utf-8-sig"))
     run_importer("jsonl", tmp_path / "s", 0, tmp_path / "bom.jsonl", "exact", 0.2)
-    assert len(load_skill(tmp_path / "s").train) == 3
+    skill = load_skill(tmp_path / "s")
+    assert len(skill.train) + len(skill.test) == 4 and skill.test
     array = "[" + text.replace("\r\n", ",")[:-1] + "]"
     for name, data, message in (("wide", text.encode("utf-16"), "UTF-16"), ("array", array.encode(), "a JSON array")):
         (tmp_path / f"{name}.jsonl").write_bytes(data)

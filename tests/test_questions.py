@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from fakes import ScriptedEngine, renderer, save_tiny_model
@@ -17,7 +19,7 @@ from perdure.cli import app
 from perdure.config import RunConfig
 from perdure.importers.docs import Questions, build, holding, read_questions
 from perdure.importers.passages import Passage, words
-from perdure.question_writers import KEY, Endpoint, Fact, conversation, parse
+from perdure.question_writers import ATTEMPTS, KEY, Endpoint, Fact, _pause, conversation, parse
 from perdure.questions import MAX_ANSWER_WORDS, MIN_WORDS, Student, pretest, write_questions
 from perdure.reporting import Silent
 from perdure.skills.base import load_skill
@@ -253,6 +255,11 @@ def echo(body: dict[str, Any]) -> tuple[int, str]:
     return 200, completion(body["messages"][-1]["content"].split("Text:\n")[1])
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perdure.question_writers.LONGEST_WAIT", 0.0)
+
+
 def ask(url: str, **settings: Any) -> list[str]:
     return Endpoint(url, "big", **settings)([BRNO, GATE, BRNO], lambda tokens, done: None)
 
@@ -303,6 +310,58 @@ def test_an_endpoint_that_does_not_answer() -> None:
         ask(server.url)  # gone
     with pytest.raises(InputError, match="no answer: "):
         ask("http://x..y")
+
+
+def test_a_busy_endpoint_is_asked_again_and_a_refusing_one_is_not() -> None:
+    for status, requests in ((429, 2), (503, 2), (400, 1)):
+        said = iter([(status, "no"), *[echo] * 9])
+
+        def answer(body: dict[str, Any], said: Iterator[Any] = said) -> tuple[int, str]:
+            now = next(said)
+            return now(body) if callable(now) else now
+
+        with serving(answer) as server:
+            if status == 400:
+                with pytest.raises(InputError, match="status 400: no"):
+                    Endpoint(server.url, "big")([BRNO], lambda tokens, done: None)
+            else:
+                assert Endpoint(server.url, "big")([BRNO], lambda tokens, done: None) == [BRNO.text]
+        assert len(server.requests) == requests
+    with serving(lambda body: (503, "no")) as server, pytest.raises(InputError, match="status 503"):
+        Endpoint(server.url, "big")([BRNO], lambda tokens, done: None)
+    assert len(server.requests) == ATTEMPTS
+
+
+def test_an_endpoint_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perdure.question_writers.LONGEST_WAIT", 60.0)
+    for said, seconds in (("7", 7), ("3600", 60), ("", 8), ("Fri, 27 Nov 2026 12:00:00 GMT", 8)):
+        assert _pause(httpx2.Response(429, headers={"retry-after": said}), 3) == seconds
+
+
+def test_replies_that_came_are_not_asked_for_again(tmp_path: Path) -> None:
+    kept = tmp_path / "new" / "replies.jsonl"
+
+    def only_brno(body: dict[str, Any]) -> tuple[int, str]:
+        if BRNO.text in body["messages"][-1]["content"]:
+            return echo(body)
+        time.sleep(0.5)  # until the others are there
+        return 401, "no"
+
+    with serving(only_brno) as server:
+        with pytest.raises(InputError, match="status 401"):
+            ask(server.url, kept=kept)
+        assert kept.read_text().count(BRNO.text[:20]) >= 1
+        with kept.open("a") as file:
+            file.write('{"asked": "cut o')  # as a kill leaves it
+        server.answer = echo
+        before = len(server.requests)
+        assert ask(server.url, kept=kept) == [BRNO.text, GATE.text, BRNO.text]
+        assert [body["messages"][-1]["content"].endswith(GATE.text) for *_, body in server.requests[before:]] == [True]
+        assert ask(server.url, kept=kept) == [BRNO.text, GATE.text, BRNO.text]
+        assert len(server.requests) == before + 1
+        with pytest.raises(InputError):  # another model has said nothing yet
+            server.answer = lambda body: (401, "no")
+            Endpoint(server.url, "small", kept=kept)([BRNO], lambda tokens, done: None)
 
 
 def test_an_error_ends_the_asking() -> None:

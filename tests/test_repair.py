@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from fakes import NUMBERS, save_tiny_model, toy_skill, two_toy_skills
 from perdure import judging, repair
 from perdure.config import RunConfig
-from perdure.curriculum import learn
+from perdure.curriculum import _tell_of_known_rows, learn
 from perdure.forgetting import forget
 from perdure.reporting import Silent
 from perdure.running import open_version
@@ -101,6 +102,38 @@ def test_where_no_attempt_passes_the_candidate_stays_as_it_was_trained(
     assert first == second
 
 
+def test_a_version_says_how_it_was_trained_and_what_its_stage_took(
+    tmp_path: Path, made: Setup, unrepaired: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    """Where the second training of a repair passes, the settings are that one's; its tokens are those of both."""
+    real = repair.measure_candidate
+
+    def only_the_slower(run: Any, *args: Any, **options: Any) -> Any:
+        found = real(run, *args, **options)
+        slower = (run.folder / "repair-smaller-rate").is_dir()
+        return replace(found, verdict=replace(found.verdict, decision="promoted")) if slower else found
+
+    monkeypatch.setattr(repair, "measure_candidate", only_the_slower)
+    workspace = taught(tmp_path / "bot", made)
+    first, found = unrepaired.version("v002"), workspace.version("v002")
+    assert attempts(workspace)[-1] == ("smaller rate", "promoted") and workspace.resolve("champion") == "v002"
+    rate = first["config"]["train"]["learning_rate"]
+    assert found["config"]["train"]["learning_rate"] == rate / 3 and found["asked"]["train"]["learning_rate"] == rate
+    assert found["cost"]["tokens"]["student"] > first["cost"]["tokens"]["student"]
+    # And it is finished under the settings that were asked for.
+    (again,) = learn(workspace, made[1][1:], settings(made[0]), Silent())
+    assert (again.version, again.decision) == ("v002", "promoted")
+
+
+def test_only_what_was_learned_is_repaired(unrepaired: Workspace):
+    table = unrepaired.version("v002")["verdict"]["table"]
+    harmed = Verdict("refused", ("colours: got worse",), tuple(table))
+    assert repair.worth_repairing(harmed)
+    for verdict in ("not learned", "cannot tell"):
+        rows = tuple(row | {"verdict": verdict} if row["kind"] == "new skill" else row for row in table)
+        assert not repair.worth_repairing(replace(harmed, table=rows))
+
+
 def test_an_interrupted_repair_goes_on_and_repeats_no_line(
     tmp_path: Path, made: Setup, repaired: Workspace, monkeypatch: pytest.MonkeyPatch
 ):
@@ -123,6 +156,36 @@ def test_an_interrupted_repair_goes_on_and_repeats_no_line(
     assert attempts(workspace) == attempts(repaired) and calls == 4
     first, second = (w.version("v002")["hashes"]["weights"] for w in (workspace, repaired))
     assert first == second
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_other_settings_for_what_is_known_already_are_named(repaired: Workspace, made: Setup):
+    notes, config = Notes(), settings(made[0], significance=0.1)
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": config.train.steps + 1})})
+    learn(repaired, made[1], config, notes)
+    assert notes.said[-2:] == [f"{name}: promoted already as {version}; nothing to do."
+                               for name, version in (("colours", "v001"), ("numbers", "v002"))]  # fmt: skip
+    learn(repaired, made[1], longer, notes)
+    assert f"It was taught with train.steps = {config.train.steps}: to teach it otherwise" in notes.said[-1]
+
+
+def test_test_rows_that_were_trained_on_are_named(repaired: Workspace, made: Setup, tmp_path: Path):
+    swapped = shutil.copytree(made[1][0], tmp_path / "colours")
+    for name, other in (("train", "test"), ("test", "train")):
+        shutil.copy(made[1][0] / f"{name}.jsonl", swapped / f"{other}.jsonl")
+    notes, skill = Notes(), load_skill(swapped)
+    _tell_of_known_rows(repaired, [skill, load_skill(made[1][1])], notes)
+    (said,) = notes.said
+    assert said.startswith(
+        f"colours: {len(skill.test)} of its {len(skill.test)} test prompts were training rows of v001"
+    )
 
 
 def test_a_repair_is_strict_about_losses_that_chance_could_explain(tmp_path: Path, made: Setup):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perdure.skills.base import independent, kept_test_rows, load_skill
+from perdure.skills.base import independent, kept_rows, load_skill
 from perdure.types import InputError
 
 TOML = 'name = "toy"\ngrader = "exact"\n'
@@ -201,10 +201,10 @@ def test_rows_with_the_same_prompt_are_no_independent_items(tmp_path):
     skill = load_skill(write(tmp_path, test=test))
     assert skill.together == dict.fromkeys(("t2", "t3", "t4"), "t2") and independent(skill.test) == 3
     (tmp_path / "skill.toml").write_text('name = "toy"\ngrader = "python:nowhere:grade"\n')
-    assert kept_test_rows(tmp_path) == skill.test  # whose code need not be there
+    assert kept_rows(tmp_path) == skill.test  # whose code need not be there
     (tmp_path / "test.jsonl").write_text("{")
     with pytest.raises(InputError, match=r"test\.jsonl:1"):
-        kept_test_rows(tmp_path)
+        kept_rows(tmp_path)
 
 
 def test_duplicate_ids(tmp_path):

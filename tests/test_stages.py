@@ -70,6 +70,36 @@ def test_a_rolled_back_version_is_not_promoted_again(workspace: Workspace, skill
     assert "rolled back" in found.reasons[0]
 
 
+def test_a_stage_goes_on_with_settings_that_decide_nothing_of_what_comes_out(workspace: Workspace, skill: Skill):
+    def config(**changes: object) -> RunConfig:
+        whole = CONFIG.model_dump(mode="json")
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            whole[section][name] = value
+        return RunConfig.model_validate(whole)
+
+    stage, resumed = begin(workspace, skill, CONFIG, False, "v000")
+    assert not resumed
+    smaller = config(train__micro_batch_tokens=512, eval__batch_tokens=512, cost__watts=80.0, model__source="elsewhere")
+    assert begin(workspace, skill, smaller, False, "v000") == (stage, True)
+    assert settings_hash(smaller) == settings_hash(CONFIG) != settings_hash(config(train__steps=3))
+    with pytest.raises(InputError, match=r"train.steps = \d+"):
+        begin(workspace, skill, config(train__steps=3), False, "v000")
+
+
+def test_a_setting_that_was_not_there_yet_counts_as_its_default(workspace: Workspace, skill: Skill):
+    """A version of an older package is finished under the same settings, though its file has fewer of them."""
+    name = add(workspace, skill, "refused")
+    settle(workspace, name)
+    file = workspace.folder / "versions" / name / "version.json"
+    written = json.loads(file.read_text())
+    del written["config"]["train"]["overlap"]
+    written["hashes"]["config"] = "of another set of settings"
+    file.write_text(json.dumps(written))
+    found = finished(workspace, skill, CONFIG)
+    assert found is not None and (found.version, found.decision) == (name, "refused")
+
+
 def test_what_is_finished_and_what_is_not(workspace: Workspace, skill: Skill):
     assert finished(workspace, skill, CONFIG) is None
     settle(workspace, add(workspace, skill, "refused"))

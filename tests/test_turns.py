@@ -186,7 +186,7 @@ def test_import_keeps_conversations_whole(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_importer("jsonl", tmp_path / "chats", 0, file, "tool_call", 0.2, "all")
     skill = load_skill(tmp_path / "chats")
-    assert (len(skill.train), len(skill.test), skill.settings.turns) == (24, 6, "all")
+    assert len(skill.train) + len(skill.test) == 30 and len(skill.test) % 3 == 0 and skill.settings.turns == "all"
 
 
 @pytest.mark.parametrize("turns", ["last", "all"])
@@ -201,7 +201,7 @@ def test_import_keeps_a_log_of_growing_conversations_together(tmp_path: Path, tu
     run_importer("jsonl", tmp_path / "log", 0, file, "exact", 0.3, turns)
     skill = load_skill(tmp_path / "log")
     sides = [{str(e.messages[0]["content"]) for e in side} for side in (skill.train, skill.test)]
-    assert [len(side) for side in sides] == [7, 3] and not sides[0] & sides[1]
+    assert sum(map(len, sides)) == 10 and all(sides) and not sides[0] & sides[1]
 
 
 def test_turns_are_an_option_of_jsonl_alone(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from perdure.rollout.base import SamplingParams
 from perdure.seeds import derive_seed
 from perdure.session import Session
-from perdure.skills.base import kept_test_rows
+from perdure.skills.base import kept_rows
 from perdure.types import Example, InputError, Message
 from perdure.workspace import Workspace
 
@@ -19,7 +19,7 @@ def setting_of(workspace: Workspace, skill: str) -> tuple[str | None, tuple[dict
     taught = workspace.taught()
     if skill not in taught:
         raise InputError(f"the champion was not taught {skill!r}; it knows {', '.join(taught) or 'no skill'}")
-    row = kept_test_rows(taught[skill])[0]
+    row = kept_rows(taught[skill])[0]
     first = row.messages[0]
     return (first["content"] if first["role"] == "system" else None), row.tools
 

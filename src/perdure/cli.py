@@ -20,7 +20,7 @@ from perdure.types import InputError
 COMMANDS = (cli_import, cli_learn, cli_versions, cli_changes, cli_bench)
 """Importing them has registered their commands."""
 ORDER = ("demo", "init", "import", "check", "learn", "eval", "status", "report", "log", "show", "diff", "chat",
-         "promote", "rollback", "forget", "erase", "verify", "export", "sync", "bench")  # fmt: skip
+         "promote", "rollback", "prune", "forget", "erase", "verify", "export", "sync", "bench")  # fmt: skip
 """As --help lists them: in the order of their first use."""
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name or getattr(command.callback, "__name__", "")))
 _BY_SIGNAL = 130
@@ -73,7 +73,7 @@ def _of_a_library(error: Exception) -> str:
         return (f"out of memory ({first.rstrip('.')}). What was finished is kept. Repeat the command with smaller "
                 "passes (--set train.micro_batch_tokens=1024 --set eval.batch_tokens=2048), with --set "
                 "train.activation_checkpointing=true, or, for a stage that is begun anew, with adapters (--set "
-                "train.lora_rank=16 --set train.learning_rate=1e-3); perdure check SKILL --hardware 1xL4-24GB says "
+                "train.lora_rank=16 --set train.learning_rate=1e-3); perdure check SKILL --hardware 1xA10-24GB says "
                 "what a stage takes.")  # fmt: skip
     code = re.search(r"\(os error (\d+)\)", first) if type(error).__name__ == "SafetensorError" else None
     if code and int(code[1]) in _PLACE_ERRORS:

@@ -52,11 +52,10 @@ def promote(
         raise InputError("\n".join(problems))
     lost = [skill for skill in place.taught() if skill not in place.taught(name)]
     if lost and not force:
-        words = (
-            f"{name} was not taught {', '.join(lost)}, which the champion {place.resolve('champion')} was. To serve it "
-        )
-        out.print(Text(safe_line(f'{words}all the same: perdure promote {name} -w {workspace} --force --reason "..."')),
-                  soft_wrap=True)  # fmt: skip
+        words = f"{name} was not taught {', '.join(lost)}, which the champion {place.resolve('champion')} was. "
+        words += f"To go back to it: perdure rollback --to {name} -w {workspace}" if name in place.lineage() else (
+            f'To serve it all the same: perdure promote {name} -w {workspace} --force --reason "..."')  # fmt: skip
+        out.print(Text(safe_line(words)), soft_wrap=True)
         raise typer.Exit(REFUSED)
     forced: dict[str, Any] = {"forced": True} if lost or not passed else {}
     place.promote(name, reason or "by hand", by=actor(), **forced)
@@ -105,6 +104,33 @@ def forget(
     verb = "is the champion" if done.decision == "promoted" else f"was {done.decision}; the champion stays"
     out.print(f"{done.version} {verb}")
     raise typer.Exit(0 if done.decision == "promoted" else REFUSED)
+
+
+@app.command()
+def prune(
+    workspace: WorkspaceOption = HERE,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it. Without: say what would be removed.")] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
+) -> None:
+    """Make room on the disk.
+
+    Removes the weights of versions that are not on the way to the champion, the one before it or one that waits for a
+    decision: refused ones, above all. Scores, verdicts and lineage stay."""
+    from perdure.pruning import prunable
+    from perdure.pruning import prune as prune_versions
+
+    place = open_place(workspace)
+    found = prunable(place)
+    what = f"the weights of {', '.join(found.versions) or 'no version'}, {found.size / 1e6:.1f} MB"
+    if not found.versions:
+        out.print("Nothing to prune.")
+        return
+    if not yes:
+        out.print(f"{what[0].upper()}{what[1:]}. They cannot be brought back: --yes removes them.", soft_wrap=True)
+        raise typer.Exit(REFUSED)
+    with place.lock():
+        prune_versions(place, **_on_record(reason))
+    out.print(f"Removed {what}.", soft_wrap=True)
 
 
 @app.command()

@@ -84,7 +84,13 @@ def import_skill(
         _check_asking(asking, questions)
         given = _prepared(asking, target, file, questions, grader, seed)
     run_importer(source, target, seed, file, grader, test_share, turns, given, options)
+    _replies_for(target).unlink(missing_ok=True)
     _say_imported(target, source)
+
+
+def _replies_for(target: Path) -> Path:
+    """Where an endpoint's replies are kept until the skill folder is there."""
+    return target.with_name(f".{target.name}.replies.jsonl")
 
 
 def _pair(option: str) -> tuple[str, object]:
@@ -174,7 +180,7 @@ def _prepared(asking: _Asking, target: Path, file: Path | None, questions: Path 
         raise InputError(f"{save}: a skill folder holds its own files only; save the questions outside of {target}")
     make_grader(grader or "contains", {}, where="--grader")
     passages, name = read_passages(file), asking.ask_model
-    writer = Endpoint(asking.ask, name) if asking.ask and name else None
+    writer = Endpoint(asking.ask, name, kept=_replies_for(target)) if asking.ask and name else None
     own = read_questions(questions) if questions else None
     if own is not None:
         divided(own, passages)
@@ -184,7 +190,7 @@ def _prepared(asking: _Asking, target: Path, file: Path | None, questions: Path 
         found, said = pretest(own, student, reporter())
     else:
         found, said = write_questions(passages, writer or student, student, reporter(), name or label)
-    out.print(safe_line(said), soft_wrap=True)
+    out.print(safe_line(f"{said} {label} was asked what it knows." if writer else said), soft_wrap=True)
     if save:
         write_jsonl(save, [row for _, row in found.rows])
     where = f"{save}: read and mend the questions there" if save else "Read them: --save-questions FILE writes them"

@@ -8,7 +8,7 @@ from typing import Any
 from perdure.gates import Together, unit_of
 from perdure.scores import PROBE, Scores, known_scores
 from perdure.settings import dotted
-from perdure.skills.base import kept_test_rows, together
+from perdure.skills.base import kept_rows, together
 from perdure.stats import paired_difference
 from perdure.workspace import Workspace
 
@@ -58,4 +58,4 @@ def _difference(workspace: Workspace, name: str, first: Scores, second: Scores) 
 def together_in(workspace: Workspace, name: str, content: str | None) -> Together:
     """Which items of a skill's ``content`` are no independent ones; none where that is not kept here any more."""
     folder = workspace.skills.folder_of(name, content) if content else None
-    return together(kept_test_rows(folder)) if folder and folder.is_dir() else {}
+    return together(kept_rows(folder)) if folder and folder.is_dir() else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from perdure.methods import method_label
 from perdure.reporting import Reporter
 from perdure.rows import row_counts
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
-from perdure.skills.base import Skill, independent, load_skill
+from perdure.skills.base import Skill, independent, kept_rows, load_skill, prompt_key
 from perdure.stages import Outcome, asked_for, begin, differing, finished, load_all, settle_all
 from perdure.subject import candidates
 from perdure.types import InputError
@@ -35,6 +35,7 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
     kept = {s.name: load_skill(workspace.skills.keep(s.folder, s.name, s.content_hash)) for s in skills}
     settle_all(workspace)
     _tell_of_waiting(workspace, kept, reporter)
+    _tell_of_known_rows(workspace, kept.values(), reporter)
     outcomes = []
     for number, skill in enumerate(kept.values(), 1):
         if done := finished(workspace, skill, config):
@@ -56,7 +57,9 @@ def learn(workspace: Workspace, folders: Sequence[Path], config: RunConfig, repo
 
 def _not_as_asked(workspace: Workspace, version: str | None, config: RunConfig) -> str:
     """What a finished stage has of other settings than these, and how to teach the skill with these."""
+    deciding = ("train.", "context.", "thinking.", "seed ")
     others = differing(asked_for(workspace.version(version)), config) if version else []
+    others = [setting for setting in others if setting.startswith(deciding)]  # of the gate another verdict may come
     if not others:
         return ""
     return (f" It was taught with {', '.join(others)}: to teach it otherwise, bring more rows for it, or go back to "
@@ -69,6 +72,21 @@ def _tell_of_waiting(workspace: Workspace, skills: Container[str], reporter: Rep
     if waiting and (skill := workspace.version(waiting)["skill"]) not in skills:
         reporter.note(f"{waiting} ({skill}) is held and waits for a decision; this starts from the champion "
                       f"{champion}, without it.")  # fmt: skip
+
+
+def _tell_of_known_rows(workspace: Workspace, skills: Iterable[Skill], reporter: Reporter) -> None:
+    """Test rows that an earlier stage of the champion trained on, when it taught other rows of the same skill."""
+    records = workspace.lineage_records()[1:]
+    for skill in skills:
+        test = {prompt_key(row) for row in skill.test}
+        for record in (record for record in records if record["skill"] == skill.name):
+            folder = workspace.skills.folder_of(skill.name, str(record["hashes"].get("skill")))
+            if record["hashes"].get("skill") == skill.content_hash or not folder.is_dir():
+                continue
+            if known := test & {prompt_key(row) for row in kept_rows(folder, "train.jsonl")}:
+                reporter.note(f"{skill.name}: {len(known)} of its {len(skill.test)} test prompts were training rows of "
+                              f"{record['version']}, which knows them: they measure memory. Leave rows on their side: "
+                              "perdure import with the same --seed does.")  # fmt: skip
 
 
 def learn_one(
@@ -102,6 +120,7 @@ def check_skills(
     champion = workspace.resolve("champion")
     session = open_version(workspace, champion, config)
     taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}
+    _tell_of_known_rows(workspace, skills, reporter)
     results = []
     for skill in skills:
         reporter.stage(f"{skill.name}: {len(skill.train)} training rows, {len(skill.test)} test rows, all valid")

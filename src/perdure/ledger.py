@@ -70,7 +70,8 @@ class Ledger:
 
     def erased(self) -> dict[str, str]:
         """See ``erased_files``."""
-        if b'"erase"' not in self.path.read_bytes():  # asked of every version: no need to read all lines
+        whole = self.path.read_bytes()
+        if b'"erase"' not in whole and b'"prune"' not in whole:  # asked of every version: no need to read all lines
             return {}
         return erased_files(self.events())
 
@@ -134,6 +135,7 @@ def _head_text(count: int, last: bytes) -> str:
 
 
 def erased_files(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """File below the workspace -> the skill with which it was erased, by the ledger's ``erase`` events."""
-    return {str(path): str(event.get("skill")) for event in events if event.get("event") == "erase"
+    """File below the workspace that was removed on record -> the skill with which it was erased; empty where ``prune``
+    removed it to make room."""
+    return {str(path): str(event.get("skill", "")) for event in events if event.get("event") in ("erase", "prune")
             for path in event.get("files") or ()}  # fmt: skip

@@ -6,15 +6,19 @@ loaded model is one (questions.Student), an OpenAI-compatible endpoint another.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import httpx2
 
+from perdure.files import read_jsonl, to_json, write_jsonl
 from perdure.importers.docs import plain
 from perdure.importers.passages import Passage
 from perdure.rollout.base import Progress
@@ -25,6 +29,10 @@ KEY = "OPENAI_API_KEY"
 PATH = "/v1/chat/completions"
 AT_ONCE = 4
 """Requests to an endpoint that are under way together."""
+BUSY = (429, 500, 502, 503, 504)
+"""Statuses of an endpoint that may answer a little later."""
+ATTEMPTS, LONGEST_WAIT = 5, 60.0
+"""So often a request is made while the endpoint is busy, with so many seconds between two attempts at most."""
 SHOWN_OF_A_REPLY = 300
 """Characters of what an endpoint answered in an error message."""
 
@@ -96,33 +104,62 @@ class Endpoint:
     model: str
     timeout: float = 600.0
     """Seconds that one request may take."""
+    kept: Path | None = None
+    """Where replies are kept as they come, so that another attempt asks for the rest alone; they cost money."""
 
     def __post_init__(self) -> None:
         headers_for(self.url, KEY)
 
     def __call__(self, passages: Sequence[Passage], progress: Progress) -> list[str]:
         """See Writer. Raises InputError naming the URL and what came back."""
-        replies: dict[int, str] = {}
+        known = self._known()
+        names = [self._name(passage) for passage in passages]
+        replies = {place: known[name] for place, name in enumerate(names) if name in known}
+        stop = Event()
         with (
             httpx2.Client(headers=headers_for(self.url, KEY), timeout=self.timeout) as client,
             ThreadPoolExecutor(AT_ONCE) as pool,
         ):
-            jobs = {pool.submit(self._ask, client, passage): place for place, passage in enumerate(passages)}
+            jobs = {pool.submit(self._ask, client, passage, stop): place
+                    for place, passage in enumerate(passages) if place not in replies}  # fmt: skip
             try:
                 for job in as_completed(jobs):
                     replies[jobs[job]] = job.result()
+                    self._keep(names[jobs[job]], job.result())
                     progress(0, len(replies))
             except BaseException:  # an error, or Ctrl-C: what has not begun is not asked any more
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [replies[place] for place in range(len(passages))]
 
-    def _ask(self, client: httpx2.Client, passage: Passage) -> str:
+    def _name(self, passage: Passage) -> str:
+        return hashlib.sha256(json.dumps([self.url, self.model, conversation(passage)]).encode()).hexdigest()
+
+    def _known(self) -> dict[str, str]:
+        """Replies of earlier attempts, by what was asked; a last line that was cut off is dropped."""
+        if self.kept is None or not self.kept.is_file():
+            return {}
+        lines = read_jsonl(self.kept, growing=True)
+        write_jsonl(self.kept, lines)
+        return {line["asked"]: line["reply"] for line in lines}
+
+    def _keep(self, asked: str, reply: str) -> None:
+        if self.kept is not None:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            with self.kept.open("a", encoding="utf-8") as file:
+                file.write(to_json({"asked": asked, "reply": reply}) + "\n")
+
+    def _ask(self, client: httpx2.Client, passage: Passage, stop: Event) -> str:
         # Nothing but these two: every further parameter is refused by some server.
         body = {"model": self.model, "messages": conversation(passage)}
         url = self.url.rstrip("/").removesuffix("/v1") + PATH
         try:
             response = client.post(url, json=body)
+            for attempt in range(1, ATTEMPTS):
+                if response.status_code not in BUSY or stop.wait(_pause(response, attempt)):
+                    break
+                response = client.post(url, json=body)
         except httpx2.TimeoutException as error:
             raise InputError(f"{url}: no answer within {self.timeout:g} seconds") from error
         except (httpx2.HTTPError, UnicodeError) as error:  # the latter: a host that no name can have
@@ -137,6 +174,12 @@ class Endpoint:
         if not isinstance(content, str):
             raise InputError(f"{url}: the message holds no text: {came}")
         return content
+
+
+def _pause(response: httpx2.Response, attempt: int) -> float:
+    """Seconds until the next attempt: what the endpoint says, else twice as long each time."""
+    said = response.headers.get("retry-after", "")
+    return min(LONGEST_WAIT, float(said) if said.isdecimal() else 2.0**attempt)
 
 
 # What came back

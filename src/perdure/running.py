@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perdure.adapters import ADAPTER
 from perdure.advisor import ABLE, Recommendation, followed, is_known, provisional, recommend, rehearses
 from perdure.anchors import make_anchors
@@ -109,8 +111,12 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
     chosen = _with(asked, followed(asked.train, recommended))
     if not config.preflight.forecast:
         return found.to_json() | advice | {"cost": {"seconds": {}, "tokens": {}, "priced": {}}}
-    with reporter.phase("preflight: what it will cost", 0, "steps"):
-        cost = forecast(workspace, parent, session, skill, scope, chosen, found)
+    try:
+        with reporter.phase("preflight: what it will cost", 0, "steps"):
+            cost = forecast(workspace, parent, session, skill, scope, chosen, found)
+    except torch.OutOfMemoryError:  # what was found so far took minutes
+        reporter.note(describe_preflight(found.to_json() | {"cost": {"seconds": {}}}))
+        raise
     return found.to_json() | advice | {"cost": cost}
 
 

@@ -165,12 +165,14 @@ def turned_away(info: dict[str, Any], verdict: dict[str, Any]) -> Outcome:
     return Outcome(info["skill"], info["stage"], info["version"], decision, reasons)
 
 
-def taught_this(workspace: Workspace, skill: Skill) -> Iterator[dict[str, Any]]:
-    """The version.json of each version that was taught this very content and has its weights, the newest first."""
-    erased = workspace.erased_versions()
+def taught_this(workspace: Workspace, skill: Skill, pruned: bool = False) -> Iterator[dict[str, Any]]:
+    """The version.json of each version that was taught this very content, the newest first: of those that have their
+    weights, or with ``pruned`` also of those whose weights were removed to make room."""
+    gone = workspace.erased_versions()
     for name in reversed(workspace.versions()[1:]):
         info = workspace.version(name)
-        if name not in erased and info["hashes"]["skill"] == skill.content_hash and info["skill"] == skill.name:
+        there = name not in gone or (pruned and not gone[name])
+        if there and info["hashes"]["skill"] == skill.content_hash and info["skill"] == skill.name:
             yield info
 
 
@@ -178,7 +180,7 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
     """The stage that taught this very content: on the champion's lineage, or turned away under the same settings."""
     champion = workspace.resolve("champion")
     lineage, latest = workspace.lineage(), workspace.taught().get(skill.name)
-    for info in taught_this(workspace, skill):
+    for info in taught_this(workspace, skill, pruned=True):
         if info["version"] in lineage and latest == workspace.skills.folder_of(skill.name, skill.content_hash):
             return Outcome(skill.name, info["stage"], info["version"], "promoted", tuple(info["verdict"]["reasons"]))
         same = info["parent"] == champion and not info.get("branch")

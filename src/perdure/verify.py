@@ -46,7 +46,9 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     missing = [name for name in taught if name not in there]
     left = [path for path in erased if path.startswith(("versions/", "runs/")) and (folder / path).exists()]
     problems += [f"{folder / 'skills' / name}: missing; a version was taught it" for name in missing]
-    problems += [f"{folder / path}: to be erased; repeat perdure erase {erased[path]} --yes" for path in left]
+    for path in left:
+        command = f"erase {erased[path]}" if erased[path] else "prune"
+        problems.append(f"{folder / path}: to be removed; repeat perdure {command} --yes")
     return problems
 
 

@@ -267,18 +267,19 @@ class Workspace:
         return Ledger(self.folder).events()
 
     def erased(self) -> dict[str, str]:
-        """File below the workspace -> the skill with which it was erased."""
+        """See ``ledger.erased_files``."""
         return Ledger(self.folder).erased()
 
     def erased_versions(self) -> dict[str, str]:
-        """Version -> the skill with which its weights were erased."""
+        """Version without its weights -> the skill with which they were erased; empty where they were pruned."""
         return {path.split("/")[1]: skill for path, skill in self.erased().items() if path.endswith(".safetensors")
                 and path.startswith("versions/")}  # fmt: skip
 
     def check_not_erased(self, version: str) -> None:
-        """Raises InputError for a version whose weights were erased with a skill."""
-        if skill := self.erased_versions().get(version):
-            raise InputError(f"{self.folder}: the weights of {version} were erased with the skill {skill!r}")
+        """Raises InputError for a version whose weights were removed, with a skill or to make room."""
+        if (skill := self.erased_versions().get(version)) is not None:
+            how = f"erased with the skill {skill!r}" if skill else "removed by perdure prune"
+            raise InputError(f"{self.folder}: the weights of {version} were {how}")
 
     def verify_ledger(self) -> int:
         """See Ledger.verify."""

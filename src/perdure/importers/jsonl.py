@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,27 +48,34 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
         learned.setdefault(re.sub(r" \(turn \d+\)$", "", example.origin), []).append(example)
     lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
     groups: dict[int, dict[str, Row]] = {}  # group -> whole line -> row
-    for group, row in zip(_groups([*learned.values()]), lines, strict=True):
+    of_line = _groups([*learned.values()])
+    for group, row in zip(of_line, lines, strict=True):
         whole = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
         groups.setdefault(group, {}).setdefault(whole, row)
     if twice := len(lines) - sum(map(len, groups.values())):  # they would count as independent items
         settings["source"] = f"{file.name} without {twice} lines that were there already"
     if len(groups) < 2:
         raise InputError(f"{file}: {counted(groups, 'distinct prompt')}; at least 2 are needed to hold some out")
-    firsts = [line[0] for line in learned.values()]
-    drawn = {group: _drawn(seed, firsts[group]) for group in groups}
-    order = sorted(groups, key=lambda group: drawn[group])
-    held_out = min(len(order) - 1, max(1, sum(place < test_share for place in drawn.values())))
-    test, train = ([row for group in part for row in groups[group].values()]
-                   for part in (order[:held_out], order[held_out:]))  # fmt: skip
+    prompts: dict[int, list[str]] = {}
+    for group, line in zip(of_line, learned.values(), strict=True):
+        prompts.setdefault(group, []).append(prompt_key(line[0]))
+    train, test = ([row for group in side for row in groups[group].values()]
+                   for side in _sides(prompts, seed, test_share))  # fmt: skip
     answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in examples)
     settings["max_new_tokens"] = max(16, max(map(tokens_at_most, answers)))
     return write_skill(target, settings, train, test)
 
 
-def _drawn(seed: int, first: Example) -> float:
-    """A number from 0 to 1 for a group of lines, by the first prompt of its first line: the same in another file."""
-    return int(hashlib.sha256(f"{seed}/{prompt_key(first)}".encode()).hexdigest()[:12], 16) / 16**12
+def _sides(prompts: Mapping[int, Sequence[str]], seed: int, test_share: float) -> tuple[list[int], list[int]]:
+    """Groups to train on and groups to hold out, at least one of each, in an order of no meaning. What decides is the
+    shortest of a group's prompts alone, so that a group stays where it is when the file has grown."""
+    drawn: dict[int, float] = {}
+    for group, those in prompts.items():
+        shortest = min(those, key=lambda prompt: (len(prompt), prompt))
+        drawn[group] = int(hashlib.sha256(f"{seed}/{shortest}".encode()).hexdigest()[:12], 16) / 16**12
+    order = sorted(drawn, key=lambda group: drawn[group])
+    held_out = min(len(order) - 1, max(1, sum(place < test_share for place in drawn.values())))
+    return order[held_out:], order[:held_out]
 
 
 def _groups(lines: Sequence[Sequence[Example]]) -> list[int]:

@@ -66,12 +66,12 @@ def together(rows: Sequence[Example]) -> dict[str, str]:
     return {row: names[0] for names in groups.values() if len(names) > 1 for row in names}
 
 
-def kept_test_rows(folder: Path) -> tuple[Example, ...]:
-    """The test rows of a skill that a workspace keeps, without the code that grades or plays them. Raises InputError
-    where they cannot be read."""
+def kept_rows(folder: Path, name: str = "test.jsonl") -> tuple[Example, ...]:
+    """The rows of a skill that a workspace keeps, without the code that grades or plays them. Raises InputError where
+    they cannot be read."""
     files, problems = skill_files(folder), list[str]()
     settings = parse(SkillSettings, parse_toml(files["skill.toml"], folder / "skill.toml"), where=str(folder))
-    rows = read_rows(folder / "test.jsonl", settings, problems, files["test.jsonl"])
+    rows = read_rows(folder / name, settings, problems, files[name])
     if problems:
         raise InputError("\n".join(problems))
     return rows
