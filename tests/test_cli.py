@@ -41,6 +41,7 @@ SURFACE = {
         "--grader-option",
         "--test-share",
         "--turns",
+        "--skip-bad",
         "--seed",
     },
     "check": {"--hardware", "skills", "--workspace", "-w", "--method", "--set", "--json"},

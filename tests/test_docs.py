@@ -158,6 +158,26 @@ def imported(documents: Path, rows: list[dict[str, Any]]) -> Skill:
     return load_skill(target)
 
 
+def test_what_cannot_be_used_is_left_out_only_if_asked(documents: Path) -> None:
+    """A document and a question each; what is left is the import without them."""
+    wanted = imported(documents, QUESTIONS)
+    (documents / "latin.txt").write_bytes("première".encode("latin-1"))
+    (documents / "closed.pdf").write_bytes(b"%PDF-1.4 nothing")
+    bad = [{"question": "Who is nobody?", "answer": "Nobody Anywhere"}, {"question": "no answer"}]
+    file = write_lines(documents.parent / "more.jsonl", [*QUESTIONS, *bad])
+    with pytest.raises(InputError):
+        run_importer("docs", documents.parent / "other", 0, documents, None, None, None, file)
+    assert not (documents.parent / "other").exists()
+    skipped: list[str] = []
+    run_importer("docs", documents.parent / "other", 0, documents, None, None, None, file, skipped=skipped)
+    found = load_skill(documents.parent / "other")
+    assert [(e.id, e.messages, e.document) for e in (*found.train, *found.test)] == [
+        (e.id, e.messages, e.document) for e in (*wanted.train, *wanted.test)
+    ]
+    said = "\n".join(skipped)
+    assert len(skipped) == 4 and all(word in said for word in ("latin.txt:1", "closed.pdf", "Nobody", "more.jsonl:7"))
+
+
 def test_facts_are_taught_and_other_phrasings_are_tested(documents: Path) -> None:
     skill = imported(documents, QUESTIONS)
     assert [e.id for e in skill.train] == ["direct-1", "direct-3"]

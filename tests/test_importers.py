@@ -182,6 +182,26 @@ def test_what_was_held_out_stays_so_when_the_file_grows(tmp_path: Path):
         assert len(skill.train) == len(skill.test) == 1
 
 
+def test_what_cannot_be_used_is_left_out_only_if_asked(tmp_path: Path):
+    rows: list[dict] = [{"prompt": f"q{n}", "completion": f"{n}"} for n in range(8)]
+    rows[2:2] = [{"prompt": "no answer"}, {"prompt": "x", "completion": "no number"}]
+    rows.append({"messages": [{"role": "user", "content": "u"}, {"role": "tool", "content": "ends in a tool turn"}]})
+    file = jsonl(tmp_path / "rows.jsonl", rows)
+    file.write_text(file.read_text() + "{broken\n")
+    with pytest.raises(InputError, match=r"(?s)rows.jsonl:3: .*rows.jsonl:11: .*rows.jsonl:12: .*rows.jsonl:4: "):
+        run_importer("jsonl", tmp_path / "s", 0, file, "number", 0.2)
+    skipped: list[str] = []
+    run_importer("jsonl", tmp_path / "s", 0, file, "number", 0.2, skipped=skipped)
+    assert [problem.split(": ")[0] for problem in skipped] == [f"{file}:{line}" for line in (3, 11, 12, 4)]
+    skill = load_skill(tmp_path / "s")
+    assert sorted(row.question for row in (*skill.train, *skill.test)) == [f"q{n}" for n in range(8)]
+    assert skill.settings.source == "rows.jsonl without 4 that could not be used"
+    with pytest.raises(InputError, match="a JSON array"):  # nothing is left
+        run_importer("jsonl", tmp_path / "t", 0, jsonl(tmp_path / "list.jsonl", [[1]]), "exact", 0.2, skipped=[])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="--skip-bad is for jsonl and docs only"):
+        run_importer("mmlu", tmp_path / "m", 0, None, None, None, skipped=[])
+
+
 def test_options_of_the_grader_come_with_the_import(tmp_path: Path):
     rows = [{"prompt": f"q{n}", "completion": f"id {n}"} for n in range(9)]
     file = jsonl(tmp_path / "rows.jsonl", rows)

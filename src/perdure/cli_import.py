@@ -66,25 +66,33 @@ def import_skill(
         Literal["last", "all"] | None,
         typer.Option(help="jsonl only: learn a conversation's last answer (the default), or each of them."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="jsonl and docs: leave out what cannot be used, and say what it is.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the split and of drawn rows.")] = 0,
 ) -> None:
     """Make a skill folder of a file or a known source.
 
     Of a JSONL file or documents of your own, or of one of the data packages."""
     from perdure.importers import check_options, run_importer
+    from perdure.skills.reading import counted, in_short
 
     options = {key: value for option in grader_option for key, value in [_pair(option)]} if grader_option else None
     check_options(source, turns=turns, test_share=test_share, questions=questions, file=file, grader=grader,
-                  grader_option=options)  # fmt: skip
+                  grader_option=options, skip_bad=skip_bad or None)  # fmt: skip
+    skipped: list[str] | None = [] if skip_bad else None
     given: Path | Questions | None = questions
     asking = _Asking(ask, ask_model, pretest, save, model, workspace)
     if used := [name for name, value in vars(asking).items() if value]:
         if source != "docs":
             raise InputError(f"perdure import {source}: --{used[0].replace('_', '-')} is for docs only")
         _check_asking(asking, questions)
-        given = _prepared(asking, target, file, questions, grader, seed)
-    run_importer(source, target, seed, file, grader, test_share, turns, given, options)
+        given = _prepared(asking, target, file, questions, grader, seed, skipped)
+    run_importer(source, target, seed, file, grader, test_share, turns, given, options, skipped)
     _replies_for(target).unlink(missing_ok=True)
+    if skipped:
+        problems = list(dict.fromkeys(skipped))  # documents are read once to be asked about, and once to be written
+        reporter().note(f"Left out ({counted(problems, 'problem')}):\n{in_short(problems)}")
     _say_imported(target, source)
 
 
@@ -159,7 +167,7 @@ def _check_asking(asking: _Asking, questions: Path | None) -> None:
 
 
 def _prepared(asking: _Asking, target: Path, file: Path | None, questions: Path | None, grader: str | None,
-              seed: int) -> Questions:  # fmt: skip
+              seed: int, skipped: list[str] | None) -> Questions:  # fmt: skip
     """The questions that a model writes, or those of the file without what it knows. Raises InputError for whatever
     can be found out before any model is asked."""
     from perdure.files import check_free, write_jsonl
@@ -179,11 +187,11 @@ def _prepared(asking: _Asking, target: Path, file: Path | None, questions: Path 
     if save and save.resolve().is_relative_to(target.resolve()):
         raise InputError(f"{save}: a skill folder holds its own files only; save the questions outside of {target}")
     make_grader(grader or "contains", {}, where="--grader")
-    passages, name = read_passages(file), asking.ask_model
+    passages, name = read_passages(file, skipped), asking.ask_model
     writer = Endpoint(asking.ask, name, kept=_replies_for(target)) if asking.ask and name else None
-    own = read_questions(questions) if questions else None
+    own = read_questions(questions, skipped) if questions else None
     if own is not None:
-        divided(own, passages)
+        divided(own, passages, skipped)
     session, label = _asked_model(asking.model, asking.workspace)
     student = Student(session.engine, session.renderer, seed)
     if own is not None:

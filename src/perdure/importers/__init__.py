@@ -40,7 +40,7 @@ IMPORTERS: dict[str, Callable[[Path, int], Path]] = {
 
 
 _OF_OWN_DATA = {"turns": ("jsonl",), "test_share": ("jsonl",), "questions": ("docs",), "file": ("jsonl", "docs"),
-                "grader": ("jsonl", "docs"), "grader_option": ("jsonl",)}  # fmt: skip
+                "grader": ("jsonl", "docs"), "grader_option": ("jsonl",), "skip_bad": ("jsonl", "docs")}  # fmt: skip
 """Option -> the sources that use it; the known ones have their files, graders and splits."""
 
 
@@ -56,23 +56,24 @@ def check_options(source: str, **given: object) -> None:
 
 def run_importer(source: str, target: Path, seed: int, file: Path | None, grader: str | None, test_share: float | None,
                  turns: jsonl.Turns | None = None, questions: Path | docs.Questions | None = None,
-                 grader_option: dict[str, Any] | None = None) -> Path:  # fmt: skip
+                 grader_option: dict[str, Any] | None = None, skipped: list[str] | None = None) -> Path:  # fmt: skip
     """Make a skill folder from a known source, from a JSONL ``file``, or from documents (``file``) and ``questions``.
+    Where ``skipped`` is a list, what cannot be used of them is left out, and said there.
 
     Raises InputError as ``check_options`` does, and where the file is missing."""
     check_options(source, turns=turns, test_share=test_share, questions=questions, file=file, grader=grader,
-                  grader_option=grader_option)  # fmt: skip
+                  grader_option=grader_option, skip_bad=skipped)  # fmt: skip
     if source == "jsonl":
         if file is None:
             raise InputError("perdure import jsonl: name the demonstrations with --file rows.jsonl")
         return jsonl.build(
             target, seed, file, grader or "exact", 0.2 if test_share is None else test_share, turns or "last",
-            grader_option,
+            grader_option, skipped,
         )  # fmt: skip
     if source == "docs":
         if file is None or questions is None:
             raise InputError(
                 "perdure import docs: name document or folder with --file, and --questions FILE (or --ask model)"
             )
-        return docs.build(target, file, questions, grader or "contains")
+        return docs.build(target, file, questions, grader or "contains", skipped)
     return IMPORTERS[source](target, seed)

@@ -23,6 +23,14 @@ def skill_name(target: Path) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", target.name.lower()).strip("-")
 
 
+def refuse_or_skip(problems: Sequence[str], skipped: list[str] | None, message: str = "") -> None:
+    """Raises InputError where there are problems, or adds them to ``skipped``: None where nothing may be left out."""
+    if skipped is not None:
+        skipped += problems
+    elif problems:
+        raise InputError(message or "\n".join(problems))
+
+
 def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], test: Sequence[Row]) -> Path:
     """Write ``target`` as a skill folder, validated before it becomes visible.
 

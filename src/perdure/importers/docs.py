@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from perdure.importers.base import Row, skill_name, tokens_at_most, write_skill
+from perdure.importers.base import Row, refuse_or_skip, skill_name, tokens_at_most, write_skill
 from perdure.importers.passages import Passage, read_passages
 from perdure.skills.graders import contains
 from perdure.types import Example, InputError
@@ -35,16 +35,18 @@ class Questions:
     """(line or number, question): error messages and the rows' ids name the number."""
 
 
-def build(target: Path, documents: Path, questions: Path | Questions, grader: str = "contains") -> Path:
+def build(target: Path, documents: Path, questions: Path | Questions, grader: str = "contains",
+          skipped: list[str] | None = None) -> Path:  # fmt: skip
     """Write the skill folder from documents and a JSONL file of questions, or questions read or made before.
 
     A line is ``{"question", "answer"}`` with, where wanted, ``fact`` (lines of the same fact are phrasings of one
     question; the last is held out as a test), ``kind`` (direct, indirect or control; the last two are tests only),
     ``source`` (the document that holds the answer), ``contains`` (texts that a right answer must contain; default:
     the answer) and ``old`` (texts that were right once: how often they are still said is counted apart). Raises one
-    InputError that lists every bad document or line."""
-    asked = questions if isinstance(questions, Questions) else read_questions(questions)
-    train, test = divided(asked, read_passages(documents))
+    InputError that lists every bad document or line; where ``skipped`` is a list they are left out, and it gets what is
+    wrong with them."""
+    asked = questions if isinstance(questions, Questions) else read_questions(questions, skipped)
+    train, test = divided(asked, read_passages(documents, skipped), skipped)
     settings = {
         "name": skill_name(target),
         "description": f"Facts of {documents.name}.",
@@ -60,8 +62,8 @@ def room(answers: Sequence[str]) -> int:
     return max(MAX_NEW_TOKENS, max(map(tokens_at_most, answers)))  # a model may say more than the bare answer
 
 
-def read_questions(path: Path) -> Questions:
-    """The questions of a file. Raises InputError listing the bad lines."""
+def read_questions(path: Path, skipped: list[str] | None = None) -> Questions:
+    """The questions of a file. Raises InputError listing the bad lines, or leaves them out (``build``)."""
     if not path.is_file():
         raise InputError(f'{path}: no such file; it should hold one {{"question", "answer"}} a line')
     found, problems = [], []
@@ -76,8 +78,7 @@ def read_questions(path: Path) -> Questions:
             found.append((number, row))
         except (ValueError, RecursionError) as error:  # of JSON, of the encoding, or ours
             problems.append(f"{path}:{number}: {error}")
-    if problems:
-        raise InputError("\n".join(problems))
+    refuse_or_skip(problems, skipped if found else None)
     return Questions(str(path), tuple(found))
 
 
@@ -99,9 +100,10 @@ def _check(row: Any) -> None:
     contains.grade("", Example("", (), {"role": "assistant", "content": row["answer"]}, metadata=wanted(row)))
 
 
-def divided(questions: Questions, passages: Sequence[Passage]) -> tuple[list[Row], list[Row]]:
-    """Rows to teach and rows to test. Raises InputError listing the questions without a passage, and for a side that
-    is empty."""
+def divided(questions: Questions, passages: Sequence[Passage],
+            skipped: list[str] | None = None) -> tuple[list[Row], list[Row]]:  # fmt: skip
+    """Rows to teach and rows to test. Raises InputError for a side that is empty, and listing the questions without a
+    passage, or leaves these out (``build``)."""
     problems: list[str] = []
     last: dict[str, int] = {}  # fact -> line of its last phrasing, where it has several
     count: dict[str, int] = {}
@@ -133,8 +135,7 @@ def divided(questions: Questions, passages: Sequence[Passage]) -> tuple[list[Row
         )
     if not test:
         problems.append(f"{questions.place}: nothing to test with; give facts a second phrasing, or indirect questions")
-    if problems:
-        raise InputError("\n".join(problems))
+    refuse_or_skip(problems, skipped if train and test else None)
     return train, test
 
 

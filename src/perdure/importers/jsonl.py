@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from perdure.importers.base import Row, skill_name, tokens_at_most, write_skill
+from perdure.importers.base import Row, refuse_or_skip, skill_name, tokens_at_most, write_skill
 from perdure.settings import parse
 from perdure.skills.base import not_gradable, prompt_key
 from perdure.skills.graders import make_grader
@@ -21,13 +21,14 @@ Turns = Literal["last", "all"]
 
 
 def build(target: Path, seed: int, file: Path, grader: str, test_share: float, turns: Turns = "last",
-          options: dict[str, Any] | None = None) -> Path:  # fmt: skip
+          options: dict[str, Any] | None = None, skipped: list[str] | None = None) -> Path:  # fmt: skip
     """Write the skill folder. Rows with the same (first) prompt stay on one side, and so do rows of which one is the
     beginning of another, as in logs that hold a conversation once for each of its answers. Which side that is depends
     on seed and prompt alone: when the file has grown, what was held out of it is so again. Lines that repeat another
     one, whatever their ids, are left out, and ``source`` says how many. ``options``: of the grader.
 
-    Raises InputError listing every bad line."""
+    Raises InputError listing every bad line; where ``skipped`` is a list they are left out, and it gets what is wrong
+    with them."""
     name, options = skill_name(target), options or {}
     settings: dict[str, Any] = {"name": name, "source": str(file.name), "grader": grader, "turns": turns}
     settings |= {"grader_options": options} if options else {}
@@ -41,19 +42,24 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     grade = make_grader(grader, options, where="--grader")
     examples = read_rows(file, of_rows, problems, data)
     problems += not_gradable(grader, grade, examples)
-    if problems:
-        raise InputError(f"{file}: {counted(problems, 'problem')}:\n" + in_short(problems))
+    bad = set(map(_line_of, problems))
+    if not (good := [example for example in examples if _line_of(example.origin) not in bad]):
+        skipped = None
+    refuse_or_skip(problems, skipped, f"{file}: {counted(problems, 'problem')}:\n" + in_short(problems))
     learned: dict[str, list[Example]] = {}  # of each line
-    for example in examples:
-        learned.setdefault(re.sub(r" \(turn \d+\)$", "", example.origin), []).append(example)
-    lines: list[Row] = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+    for example in good:
+        learned.setdefault(_line_of(example.origin), []).append(example)
+    numbered = ((f"{file}:{number}", line) for number, line in enumerate(data.split(b"\n"), 1))
+    lines: list[Row] = [json.loads(line) for origin, line in numbered if origin in learned]
     groups: dict[int, dict[str, Row]] = {}  # group -> whole line -> row
     of_line = _groups([*learned.values()])
     for group, row in zip(of_line, lines, strict=True):
         whole = json.dumps({key: value for key, value in row.items() if key != "id"}, sort_keys=True)
         groups.setdefault(group, {}).setdefault(whole, row)
-    if twice := len(lines) - sum(map(len, groups.values())):  # they would count as independent items
-        settings["source"] = f"{file.name} without {twice} lines that were there already"
+    twice = len(lines) - sum(map(len, groups.values()))  # they would count as independent items
+    without = [f"{twice} lines that were there already"] if twice else []
+    without += [f"{len(bad)} that could not be used"] if bad else []
+    settings["source"] = " ".join([file.name, *(["without", " and ".join(without)] if without else [])])
     if len(groups) < 2:
         raise InputError(f"{file}: {counted(groups, 'distinct prompt')}; at least 2 are needed to hold some out")
     prompts: dict[int, list[str]] = {}
@@ -61,9 +67,15 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
         prompts.setdefault(group, []).append(prompt_key(line[0]))
     train, test = ([row for group in side for row in groups[group].values()]
                    for side in _sides(prompts, seed, test_share))  # fmt: skip
-    answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in examples)
+    answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in good)
     settings["max_new_tokens"] = max(16, max(map(tokens_at_most, answers)))
     return write_skill(target, settings, train, test)
+
+
+def _line_of(said: str) -> str:
+    """``file:line`` of a row's origin, or of a problem with one."""
+    found = re.match(r".*?:\d+(?=$|:| \(turn)", said)
+    return found[0] if found else said
 
 
 def _sides(prompts: Mapping[int, Sequence[str]], seed: int, test_share: float) -> tuple[list[int], list[int]]:

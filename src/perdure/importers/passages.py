@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from perdure.importers.base import refuse_or_skip
 from perdure.skills.base import check_inside
 from perdure.skills.graders.text import SPACELESS
 from perdure.types import InputError
@@ -49,11 +50,12 @@ def words(text: str) -> list[str]:
 _WORD = re.compile(rf"(?:[{SPACELESS}]{{1,2}}|[^\s{SPACELESS}]+)\s*")
 
 
-def read_passages(path: Path) -> list[Passage]:
+def read_passages(path: Path, skipped: list[str] | None = None) -> list[Passage]:
     """The passages of a document, or of all documents below a folder, in the order of their names.
 
     Raises one InputError that lists every document that cannot be read or lies elsewhere (a link); nothing is left out
-    silently, but what is hidden (``.git``, ``.DS_Store``)."""
+    silently, but what is hidden (``.git``, ``.DS_Store``). Where ``skipped`` is a list it gets those problems, and the
+    other documents are read."""
     files = sorted(file for file in path.rglob("*") if _counts(file, path)) if path.is_dir() else [path]
     found: list[Passage] = []
     problems: list[str] = []
@@ -67,8 +69,7 @@ def read_passages(path: Path) -> list[Passage]:
             problems.append(str(error))
     if not files:
         problems.append(f"{path}: holds no document ({', '.join(KINDS)})")
-    if problems:
-        raise InputError("\n".join(problems))
+    refuse_or_skip(problems, skipped if found else None)
     return found
 
 
