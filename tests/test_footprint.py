@@ -169,6 +169,8 @@ def test_what_is_divided_and_what_is_not() -> None:
     for part in ("working copy", "teacher"):
         assert four[part] == alone[part]
     assert four["weights as mixed precision casts them"] == 2 * (2 * 20 * 8 + 800)
+    away = memory(SHAPE, WORK, TrainConfig(fsdp=True, fsdp_offload=True), devices=4)
+    assert four.keys() - away.keys() == {"masters", "gradients", "optimizer"} and away.items() < four.items()
     apart = memory(SHAPE, WORK, TrainConfig(), devices=4)
     assert apart["masters"] == alone["masters"] and apart["activations"] == alone["activations"] / 4
     ema = memory(SHAPE, WORK, TrainConfig(fsdp=True, teacher="ema", anchor_share=0), devices=4)

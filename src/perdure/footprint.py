@@ -188,6 +188,8 @@ def memory(shape: Shape, work: Work, train: TrainConfig, width: int = 2, devices
         "loss": 2 * width * CHUNK_ELEMENTS + whole,
         "keys and values": 2 * width * shape.keys * shape.layers * min(rows * length, max(length, work.batch_tokens)),
     }
+    if train.fsdp_offload and devices > 1:  # in the CPUs' memory
+        parts |= dict.fromkeys(("masters", "gradients", "optimizer"), 0)
     if vllm is not None:
         del parts["keys and values"]
         parts["vLLM"] = vllm

@@ -67,8 +67,10 @@ def open_session(config: RunConfig, folder: Path | None = None, base_sha256: str
 
 def _open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | None) -> Session:
     device = device_of(config.model)
-    # Masters of adapters take no part in training: they leave a GPU's memory to the working copy.
-    there = torch.device("cpu") if config.train.lora_rank else device
+    # Masters of adapters take no part in training, and those that are to be divided need not fit whole: they leave a
+    # GPU's memory to the working copy.
+    divided = config.train.fsdp and GROUP.count > 1
+    there = torch.device("cpu") if config.train.lora_rank or divided else device
     loaded = load_version(config.model, folder, there, base_sha256)
     dtype = from_lead(compute_dtype(config.model))  # another machine's probe could say something else
     working = working_copy(loaded.model, dtype, device)

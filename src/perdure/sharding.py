@@ -22,21 +22,22 @@ _RUN = "perdure_run"
 
 
 @contextmanager
-def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False) -> Iterator[Any]:
+def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False,
+            device: torch.device | None = None) -> Iterator[Any]:  # fmt: skip
     """Within the context a twin of ``model`` whose parameters are divided; ``model`` itself holds nothing meanwhile and
     has the twin's weights afterwards, unless an error ended the context. The model as it is, where nothing is to be
     divided.
 
-    Products run in ``dtype``; gradients are summed over the processes in float32. ``offload`` keeps what is divided in
-    the CPU's memory."""
+    Products run in ``dtype`` on ``device``, the model's own or another one: one in the CPU's memory goes there layer by
+    layer, and never has to fit whole. Gradients are summed over the processes in float32. ``offload`` keeps what is
+    divided in the CPU's memory."""
     if not (wanted and GROUP.shares):
         yield model
         return
-    if offload and model.device.type == "cpu":
+    home, device = model.device, device or model.device
+    if offload and device.type == "cpu":
         raise InputError("train.fsdp_offload moves weights from a GPU to the CPU's memory, and here is no GPU")
-    device = model.device
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
     policy = {
         "mesh": init_device_mesh(device.type, (GROUP.count,)),
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
@@ -56,7 +57,7 @@ def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False)
     # Not after an error: the processes that had none would not take part, and both would wait.
     divided = dict(twin.named_parameters())
     for name, mine in pairs:
-        mine.data = whole(divided[name].detach()).to(device)
+        mine.data = whole(divided[name].detach()).to(home)
 
 
 def _call(self: Any, function: Callable[[], T]) -> T:

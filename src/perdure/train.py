@@ -54,7 +54,7 @@ def train(stage: Stage, config: TrainConfig, report: Report | None = None) -> Lo
     with (
         adapted(masters, stage.working, config, derive_seed(stage.seed, "adapter"), folder=stage.folder) as model,
         recomputed(model, config.activation_checkpointing),
-        sharded(model, config.fsdp, stage.dtype, config.fsdp_offload) as student,
+        sharded(model, config.fsdp, stage.dtype, config.fsdp_offload, stage.working.device) as student,
     ):
         if stage.teacher:
             stage.teacher.follow(student)
