@@ -206,7 +206,10 @@ def test_the_hash_of_an_adapters_weights_is_that_of_the_stack(stacked: Workspace
 # Repairs
 
 
-WORSE = {"name": "colours", "kind": "skill", "verdict": "worse"}
+HARMED = (
+    {"name": "numbers", "kind": "new skill", "verdict": "learned"},
+    {"name": "colours", "kind": "skill", "verdict": "worse"},
+)
 ATTEMPTS = ("checkpoint 15", "blend 0.75", "blend 0.5", "blend 0.25", "more anchors", "smaller rate")
 
 
@@ -224,7 +227,7 @@ def repaired(
         labels = [label for label in ATTEMPTS if not (train.get("lora_dora") and label.startswith("blend"))]
         now = labels[labels.index(last) + 1 if last else 0] if len(others) == 4 else None
         harmed = run.skill.name == "numbers" and now != wanted
-        verdict = Verdict("refused", ("Hurt.",), (WORSE,)) if harmed else Verdict("promoted", ("Fine.",), ())
+        verdict = Verdict("refused", ("Hurt.",), HARMED) if harmed else Verdict("promoted", ("Fine.",), ())
         return replace(found, verdict=verdict)
 
     for place in (judging, repair):
