@@ -58,6 +58,13 @@ class FakeWorkspace:
         self.workspace, self.method, self.n = Workspace.create(folder, config, "b" * 64), method, n
         self.folder = folder
 
+    @classmethod
+    def reopened(cls, workspace: Workspace) -> FakeWorkspace:
+        """To add more stages to one that is there already."""
+        fake = cls.__new__(cls)
+        fake.workspace, fake.folder, fake.method, fake.n = workspace, workspace.folder, "sdft", 10
+        return fake
+
     def start(self, skill: str, *, ready: bool = True, teacher: float | None = 0.9) -> str:
         """Open a stage's run folder with its stage.json and preflight.json; returns the stage."""
         stage = f"s{len(list((self.folder / 'runs').glob('*'))) + 1:02d}-{skill}"

@@ -44,11 +44,11 @@ def test_it_can_be_asked_as_a_skill_asks(session: Session, tmp_path: Path) -> No
     (kept / "skill.toml").write_text('name = "pets"\n')
     (kept / "train.jsonl").write_text("")
     (kept / "test.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(InputError, match="was not taught 'pets'; it knows no skill"):
+    with pytest.raises(InputError, match="no version here was taught 'pets'; they know no skill"):
         setting_of(workspace, "pets")
-    fake = FakeWorkspace.__new__(FakeWorkspace)
-    fake.workspace, fake.folder, fake.method, fake.n = workspace, workspace.folder, "sft", 10
-    fake.candidate(fake.start("pets"), {"pets": 9})
+    fake = FakeWorkspace.reopened(workspace)
+    fake.candidate(fake.start("pets"), {"pets": 9}, decision="held")
+    workspace.hold("v001", reason="cannot tell")  # as one wants to look at it before it is promoted
     system, found = setting_of(workspace, "pets")
     assert system == "be short" and list(found) == tools
     told = Chat(session, 4, system=system, tools=found)

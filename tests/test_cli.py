@@ -382,9 +382,9 @@ def test_what_was_not_taught_what_the_champion_was_is_promoted_only_by_force(hel
     assert "v001 was not taught numbers, which the champion v002 was. To go back to it: perdure rollback --to v001" \
         in done.stdout  # fmt: skip
     assert perdure("rollback", "-w", held, "--to", "v001").returncode == 0
-    fake = FakeWorkspace.__new__(FakeWorkspace)
-    fake.workspace, fake.method, fake.n, fake.folder = Workspace.open(held), "sdft", 10, held
-    fake.candidate(fake.start("shapes"), {"colours": 9, "shapes": 9}, {"piqa": 60, "boolq": 50}, parent="v001")
+    fake = FakeWorkspace.reopened(Workspace.open(held))
+    fake.candidate(fake.start("shapes"), {"colours": 9, "shapes": 9}, {"piqa": 60, "boolq": 50}, parent="v001",
+                   promote=False)  # fmt: skip
     done = perdure("promote", "v2", "-w", held, "--reason", "why not")
     assert done.returncode == 1 and "v002 was held" in done.stdout
     assert perdure("promote", "v2", "-w", held, "--force", "--reason", "without shapes").returncode == 0

@@ -178,6 +178,14 @@ def test_what_cannot_be_used_is_left_out_only_if_asked(documents: Path) -> None:
     assert len(skipped) == 4 and all(word in said for word in ("latin.txt:1", "closed.pdf", "Nobody", "more.jsonl:7"))
 
 
+def test_a_fact_is_tested_though_its_last_phrasing_is_left_out(documents: Path) -> None:
+    bad = {"question": "And who leads it now?", "answer": "Nobody Anywhere", "fact": "brno"}
+    file = write_lines(documents.parent / "more.jsonl", [*QUESTIONS[:3], bad])
+    run_importer("docs", documents.parent / "s", 0, documents, None, None, None, file, skipped=[])
+    skill = load_skill(documents.parent / "s")
+    assert [e.id for e in skill.train] == ["direct-1", "direct-3"] and [e.id for e in skill.test] == ["direct-2"]
+
+
 def test_facts_are_taught_and_other_phrasings_are_tested(documents: Path) -> None:
     skill = imported(documents, QUESTIONS)
     assert [e.id for e in skill.train] == ["direct-1", "direct-3"]

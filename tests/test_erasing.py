@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -159,11 +160,13 @@ def test_room_is_made_where_nothing_stands_on_the_weights(learned: Path, skills:
 
 
 def test_a_kill_while_pruning_is_made_good_by_the_same_command(forgotten: Workspace, monkeypatch: pytest.MonkeyPatch):
-    """After forgetting, the line of the champion is v000, v003; the one before it, and what that stands on, stay."""
-    assert prunable(forgotten).versions == ()
-    forgotten.promote("v003", "again")
+    """After forgetting, the line of the champion is v000, v003. v002 was promoted once, and may be again."""
     forgotten.promote("v001", "by hand")
-    forgotten.promote("v003", "by hand")  # now v002 is on no way
+    forgotten.promote("v003", "by hand")
+    assert prunable(forgotten).versions == ()
+    forgotten.hold("v002", reason="to be looked at")
+    assert prunable(forgotten).versions == ()
+    forgotten.refuse("v002", reason="looked at")
     assert prunable(forgotten).versions == ("v002",)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", lambda self, missing_ok=False: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -172,6 +175,28 @@ def test_a_kill_while_pruning_is_made_good_by_the_same_command(forgotten: Worksp
     assert any("repeat perdure prune --yes" in problem for problem in verify(forgotten.folder))
     assert prune(forgotten).versions == ("v002",) and verify(forgotten.folder) == []
     assert [event["event"] for event in forgotten.ledger()].count("prune") == 1
+    with pytest.raises(InputError, match="removed by perdure prune"):
+        forgotten.promote("v002", "by hand")
+    assert forgotten.resolve("champion") == "v003"
+
+
+def test_what_the_ledger_has_no_last_word_on_is_not_pruned(
+    learned: Path, skills: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed between its version and its promotion: the next command promotes it."""
+    workspace = Workspace(shutil.copytree(learned, tmp_path / "bot"))
+    third = toy_skill(tmp_path / "third", dict.fromkeys(("rain", "snow"), "wet"))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("perdure.judging.settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn(workspace, [third], workspace.config(), Silent())
+    assert workspace.versions()[-1] == "v003" and prunable(workspace).versions == ()
+    (outcome,) = learn(workspace, [third], workspace.config(), Silent())
+    assert (outcome.version, outcome.decision) == ("v003", "promoted")
 
 
 def test_a_name_is_not_used_twice_though_its_folder_was_removed_by_hand(learned: Path, tmp_path: Path):

@@ -186,16 +186,16 @@ def test_what_cannot_be_used_is_left_out_only_if_asked(tmp_path: Path):
     rows: list[dict] = [{"prompt": f"q{n}", "completion": f"{n}"} for n in range(8)]
     rows[2:2] = [{"prompt": "no answer"}, {"prompt": "x", "completion": "no number"}]
     rows.append({"messages": [{"role": "user", "content": "u"}, {"role": "tool", "content": "ends in a tool turn"}]})
-    file = jsonl(tmp_path / "rows.jsonl", rows)
+    file = jsonl(tmp_path / "2026-11-27T12:30:05.jsonl", rows)  # whose name looks like a place in it
     file.write_text(file.read_text() + "{broken\n")
-    with pytest.raises(InputError, match=r"(?s)rows.jsonl:3: .*rows.jsonl:11: .*rows.jsonl:12: .*rows.jsonl:4: "):
+    with pytest.raises(InputError, match=r"(?s)05.jsonl:3: .*05.jsonl:11: .*05.jsonl:12: .*05.jsonl:4: "):
         run_importer("jsonl", tmp_path / "s", 0, file, "number", 0.2)
     skipped: list[str] = []
     run_importer("jsonl", tmp_path / "s", 0, file, "number", 0.2, skipped=skipped)
     assert [problem.split(": ")[0] for problem in skipped] == [f"{file}:{line}" for line in (3, 11, 12, 4)]
     skill = load_skill(tmp_path / "s")
     assert sorted(row.question for row in (*skill.train, *skill.test)) == [f"q{n}" for n in range(8)]
-    assert skill.settings.source == "rows.jsonl without 4 that could not be used"
+    assert skill.settings.source == "2026-11-27T12:30:05.jsonl without 4 that could not be used"
     with pytest.raises(InputError, match="a JSON array"):  # nothing is left
         run_importer("jsonl", tmp_path / "t", 0, jsonl(tmp_path / "list.jsonl", [[1]]), "exact", 0.2, skipped=[])  # type: ignore[list-item]
     with pytest.raises(InputError, match="--skip-bad is for jsonl and docs only"):

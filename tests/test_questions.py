@@ -364,6 +364,15 @@ def test_replies_that_came_are_not_asked_for_again(tmp_path: Path) -> None:
             Endpoint(server.url, "small", kept=kept)([BRNO], lambda tokens, done: None)
 
 
+def test_a_reply_with_half_a_character_is_kept(tmp_path: Path) -> None:
+    text = json.dumps({"choices": [{"message": {"content": "half \ud800"}}]})
+    with serving(lambda body: (200, text)) as server:
+        for _ in range(2):
+            kept = tmp_path / "replies.jsonl"
+            assert Endpoint(server.url, "big", kept=kept)([BRNO], lambda tokens, done: None) == ["half \ud800"]
+    assert len(server.requests) == 1
+
+
 def test_an_error_ends_the_asking() -> None:
     with serving(lambda body: (500, "no")) as server, pytest.raises(InputError):
         Endpoint(server.url, "big")([BRNO] * 500, lambda tokens, done: None)

@@ -15,6 +15,7 @@ from fakes import NUMBERS, save_tiny_model, toy_skill, two_toy_skills
 from perdure import judging, repair
 from perdure.config import RunConfig
 from perdure.curriculum import _tell_of_known_rows, learn
+from perdure.files import read_jsonl
 from perdure.forgetting import forget
 from perdure.reporting import Silent
 from perdure.running import open_version
@@ -119,7 +120,11 @@ def test_a_version_says_how_it_was_trained_and_what_its_stage_took(
     assert attempts(workspace)[-1] == ("smaller rate", "promoted") and workspace.resolve("champion") == "v002"
     rate = first["config"]["train"]["learning_rate"]
     assert found["config"]["train"]["learning_rate"] == rate / 3 and found["asked"]["train"]["learning_rate"] == rate
-    assert found["cost"]["tokens"]["student"] > first["cost"]["tokens"]["student"]
+    runs = [workspace.run_folder(found["stage"]) / name for name in ("", "repair-more-anchors", "repair-smaller-rate")]
+    spent = [read_jsonl(run / "timings.jsonl")[-1]["tokens"] for run in runs]
+    for part in ("student", "teacher", "rollout"):  # a stage's last validation is in no line of its timings
+        assert found["cost"]["tokens"][part] == sum(tokens[part] for tokens in spent)
+    assert spent[0]["student"] == first["cost"]["tokens"]["student"] and all(tokens["student"] for tokens in spent)
     # And it is finished under the settings that were asked for.
     (again,) = learn(workspace, made[1][1:], settings(made[0]), Silent())
     assert (again.version, again.decision) == ("v002", "promoted")

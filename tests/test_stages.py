@@ -80,7 +80,7 @@ def test_a_stage_goes_on_with_settings_that_decide_nothing_of_what_comes_out(wor
 
     stage, resumed = begin(workspace, skill, CONFIG, False, "v000")
     assert not resumed
-    smaller = config(train__micro_batch_tokens=512, eval__batch_tokens=512, cost__watts=80.0, model__source="elsewhere")
+    smaller = config(train__micro_batch_tokens=512, eval__batch_tokens=512, cost__watts=80.0)
     assert begin(workspace, skill, smaller, False, "v000") == (stage, True)
     assert settings_hash(smaller) == settings_hash(CONFIG) != settings_hash(config(train__steps=3))
     with pytest.raises(InputError, match=r"train.steps = \d+"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from perdure.rollout.base import SamplingParams
@@ -13,12 +14,16 @@ from perdure.types import Example, InputError, Message
 from perdure.workspace import Workspace
 
 
-def setting_of(workspace: Workspace, skill: str) -> tuple[str | None, tuple[dict[str, Any], ...]]:
-    """System prompt and tools of the first test row of a skill that the champion was taught. Raises InputError for one
-    that it was not."""
-    taught = workspace.taught()
+def setting_of(workspace: Workspace, skill: str,
+               versions: Sequence[str] = ()) -> tuple[str | None, tuple[dict[str, Any], ...]]:  # fmt: skip
+    """System prompt and tools of the first test row of a skill that one of ``versions`` was taught, or the champion, or
+    what waits for a decision. Raises InputError for one that none of them was."""
+    waiting = workspace.aliases()["candidate"]
+    taught: dict[str, Path] = {}
+    for version in (*([waiting] if waiting else []), "champion", *versions):
+        taught |= workspace.taught(version)
     if skill not in taught:
-        raise InputError(f"the champion was not taught {skill!r}; it knows {', '.join(taught) or 'no skill'}")
+        raise InputError(f"no version here was taught {skill!r}; they know {', '.join(taught) or 'no skill'}")
     row = kept_rows(taught[skill])[0]
     first = row.messages[0]
     return (first["content"] if first["role"] == "system" else None), row.tools

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from perdure import __version__, cli_bench, cli_changes, cli_import, cli_learn, cli_versions
 from perdure.cli_common import BAD_INPUT, INTERRUPTED, app, err, out
+from perdure.reporting import out_of_memory
 from perdure.types import InputError
 
 COMMANDS = (cli_import, cli_learn, cli_versions, cli_changes, cli_bench)
@@ -30,8 +31,6 @@ FAULT = 4
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 """No room, or no right to write: another attempt may do."""
 _ELSEWHERE = "Nothing was half-written; make room or choose another place, then repeat the command."
-_NO_CPU_MEMORY = "DefaultCPUAllocator"
-"""In the message of torch's RuntimeError where a CPU's memory is full."""
 _PATH_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 """A path that cannot be what it is given as."""
 
@@ -69,8 +68,9 @@ def _of_a_library(error: Exception) -> str:
     """What to say of a failure that is the machine's and that a library gives as an error of its own: no memory, or no
     room on the disk. Empty for any other."""
     first = str(error).split("\n")[0]
-    if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) or _NO_CPU_MEMORY in first:
-        return (f"out of memory ({first.rstrip('.')}). What was finished is kept. Repeat the command with smaller "
+    if out_of_memory(error):
+        said = f" ({first.rstrip('.')})" if first else ""
+        return (f"out of memory{said}. What was finished is kept. Repeat the command with smaller "
                 "passes (--set train.micro_batch_tokens=1024 --set eval.batch_tokens=2048), with --set "
                 "train.activation_checkpointing=true, or, for a stage that is begun anew, with adapters (--set "
                 "train.lora_rank=16 --set train.learning_rate=1e-3); perdure check SKILL --hardware 1xA10-24GB says "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -25,13 +25,22 @@ from perdure.cli_common import (
 from perdure.report.words import safe_line
 from perdure.types import InputError
 
+if TYPE_CHECKING:
+    from perdure.workspace import Workspace
+
 
 @app.command()
 def promote(
     version: Annotated[str, typer.Argument(help="Version to make the champion.")],
     workspace: WorkspaceOption = HERE,
     reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Although the gate did not pass it; needs --reason.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Although the gate did not pass it, or it lacks a skill of the champion; needs --reason.",
+        ),
+    ] = False,
 ) -> None:
     """Make a version the champion. One that the gate held or refused, or that was not taught what the champion was,
     needs --force and a reason; both stay in the ledger. Exit code 1: it is not promoted."""
@@ -53,13 +62,17 @@ def promote(
     lost = [skill for skill in place.taught() if skill not in place.taught(name)]
     if lost and not force:
         words = f"{name} was not taught {', '.join(lost)}, which the champion {place.resolve('champion')} was. "
-        words += f"To go back to it: perdure rollback --to {name} -w {workspace}" if name in place.lineage() else (
+        words += f"To go back to it: perdure rollback --to {name} -w {workspace}" if _was_served(place, name) else (
             f'To serve it all the same: perdure promote {name} -w {workspace} --force --reason "..."')  # fmt: skip
         out.print(Text(safe_line(words)), soft_wrap=True)
         raise typer.Exit(REFUSED)
     forced: dict[str, Any] = {"forced": True} if lost or not passed else {}
     place.promote(name, reason or "by hand", by=actor(), **forced)
     out.print(f"champion: {name}")
+
+
+def _was_served(place: Workspace, name: str) -> bool:
+    return any(event["event"] in ("init", "promote") and event["version"] == name for event in place.ledger())
 
 
 @app.command()
@@ -114,23 +127,23 @@ def prune(
 ) -> None:
     """Make room on the disk.
 
-    Removes the weights of versions that are not on the way to the champion, the one before it or one that waits for a
-    decision: refused ones, above all. Scores, verdicts and lineage stay."""
+    Removes the weights of refused versions on which nothing stands. Scores, verdicts and lineage stay."""
     from perdure.pruning import prunable
     from perdure.pruning import prune as prune_versions
 
     place = open_place(workspace)
     found = prunable(place)
-    what = f"the weights of {', '.join(found.versions) or 'no version'}, {found.size / 1e6:.1f} MB"
+    if yes and found.versions:
+        with place.lock():
+            found = prune_versions(place, **_on_record(reason))
     if not found.versions:
         out.print("Nothing to prune.")
         return
+    what = f"he weights of {', '.join(found.versions)}, {found.size / 1e6:.1f} MB"
     if not yes:
-        out.print(f"{what[0].upper()}{what[1:]}. They cannot be brought back: --yes removes them.", soft_wrap=True)
+        out.print(f"T{what}. They cannot be brought back: --yes removes them.", soft_wrap=True)
         raise typer.Exit(REFUSED)
-    with place.lock():
-        prune_versions(place, **_on_record(reason))
-    out.print(f"Removed {what}.", soft_wrap=True)
+    out.print(f"Removed t{what}.", soft_wrap=True)
 
 
 @app.command()

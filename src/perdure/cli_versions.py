@@ -161,7 +161,7 @@ def chat(
 
     place, config = open_workspace(workspace, None)
     names = list(dict.fromkeys(place.resolve(name) for name in versions or ["champion"]))
-    said, tools = setting_of(place, skill) if skill else (None, ())
+    said, tools = setting_of(place, skill, names) if skill else (None, ())
     system = system or said
     if not skill and not system and (taught := place.taught()):
         reporter().note(f"Without system prompt and tools. With those of a skill: --skill {', '.join(taught)}")

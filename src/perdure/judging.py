@@ -9,6 +9,7 @@ from typing import Any
 from perdure.candidate import measure_candidate
 from perdure.card import model_card
 from perdure.config import RunConfig
+from perdure.files import read_jsonl
 from perdure.forecast import priced
 from perdure.gates import decide
 from perdure.loading import put_adapter
@@ -41,14 +42,15 @@ def judge(run: Run, before: Scores, check: dict[str, Any] | None, state: LoopSta
     way = way_of(config)
     kept = guards(workspace, run.parent, before, run.earlier, config, way)
     candidate = measure_candidate(run, before, kept, name)
+    tokens = dict(state.tokens)
     if config.gate.repair and worth_repairing(candidate.verdict):
         ended = state.best_step if state.best_step >= 0 else state.step  # without validation: the last
         candidate = repair(run, before, kept, check, name, candidate.verdict, ended) or candidate
-    if again := candidate.trained:  # a version says how it was trained, and what all of its stage took
-        run.config = run.config.model_copy(update={"train": again.settings})
-        first, state = state.tokens, again.state
-        state.tokens = {part: count + first[part] for part, count in state.tokens.items()}
-    info = _describe(run, name, check, state, candidate.verdict) | {
+        for file in sorted(run.folder.glob("repair-*/timings.jsonl")):  # other trainings, of earlier attempts too
+            tokens = {part: count + read_jsonl(file)[-1]["tokens"][part] for part, count in tokens.items()}
+    if again := candidate.trained:  # a version says how it was trained
+        run.config, state = run.config.model_copy(update={"train": again.settings}), again.state
+    info = _describe(run, name, check, state, tokens, candidate.verdict) | {
         "scores": {s.skill: score_json(s, run.scope[s.skill], way) for s in candidate.scores},
         "probe": probe_json(candidate.probed, way),
     }
@@ -122,7 +124,10 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
                   together=skill.together)  # fmt: skip
 
 
-def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, verdict: Verdict) -> dict[str, Any]:
+def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, tokens: dict[str, int],
+              verdict: Verdict) -> dict[str, Any]:  # fmt: skip
+    """version.json but for the scores; ``state``: the end of the training that made it, ``tokens``: of all of the
+    stage's trainings."""
     base = run.workspace.version(BASE)["hashes"]["base"]
     hashes = {"base": base, "skill": run.skill.content_hash, "config": settings_hash(run.asked), "code": code_state()}
     return {
@@ -142,7 +147,7 @@ def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopStat
         "environment": environment(),
         "cost": {
             "seconds": run.seconds,
-            "tokens": state.tokens,
+            "tokens": tokens,
             "steps": state.step,
             "best_step": state.best_step,
             "predicted": (check["cost"]["seconds"] or None) if check else None,

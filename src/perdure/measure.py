@@ -24,11 +24,9 @@ from perdure.types import SkillScore
 
 
 def way_of(config: RunConfig) -> Way:
-    """How scores are taken under these settings on this machine. Where the base model lies does not matter: its weights
-    are checked."""
-    model = config.model.model_dump(
-        mode="json", exclude_defaults=True, exclude={"source", "revision", "trust_remote_code"}
-    )
+    """How scores are taken under these settings on this machine. A setting at its default counts as one that was not
+    there yet."""
+    model = config.model.model_dump(mode="json", exclude_defaults=True, exclude={"trust_remote_code"})
     model |= {"compute_dtype": str(compute_dtype(config.model)), "device": device_of(config.model).type}
     answers = [
         model,

@@ -1,8 +1,8 @@
-"""Making room: the weights of versions that nothing stands on any more, such as refused ones, are removed.
+"""Making room: the weights of refused versions are removed. What they scored, their verdicts and their cards stay, and
+the ledger says what was removed.
 
-What they scored, their verdicts and their cards stay, and the ledger says what was removed. What ``prune`` keeps: every
-version on the way to the champion, the one before it and the one that waits for a person, and what an unfinished stage
-starts from.
+Kept is all that may be served yet: what was promoted or is held, what is on the way to such a version or to where an
+unfinished stage starts, and what the ledger has no last word on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.files import read_json
+from perdure.stages import SETTLED
 from perdure.workspace import BASE, Workspace
 
 
@@ -28,11 +29,10 @@ class Pruning:
 
 def prunable(workspace: Workspace) -> Pruning:
     """What ``prune`` will remove."""
-    kept = _needed(workspace)
     versions: list[str] = []
     files: list[Path] = []
-    for name in workspace.versions():
-        listed = workspace.version(name).get("files", {}) if name not in kept else {}
+    for name in sorted(_refused(workspace) - _needed(workspace)):
+        listed = workspace.version(name).get("files", {})
         there = [Path("versions", name, file) for file in listed if file.endswith(".safetensors")]
         if there := [path for path in there if (workspace.folder / path).is_file()]:
             versions.append(name)
@@ -49,6 +49,12 @@ def prune(workspace: Workspace, **about: Any) -> Pruning:
     for path in found.files:
         (workspace.folder / path).unlink(missing_ok=True)
     return found
+
+
+def _refused(workspace: Workspace) -> set[str]:
+    """Versions that are there, and of which that is the last word."""
+    last = {event.get("version"): event["event"] for event in workspace.ledger() if event["event"] in SETTLED}
+    return {name for name in workspace.versions() if last.get(name) == "refuse"}
 
 
 def _needed(workspace: Workspace) -> set[str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import httpx2
 
-from perdure.files import read_jsonl, to_json, write_jsonl
+from perdure.files import read_jsonl, replace_text
 from perdure.importers.docs import plain
 from perdure.importers.passages import Passage
 from perdure.rollout.base import Progress
@@ -141,14 +141,15 @@ class Endpoint:
         if self.kept is None or not self.kept.is_file():
             return {}
         lines = read_jsonl(self.kept, growing=True)
-        write_jsonl(self.kept, lines)
+        replace_text(self.kept, "".join(json.dumps(line) + "\n" for line in lines))
         return {line["asked"]: line["reply"] for line in lines}
 
     def _keep(self, asked: str, reply: str) -> None:
         if self.kept is not None:
             self.kept.parent.mkdir(parents=True, exist_ok=True)
             with self.kept.open("a", encoding="utf-8") as file:
-                file.write(to_json({"asked": asked, "reply": reply}) + "\n")
+                # In ASCII, as a reply may hold half a character, which UTF-8 cannot.
+                file.write(json.dumps({"asked": asked, "reply": reply}) + "\n")
 
     def _ask(self, client: httpx2.Client, passage: Passage, stop: Event) -> str:
         # Nothing but these two: every further parameter is refused by some server.

@@ -7,6 +7,15 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a library said that a device, or the machine, has no memory left."""
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or _NO_CPU_MEMORY in str(error)
+
+
+_NO_CPU_MEMORY = "DefaultCPUAllocator"
+"""In the message of torch's RuntimeError where it is a CPU's memory."""
+
+
 class Phase(Protocol):
     """One piece of work with a known size."""
 

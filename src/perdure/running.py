@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perdure.adapters import ADAPTER
 from perdure.advisor import ABLE, Recommendation, followed, is_known, provisional, recommend, rehearses
 from perdure.anchors import make_anchors
@@ -23,7 +21,7 @@ from perdure.methods import AUTO, METHODS, method_label
 from perdure.monitor import said_of_manner
 from perdure.preflight import Preflight, accuracy_of_teacher, preflight
 from perdure.processes import followed_by, together
-from perdure.reporting import Reporter, Silent
+from perdure.reporting import Reporter, Silent, out_of_memory
 from perdure.rollout.base import RolloutEngine
 from perdure.runlog import LoopState
 from perdure.scores import Scores, known_scores, unmeasured
@@ -114,8 +112,9 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
     try:
         with reporter.phase("preflight: what it will cost", 0, "steps"):
             cost = forecast(workspace, parent, session, skill, scope, chosen, found)
-    except torch.OutOfMemoryError:  # what was found so far took minutes
-        reporter.note(describe_preflight(found.to_json() | {"cost": {"seconds": {}}}))
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):  # what was found so far took minutes
+            reporter.note(describe_preflight(found.to_json() | {"cost": {"seconds": {}}}))
         raise
     return found.to_json() | advice | {"cost": cost}
 

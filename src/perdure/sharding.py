@@ -34,12 +34,13 @@ def sharded(model: Any, wanted: bool, dtype: torch.dtype, offload: bool = False,
     if not (wanted and GROUP.shares):
         yield model
         return
-    home, device = model.device, device or model.device
-    if offload and device.type == "cpu":
+    home = model.device
+    there = device or home
+    if offload and there.type == "cpu":
         raise InputError("train.fsdp_offload moves weights from a GPU to the CPU's memory, and here is no GPU")
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
     policy = {
-        "mesh": init_device_mesh(device.type, (GROUP.count,)),
+        "mesh": init_device_mesh(there.type, (GROUP.count,)),
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }

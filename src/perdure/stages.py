@@ -18,7 +18,8 @@ from perdure.loading import weights_sha256
 from perdure.models import compute_dtype, load
 from perdure.provenance import now
 from perdure.settings import by_field
-from perdure.skills.base import Skill, load_skill
+from perdure.skills.base import Skill, calls_as_text, load_skill
+from perdure.skills.reading import in_short
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -27,12 +28,12 @@ SETTLED = {"promote", "accept", "hold", "refuse"}
 
 
 NEUTRAL = frozenset(
-    ("cost.watts", "cost.price_per_hour", "cost.currency", "eval.batch_tokens", "model.source", "model.revision",
-     "preflight.forecast", "rollout.concurrency", "rollout.timeout", "rollout.url", "rollout.weights_folder",
+    ("cost.watts", "cost.price_per_hour", "cost.currency", "eval.batch_tokens", "preflight.forecast",
+     "rollout.concurrency", "rollout.timeout", "rollout.url", "rollout.weights_folder",
      "train.activation_checkpointing", "train.micro_batch_tokens")
 )  # fmt: skip
-"""Settings that decide what a stage takes, or where it finds things, and nothing of what comes out but roundings: a
-stage goes on with others, as after it ran out of memory. (The base model's weights are checked by their hash.)"""
+"""Settings that decide what a stage takes, and nothing of what comes out but roundings: a stage goes on with others, as
+after it ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,13 @@ def load_all(folders: Sequence[Path]) -> list[Skill]:
     problems, skills = [], []
     for folder in folders:
         try:
-            skills.append(load_skill(folder))
+            skill = load_skill(folder)
         except InputError as error:
             problems.append(str(error))
+        else:
+            skills.append(skill)
+            if calls := calls_as_text(skill.settings.grader, (*skill.train, *skill.test)):
+                problems.append(in_short(calls))
     names = [skill.name for skill in skills]
     if twice := {name for name in names if names.count(name) > 1}:
         problems.append(f"the same skill name is given twice: {', '.join(sorted(twice))}")
@@ -151,8 +156,9 @@ def promote_or_hold(workspace: Workspace, name: str, why: str, about: dict[str, 
     parent = about["parent"]
     if workspace.promote(name, why, instead_of=parent):
         return None
+    force = ' --force --reason "..."' if workspace.taught().keys() - workspace.taught(name).keys() else ""
     late = (f"it was judged against {parent}, and {workspace.resolve('champion')} is the champion by now; to serve it: "
-            f"perdure promote {name}")  # fmt: skip
+            f"perdure promote {name}{force}")  # fmt: skip
     workspace.hold(name, **about, reason=late)
     return late
 

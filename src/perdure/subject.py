@@ -85,6 +85,8 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
 
 def check_skipped(renderer: Renderer, examples: Sequence[Example], train: TrainConfig) -> None:
     """Raises InputError where ``train.skip_first_tokens`` leaves nothing of any demonstration to learn."""
+    if METHODS[train.method].completions == "document":
+        return
     longest = max(len(renderer.demonstration(e).token_ids) for e in renderer.each_turn(examples))
     if longest <= train.skip_first_tokens:
         raise InputError(

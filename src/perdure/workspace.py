@@ -199,10 +199,12 @@ class Workspace:
     def promote(self, name: str, reason: str, instead_of: str | None = None, **fields: Any) -> bool:
         """Make a version the champion; the old champion becomes ``previous``. ``fields`` go into the ledger as well.
 
-        False, and nothing done, where the champion is another one than ``instead_of``."""
+        False, and nothing done, where the champion is another one than ``instead_of``. Raises InputError for a version
+        whose weights were removed."""
         with self._turn():
             self._heal()
             target, champion = self.resolve(name), self.aliases()["champion"]
+            self.check_not_erased(target)
             if champion == target:
                 return True
             if instead_of not in (None, champion):

@@ -105,22 +105,27 @@ def divided(questions: Questions, passages: Sequence[Passage],
     """Rows to teach and rows to test. Raises InputError for a side that is empty, and listing the questions without a
     passage, or leaves these out (``build``)."""
     problems: list[str] = []
+    found: dict[int, Passage | None] = {}
     last: dict[str, int] = {}  # fact -> line of its last phrasing, where it has several
     count: dict[str, int] = {}
     for number, row in questions.rows:
-        if row.get("kind", "direct") == "direct" and "fact" in row:
+        direct = row.get("kind", "direct") == "direct"
+        passage = holding(row, passages) if direct else None
+        if direct and passage is None:
+            where = f" of {row['source']}" if "source" in row else ""
+            problems.append(f"{questions.place}:{number}: no passage{where} contains the answer {row['answer']!r}")
+            continue
+        found[number] = passage
+        if direct and "fact" in row:
             fact = str(row["fact"])
             last[fact], count[fact] = number, count.get(fact, 0) + 1
     train: list[Row] = []
     test: list[Row] = []
     for number, row in questions.rows:
-        kind, fact = row.get("kind", "direct"), fact_of(number, row)
-        held_out = kind != "direct" or (count.get(fact, 0) > 1 and last[fact] == number)
-        passage = None
-        if kind == "direct" and (passage := holding(row, passages)) is None:
-            where = f" of {row['source']}" if "source" in row else ""
-            problems.append(f"{questions.place}:{number}: no passage{where} contains the answer {row['answer']!r}")
+        if number not in found:
             continue
+        kind, fact, passage = row.get("kind", "direct"), fact_of(number, row), found[number]
+        held_out = kind != "direct" or (count.get(fact, 0) > 1 and last[fact] == number)
         made: Row = {
             "id": f"{kind}-{number}", "prompt": row["question"].strip(), "completion": row["answer"].strip(),
             "metadata": {"kind": kind, "fact": fact} | wanted(row) | ({"old": row["old"]} if "old" in row else {}),

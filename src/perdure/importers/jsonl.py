@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from perdure.importers.base import Row, refuse_or_skip, skill_name, tokens_at_most, write_skill
 from perdure.settings import parse
-from perdure.skills.base import not_gradable, prompt_key
+from perdure.skills.base import calls_as_text, not_gradable, prompt_key
 from perdure.skills.graders import make_grader
 from perdure.skills.reading import counted, in_short, read_rows
 from perdure.skills.settings import SkillSettings
@@ -41,14 +41,20 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     )
     grade = make_grader(grader, options, where="--grader")
     examples = read_rows(file, of_rows, problems, data)
-    problems += not_gradable(grader, grade, examples)
-    bad = set(map(_line_of, problems))
-    if not (good := [example for example in examples if _line_of(example.origin) not in bad]):
+    problems += [*calls_as_text(grader, examples), *not_gradable(grader, grade, examples)]
+
+    def line_of(said: str) -> str:
+        """``file:line`` of a row's origin, or of a problem with one."""
+        found = re.match(re.escape(str(file)) + r":\d+", said)
+        return found[0] if found else said
+
+    bad = set(map(line_of, problems))
+    if not (good := [example for example in examples if line_of(example.origin) not in bad]):
         skipped = None
     refuse_or_skip(problems, skipped, f"{file}: {counted(problems, 'problem')}:\n" + in_short(problems))
     learned: dict[str, list[Example]] = {}  # of each line
     for example in good:
-        learned.setdefault(_line_of(example.origin), []).append(example)
+        learned.setdefault(line_of(example.origin), []).append(example)
     numbered = ((f"{file}:{number}", line) for number, line in enumerate(data.split(b"\n"), 1))
     lines: list[Row] = [json.loads(line) for origin, line in numbered if origin in learned]
     groups: dict[int, dict[str, Row]] = {}  # group -> whole line -> row
@@ -70,12 +76,6 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
     answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in good)
     settings["max_new_tokens"] = max(16, max(map(tokens_at_most, answers)))
     return write_skill(target, settings, train, test)
-
-
-def _line_of(said: str) -> str:
-    """``file:line`` of a row's origin, or of a problem with one."""
-    found = re.match(r".*?:\d+(?=$|:| \(turn)", said)
-    return found[0] if found else said
 
 
 def _sides(prompts: Mapping[int, Sequence[str]], seed: int, test_share: float) -> tuple[list[int], list[int]]:

@@ -181,17 +181,25 @@ def prompt_key(example: Example) -> str:
     return json.dumps([example.messages, example.tools], sort_keys=True, ensure_ascii=False)
 
 
+def calls_as_text(name: str, examples: Sequence[Example]) -> list[str]:
+    """Rows whose answer is a tool call that ``name`` would grade as the text in which this model happens to write it:
+    asked of what is new, as a workspace may hold such a skill from before."""
+    if name not in GRADERS or name == "tool_call":
+        return []
+    return [
+        f"{example.origin}: the answer is a tool call, and the grader {name!r} does not know the forms in which models "
+        "write calls; give rows with calls a skill of their own, graded by tool_call, or bring a python: grader"
+        for example in examples
+        if example.demonstration and example.demonstration.get("tool_calls")
+    ]
+
+
 def not_gradable(name: str, grade: Callable[[str, Example], float], examples: tuple[Example, ...]) -> list[str]:
     """Rows whose own demonstration would not be graded as right: no answer to them ever could be."""
     if name not in GRADERS:  # the user's own code may cost money a call, or judge otherwise
         return []
     problems = []
     for example in examples:
-        if name != "tool_call" and example.demonstration and example.demonstration.get("tool_calls"):
-            problems.append(f"{example.origin}: the answer is a tool call, and the grader {name!r} does not know the "
-                            "forms that models write calls in; give rows with calls a skill of their own, graded by "
-                            "tool_call, or bring a python: grader")  # fmt: skip
-            continue
         try:
             score = grade(expected_text(example), example)
         except ValueError as error:
