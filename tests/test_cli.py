@@ -264,6 +264,20 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp
     assert json.loads(perdure("status", bot, "--json").stdout)["champion"] == "v000"
 
 
+def failing_check(bot: Path, tmp_path: Path, part: str, error: str) -> subprocess.CompletedProcess[str]:
+    """``perdure check`` of a toy skill, during which one part of perdure.running raises ``error`` (an expression)."""
+    code = (
+        "import safetensors, torch\n"
+        "import perdure.running as r, perdure.cli as c\n"
+        "def fails(*args, **settings):\n"
+        f"    raise {error}\n"
+        f"r.{part} = fails\n"
+        "c.main()"
+    )
+    return subprocess.run([sys.executable, "-c", code, "check", str(toy_skill(tmp_path / "toy")), "-w", str(bot)],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("error", "parts"),
     [
@@ -276,45 +290,18 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp
     ],
 )  # fmt: skip
 def test_what_a_library_says_of_the_machine_is_one_error(bot: Path, tmp_path: Path, error: str, parts: tuple[str, ...]):
-    code = (
-        "import safetensors, torch\n"
-        "import perdure.running as r, perdure.cli as c\n"
-        "def fails(*args, **settings):\n"
-        f"    raise {error}\n"
-        "r.preflight = fails\n"
-        "c.main()"
-    )
-    skill = toy_skill(tmp_path / "toy")
-    done = subprocess.run([sys.executable, "-c", code, "check", str(skill), "-w", str(bot)],
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = failing_check(bot, tmp_path, "preflight", error)
     assert_one_error(done, 2, *parts)
 
 
 def test_what_the_preflight_found_is_said_though_its_forecast_takes_too_much(bot: Path, tmp_path: Path):
-    code = (
-        "import torch\n"
-        "import perdure.running as r, perdure.cli as c\n"
-        "def fails(*args, **settings):\n"
-        "    raise torch.OutOfMemoryError('CUDA out of memory.')\n"
-        "r.forecast = fails\n"
-        "c.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code, "check", str(toy_skill(tmp_path / "toy")), "-w", str(bot)],
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = failing_check(bot, tmp_path, "forecast", "torch.OutOfMemoryError('CUDA out of memory.')")
     assert done.returncode == 2 and "out of memory (CUDA out of memory)" in done.stderr
     assert re.search(r"Teacher \d+% with .*, student \d+%", done.stderr)
 
 
 def test_a_fault_of_ours_stays_one(bot: Path, tmp_path: Path):
-    code = (
-        "import perdure.running as r, perdure.cli as c\n"
-        "def fails(*args, **settings):\n"
-        "    raise RuntimeError('shapes do not match')\n"
-        "r.preflight = fails\n"
-        "c.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code, "check", str(toy_skill(tmp_path / "toy")), "-w", str(bot)],
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = failing_check(bot, tmp_path, "preflight", "RuntimeError('shapes do not match')")
     assert done.returncode == 4 and "Traceback" in done.stderr
 
 

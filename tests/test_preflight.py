@@ -15,7 +15,7 @@ from perdure.models import working_copy
 from perdure.preflight import Preflight, TemplateScore, _judge, choose_template, is_decided, preflight
 from perdure.rollout.local import LocalEngine
 from perdure.stats import wilson_interval
-from perdure.subject import Subject, candidates, check_windows
+from perdure.subject import Subject, candidates, check_skipped, check_windows
 from perdure.templates import parse_template
 from perdure.types import InputError
 
@@ -134,6 +134,16 @@ def test_every_row_that_does_not_fit_is_named():
     lines = str(caught.value).split("\n")
     assert [line[:5] for line in lines[1:]] == ["  t:1", "  t:3", "  t:4", "  t:4"]
     assert "the window holds 50" in lines[1] and "the demonstration has 6 tokens, max_new_tokens is 4" in lines[4]
+
+
+def test_tokens_are_not_skipped_beyond_every_answer():
+    """Else a stage would train on its anchors alone. Who reads the document does not learn the answer's tokens."""
+    rows = [example("cat", "red"), example("dog", "blue")]
+    longest = max(len(renderer().demonstration(e).token_ids) for e in rows)
+    check_skipped(renderer(), rows, TrainConfig(skip_first_tokens=longest - 1))
+    with pytest.raises(InputError, match=f"the longest demonstration has {longest} tokens"):
+        check_skipped(renderer(), rows, TrainConfig(skip_first_tokens=longest))
+    check_skipped(renderer(), rows, TrainConfig(method="cpt", skip_first_tokens=longest))
 
 
 def test_test_rows_that_no_answer_can_reach_are_named_as_well():

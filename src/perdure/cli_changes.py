@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -24,9 +24,6 @@ from perdure.cli_common import (
 )
 from perdure.report.words import safe_line
 from perdure.types import InputError
-
-if TYPE_CHECKING:
-    from perdure.workspace import Workspace
 
 
 @app.command()
@@ -62,17 +59,13 @@ def promote(
     lost = [skill for skill in place.taught() if skill not in place.taught(name)]
     if lost and not force:
         words = f"{name} was not taught {', '.join(lost)}, which the champion {place.resolve('champion')} was. "
-        words += f"To go back to it: perdure rollback --to {name} -w {workspace}" if _was_served(place, name) else (
+        words += f"To go back to it: perdure rollback --to {name} -w {workspace}" if place.was_served(name) else (
             f'To serve it all the same: perdure promote {name} -w {workspace} --force --reason "..."')  # fmt: skip
         out.print(Text(safe_line(words)), soft_wrap=True)
         raise typer.Exit(REFUSED)
     forced: dict[str, Any] = {"forced": True} if lost or not passed else {}
     place.promote(name, reason or "by hand", by=actor(), **forced)
     out.print(f"champion: {name}")
-
-
-def _was_served(place: Workspace, name: str) -> bool:
-    return any(event["event"] in ("init", "promote") and event["version"] == name for event in place.ledger())
 
 
 @app.command()
@@ -139,11 +132,11 @@ def prune(
     if not found.versions:
         out.print("Nothing to prune.")
         return
-    what = f"he weights of {', '.join(found.versions)}, {found.size / 1e6:.1f} MB"
+    weights = f"weights of {', '.join(found.versions)}, {found.size / 1e6:.1f} MB"
     if not yes:
-        out.print(f"T{what}. They cannot be brought back: --yes removes them.", soft_wrap=True)
+        out.print(f"The {weights}. They cannot be brought back: --yes removes them.", soft_wrap=True)
         raise typer.Exit(REFUSED)
-    out.print(f"Removed t{what}.", soft_wrap=True)
+    out.print(f"Removed the {weights}.", soft_wrap=True)
 
 
 @app.command()

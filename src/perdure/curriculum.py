@@ -78,8 +78,9 @@ def _tell_of_known_rows(workspace: Workspace, skills: Iterable[Skill], reporter:
     """Test rows that an earlier stage of the champion trained on, when it taught other rows of the same skill."""
     records = workspace.lineage_records()[1:]
     for skill in skills:
-        test = {prompt_key(row) for row in skill.test}
-        for record in (record for record in records if record["skill"] == skill.name):
+        earlier = [record for record in records if record["skill"] == skill.name]
+        test = {prompt_key(row) for row in skill.test} if earlier else set[str]()
+        for record in earlier:
             folder = workspace.skills.folder_of(skill.name, str(record["hashes"].get("skill")))
             if record["hashes"].get("skill") == skill.content_hash or not folder.is_dir():
                 continue

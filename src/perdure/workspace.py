@@ -227,7 +227,7 @@ class Workspace:
                 raise InputError(f"{self.folder}: the champion is the base model; there is nothing before it")
             if target == champion:
                 raise InputError(f"{self.folder}: {target} is the champion already")
-            if target not in {event["version"] for event in self.ledger() if event["event"] in ("init", "promote")}:
+            if not self.was_served(target):
                 raise InputError(
                     f"{self.folder}: {target} was never promoted; to serve it all the same: promote {target}"
                 )
@@ -235,6 +235,10 @@ class Workspace:
             self._append("rollback", version=target, parent=champion, **fields)
             self._write_aliases()
             return target
+
+    def was_served(self, name: str) -> bool:
+        """Whether it has ever been the champion."""
+        return any(event["event"] in ("init", "promote") and event["version"] == name for event in self.ledger())
 
     def _replaced_by(self, name: str) -> str | None:
         """The champion in whose place ``name`` was promoted last: its parent, but after a replay or a promotion by
