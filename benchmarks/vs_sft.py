@@ -38,7 +38,8 @@ def main() -> None:
 
     def job(kind: str, state: str):
         # So small a rate leaves the student in its state; every other cost is that of a real step.
-        config = TrainConfig(steps=STEPS, batch_size=args.batch, anchor_share=0, learning_rate=1e-9, **KINDS[kind])
+        config = TrainConfig(steps=STEPS, batch_size=args.batch, anchor_share=0, learning_rate=1e-9, teacher="frozen",
+                             **KINDS[kind])  # fmt: skip
 
         def run(turn: int) -> dict[str, float]:
             load_state(session, state)

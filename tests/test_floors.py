@@ -16,7 +16,7 @@ FLOORS = {
     "F0 words": ["", "types", "methods", "settings", "train_config", "config"],
     "F1 math": ["losses", "fused", "ema", "retention", "stats", "seeds", "guidance"],
     "F2 text and weights": [
-        "files", "provenance", "servers", "hub", "processes", "sharding", "thinking", "templates", "contexts",
+        "files", "memory", "provenance", "servers", "hub", "processes", "sharding", "thinking", "templates", "contexts",
         "packing", "attention", "batching", "nf4", "stacks", "adapters", "models", "loading", "teacher", "likelihood",
     ],
     "F3 plug-ins": [

@@ -70,7 +70,9 @@ def test_more_work_is_predicted_to_take_longer(tmp_path: Path, skill: Skill, mon
         longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
         taken = forecast(workspace, "v000", session, skill, {"colours": skill}, longer, found)["seconds"]
         answers = (steps - 4) * 7 + 2 * validations  # after four of warm start, 7 rows of 8 are taught
-        assert taken["train"] == len(general_prompts()) / 2 + steps / 2 + 2 * answers
+        # One row of 8 is a general prompt; the drift is measured on 16 of them.
+        general = min(len(general_prompts()), max(16, steps))
+        assert taken["train"] == general / 2 + steps / 2 + 2 * answers
 
 
 def test_expected_tokens(tmp_path: Path, skill: Skill):

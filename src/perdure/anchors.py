@@ -14,7 +14,9 @@ from importlib import resources
 
 from perdure.config import TrainConfig
 from perdure.methods import METHODS
+from perdure.monitor import DRIFT_ROWS
 from perdure.rollout.base import Progress, SamplingParams, TotalProgress, part_of
+from perdure.rows import row_counts
 from perdure.seeds import derive_seed, permutation
 from perdure.session import Session
 from perdure.skills.base import Skill
@@ -29,7 +31,7 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     Without anchors in the batch (``anchor_share`` 0) there are none, but for the general prompts of re-invocation."""
     method = METHODS[config.method]
     wants_general = method.reinvoked or (config.anchor_share > 0 and config.anchor_earlier_share < 1)
-    general = general_prompts() if wants_general else []
+    general = general_prompts()[: general_rows(config)] if wants_general else []
     wants_earlier = config.anchors_earlier
     chosen = {skill.name: session.renderer.each_turn(_chosen(skill, config, seed))
               for skill in (earlier if wants_earlier else ())}  # fmt: skip
@@ -94,6 +96,14 @@ def general_prompts() -> list[Example]:
         Example(f"general-{number}", ({"role": "user", "content": line},), None, origin=f"general_prompts.txt:{number}")
         for number, line in enumerate(text.splitlines(), 1)
     ]
+
+
+def general_rows(config: TrainConfig) -> int | None:
+    """How many of the general prompts a stage has a use for: what its steps take, and its drift is measured on. None
+    stands for all."""
+    if METHODS[config.method].reinvoked:
+        return None
+    return max(DRIFT_ROWS, config.steps * row_counts(config, 0, general=True)["general"])
 
 
 def answered(

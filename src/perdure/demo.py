@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
         "warm_start_steps": 14,
         "validate_every": 10,
         "validation_max": 24,
-        "checkpoint_every": 10,
+        "checkpoint_every": 20,
     },
     "eval": {"rows": 120},
     "probe": {"tasks": ["arc_easy", "piqa", "winogrande", "basic_skills"], "rows": 96},

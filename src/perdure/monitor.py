@@ -24,6 +24,9 @@ from perdure.templates import names_the_example
 from perdure.thinking import hesitations
 from perdure.types import Rollout, SkillScore
 
+DRIFT_ROWS = 16
+"""General anchors on which a stage's drift is measured."""
+
 
 def describe(stage: Stage, rollouts: Sequence[Rollout], phase: str) -> dict[str, Any]:
     """What the student's own samples look like; empty where it sampled nothing."""
@@ -121,7 +124,7 @@ def said_of_manner(lines: Sequence[dict[str, Any]], limit: float) -> str | None:
 
 
 @torch.no_grad()
-def anchor_drift(stage: Stage, rows: int = 16) -> float | None:
+def anchor_drift(stage: Stage, rows: int = DRIFT_ROWS) -> float | None:
     """Mean KL(start || now) per token on the first general anchors: how far the stage has moved the rest.
 
     None without anchors."""

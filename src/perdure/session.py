@@ -16,6 +16,7 @@ from perdure.config import RunConfig
 from perdure.contexts import Renderer
 from perdure.likelihood import Pair, score_pairs
 from perdure.loading import load_version
+from perdure.memory import keep_freed_memory
 from perdure.models import LoadedModel, compute_dtype, device_of, resolve, sync_weights, working_copy
 from perdure.processes import GROUP, copy_from_lead, followed_by, from_lead, together
 from perdure.rollout.base import RolloutEngine, SamplingParams
@@ -67,6 +68,8 @@ def open_session(config: RunConfig, folder: Path | None = None, base_sha256: str
 
 def _open(key: int, config: RunConfig, folder: Path | None, base_sha256: str | None) -> Session:
     device = device_of(config.model)
+    if device.type == "cpu":
+        keep_freed_memory()
     # Masters of adapters take no part in training, and those that are to be divided need not fit whole: they leave a
     # GPU's memory to the working copy.
     divided = config.train.fsdp and GROUP.count > 1
