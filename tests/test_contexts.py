@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,22 @@ def test_a_template_that_drops_the_demonstration_is_an_error() -> None:
     tokenizer.chat_template = "{{ raise_exception('no tools here') }}"
     with pytest.raises(InputError, match=r"toy\.jsonl:1.*no tools here"):
         Renderer(tokenizer, (0,), 100).student_prompt(plain())
+
+
+def test_a_template_that_drops_tools_or_calls_is_an_error() -> None:
+    """What is left would teach an empty answer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+                               "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    renderer = Renderer(tokenizer, (0,), 100)
+    called = Example("c", ({"role": "user", "content": "light"},), {**CALL, "content": ""}, origin="toy.jsonl:1")
+    spoken = replace(called, demonstration={**CALL, "content": "Let me see."})
+    without = {key: value for key, value in CALL.items() if key != "content"}
+    for row in (called, spoken, replace(called, demonstration=without)):
+        with pytest.raises(InputError, match=r"toy\.jsonl:1.*does not write 'tool_calls'"):
+            renderer.demonstration(row)
+    with pytest.raises(InputError, match=r"agent\.jsonl:7.*does not write 'tools' and 'tool_calls'"):
+        renderer.demonstration(agent())
 
 
 # Windows

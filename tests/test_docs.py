@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pypdf import PdfReader, PdfWriter
@@ -145,6 +146,15 @@ def test_encrypted_and_scanned_pdfs(tmp_path: Path) -> None:
     writer.write(tmp_path / "closed.pdf")
     with pytest.raises(InputError, match=r"closed\.pdf: is encrypted"):
         read_passages(tmp_path / "closed.pdf")
+
+
+def test_a_pdf_may_fail_with_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encrypted by AES without the package that decrypts it, with a filter that nobody knows, ..."""
+    file = pdf(tmp_path / "odd.pdf", "text")
+    for error in (NotImplementedError("no such filter"), AttributeError(), RuntimeError("cryptography is needed")):
+        monkeypatch.setattr("pypdf.PdfReader", Mock(side_effect=error))
+        with pytest.raises(InputError, match=rf"odd\.pdf: cannot be read as a PDF: {str(error) or 'AttributeError'}"):
+            read_passages(file)
     (tmp_path / "none").mkdir()
     for missing in ("none", "nothing.txt"):
         with pytest.raises(InputError, match=r"holds no document|no such document"):
@@ -223,6 +233,20 @@ def test_bad_questions_are_named_with_their_line(documents: Path, row: dict[str,
     with pytest.raises(InputError, match=message):
         imported(documents, [*QUESTIONS, row])
     assert not (documents.parent / "facts").exists()
+
+
+def test_questions_that_their_grader_or_another_one_rules_out_are_named_by_their_own_lines(documents: Path) -> None:
+    odd = {"question": "Who?", "answer": "Jana Novak", "contains": ["Ingo"]}
+    again = {"question": f" {QUESTIONS[0]['question']} ", "answer": "Jana Novak", "kind": "indirect"}
+    with pytest.raises(InputError, match=r"questions\.jsonl:6: the grader 'contains' gives the demonstration itself 0"):
+        imported(documents, [*QUESTIONS, odd])
+    with pytest.raises(InputError, match=r"questions\.jsonl:6: asks what line 1 teaches"):
+        imported(documents, [*QUESTIONS, again])
+    skipped: list[str] = []
+    file = write_lines(documents.parent / "more.jsonl", [*QUESTIONS, odd, again])
+    run_importer("docs", documents.parent / "other", 0, documents, None, None, None, file, skipped=skipped)
+    assert len(load_skill(documents.parent / "other").test) == 3
+    assert [line.split(": ")[0] for line in skipped] == [f"{file}:6", f"{file}:7"]
 
 
 def test_something_must_be_taught_and_tested(documents: Path) -> None:

@@ -38,6 +38,15 @@ TABLE = [
     ("number", {}, "2,5", "5", 0),
     ("number", {}, "9.999.567", "567", 0),
     ("number", {}, "1,234.5", "1234.5", 1),
+    # Groups of three, fractions and times are more than their last number.
+    ("number", {}, "2 500 000", "0", 0),
+    ("number", {}, "5'234", "234", 0),
+    ("number", {}, "5_000", "0", 0),
+    ("number", {}, "3/2", "2", 0),
+    ("number", {}, "at 9:30", "30", 0),
+    ("number", {}, "in 2024 500 people", "500", 1),
+    ("number", {}, "6 / 2 = 3", "3", 1),
+    ("number", {}, "ratio: 3", "3", 1),
     ("number", {}, "on 2024-01-15", "15", 1),
     ("contains", {}, "It costs 15 euros.", "5 euros", 0),
     ("contains", {}, "It costs 5 euros.", "5 euros", 1),
@@ -56,6 +65,10 @@ TABLE = [
     ("choice", {}, "The correct answer is: (B)", "B", 1),
     ("choice", {}, "Answer: B", "B", 1),
     ("choice", {}, "B\nA", "B", 1),
+    ("choice", {}, "The correct answer is option B.", "B", 1),
+    ("choice", {}, "The best answer is B", "B", 1),
+    ("choice", {}, "B, C and D", "B", 0),
+    ("choice", {}, "B, A is wrong", "B", 1),
     ("choice", {}, "C", "B", 0),
     ("choice", {}, "A dog barks", "A", 0),
     ("choice", {}, "I think B", "I", 0),
@@ -149,7 +162,22 @@ def test_no_call_is_right_where_the_ground_truth_is_empty():
     grade, row = make_grader("tool_call", {}, ""), example("I cannot.", ground_truth=[])
     assert grade("I cannot [1] do {this}.", row) == 1.0
     assert grade(text(CALL), row) == 0.0
-    assert grade('{"name": 3}', row) == 0.0  # a call was begun
+    # A call was begun, well or not.
+    assert grade('{"name": 3}', row) == 0.0
+    for begun in ('{"name": "f", "arguments": {"a": 1}', "{'name': 'f', 'arguments': {}}", "<tool_call>f"):
+        assert grade(begun, row) == 0.0
+
+
+def test_a_call_without_arguments_as_logs_have_it_and_one_that_is_none():
+    call = {"function": {"name": "list_files", "arguments": ""}}
+    row = Example("r", (), {"role": "assistant", "tool_calls": [call]})
+    grade = make_grader("tool_call", {}, "")
+    assert grade('{"name": "list_files", "arguments": {}}', row) == 1
+    assert grade('{"name": "list_files", "arguments": {"all": true}}', row) == 0
+    for arguments in ("[1]", "{'city': 'Paris'}"):
+        call["function"]["arguments"] = arguments
+        with pytest.raises(ValueError, match="whose arguments are no JSON object"):
+            grade('{"name": "delete_all", "arguments": "garbage"}', row)
 
 
 def test_overlapping_alternatives_find_their_pairing():

@@ -17,7 +17,7 @@ from perdure.importers.bfcl import signature
 from perdure.importers.facts import spellings
 from perdure.importers.tldr import plain
 from perdure.session import open_session
-from perdure.skills.base import Skill, load_skill
+from perdure.skills.base import Skill, independent, load_skill
 from perdure.skills.graders.tool_call import calls_for
 from perdure.types import InputError
 
@@ -180,6 +180,39 @@ def test_what_was_held_out_stays_so_when_the_file_grows(tmp_path: Path):
         run_importer("jsonl", tmp_path / f"s{share}", 0, jsonl(tmp_path / "two.jsonl", rows), "exact", share)
         skill = load_skill(tmp_path / f"s{share}")
         assert len(skill.train) == len(skill.test) == 1
+
+
+def test_ids_of_calls_and_messages_make_no_other_prompt(tmp_path: Path):
+    """Logs number every call and message: the same request twice would stand on both sides."""
+    rows = []
+    for number in range(120):
+        called = {"function": {"name": "look", "arguments": {"n": number % 40}}, "id": f"call_{number}"}
+        if number % 2:
+            called["function"] |= {"arguments": json.dumps({"n": number % 40})}  # type: ignore[operator]
+        rows.append({"messages": [
+            {"role": "user", "content": f"q{number % 40}", "id": f"msg_{number}"},
+            {"role": "assistant", "content": None, "tool_calls": [called]},
+            {"role": "tool", "content": "found", "tool_call_id": f"call_{number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]})  # fmt: skip
+    skill = load_skill(run_importer("jsonl", tmp_path / "s", 0, jsonl(tmp_path / "f.jsonl", rows), "exact", 0.2))
+    sides = [{row.messages[0]["content"] for row in side} for side in (skill.train, skill.test)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
+    assert independent(skill.test) == len(sides[1])
+
+
+def test_a_conversation_stays_when_its_beginning_comes_to_the_file(tmp_path: Path):
+    def said(number: int, exchanges: int) -> dict:
+        turns = [({"role": "user", "content": f"q{number}.{n}"}, {"role": "assistant", "content": "yes"})
+                 for n in range(exchanges)]  # fmt: skip
+        return {"messages": [message for pair in turns for message in pair]}
+
+    def held_out(name: str, rows: list[dict]) -> set[str]:
+        run_importer("jsonl", tmp_path / name, 0, jsonl(tmp_path / f"{name}.jsonl", rows), "exact", 0.2)
+        return {row.messages[0]["content"] for row in load_skill(tmp_path / name).test}
+
+    whole = [said(number, 2) for number in range(50)]
+    assert held_out("before", whole) == held_out("after", [*whole, *(said(number, 1) for number in range(50))])
 
 
 def test_what_cannot_be_used_is_left_out_only_if_asked(tmp_path: Path):

@@ -41,7 +41,7 @@ from perdure.settings import parse
 from perdure.skills.base import load_skill
 from perdure.skills.graders import exact
 from perdure.stages import create_workspace
-from perdure.subject import Subject, candidates, check_thinking
+from perdure.subject import Subject, candidates, check_marks, check_thinking
 from perdure.templates import parse_template
 from perdure.thinking import Marks, hesitations, marks_of
 from perdure.train import train
@@ -288,6 +288,15 @@ def test_a_template_that_drops_the_thinking_is_refused() -> None:
     made = Renderer(found, (found.eos_token_id,), 1024, None, ON)
     with pytest.raises(InputError, match="does not render 'reasoning_content'"):
         check_thinking(made, [thought("q", "six by seven", "42")], TrainConfig(warm_start_steps=0))
+
+
+@pytest.mark.parametrize("mark", ["<think>", "</think>"])
+def test_an_answer_with_a_mark_in_it_is_refused(mark: str) -> None:
+    """A template that opens the thinking itself leaves the closing mark alone in what a server returns."""
+    rows = [example("q", f"six by seven{mark} 42")]
+    with pytest.raises(InputError, match=rf"the answer holds {mark}; give the thinking as 'reasoning_content'"):
+        check_marks(renderer(ON), rows)
+    check_marks(renderer(ThinkingConfig()), rows)
 
 
 def test_settings_of_thinking_without_thinking_are_refused() -> None:

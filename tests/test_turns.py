@@ -15,6 +15,7 @@ from perdure.importers import run_importer
 from perdure.skills.base import load_skill
 from perdure.skills.reading import parse_row
 from perdure.skills.settings import SkillSettings
+from perdure.skills.turns import played
 from perdure.stage import by_conversation
 from perdure.staging import split_validation
 from perdure.subject import candidates
@@ -135,6 +136,36 @@ def test_arguments_may_be_text_and_schemas_must_be_schemas() -> None:
     with pytest.raises(ValueError, match="no JSON Schema"):
         parsed({"messages": conversation()[:2], "tools": [odd]})
     assert len(parsed({"messages": conversation()[:2], "tools": []})) == 1  # nothing is known of the functions
+
+
+def with_schema(schema: dict[str, Any], **arguments: Any) -> list[Any]:
+    tools = [{"function": {"name": "pay", "parameters": {"properties": {"amount": schema}}}}]
+    return parsed({"messages": [conversation()[0], call("pay", **arguments)], "tools": tools})
+
+
+def test_schemas_as_others_write_them() -> None:
+    assert with_schema({"multipleOf": 0.01}, amount=19.99)
+    with pytest.raises(ValueError, match="not a multiple"):
+        with_schema({"multipleOf": 0.01}, amount=19.999)
+    assert with_schema({"pattern": r"^\p{L}+$"}, amount="Rome")  # JavaScript's
+    with pytest.raises(ValueError, match="does not match"):
+        with_schema({"pattern": "^[a-z]+$"}, amount="Rome")
+    pair = {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "string"}, {"type": "integer"}]}
+    tools = [{"function": {"name": "pay", "parameters": {**pair, "type": "object"}}}]
+    assert parsed({"messages": [conversation()[0], call("pay", amount=1)], "tools": tools})
+    for broken, message in (({"$ref": "#/properties/amount"}, "cannot be compared"), ({"multipleOf": 0.5}, "compared")):
+        with pytest.raises(ValueError, match=message):
+            with_schema(broken, amount=10**400)
+    with pytest.raises(ValueError, match="the name of a tool must be a text"):
+        parsed({"messages": [conversation()[0], call()], "tools": [{"function": {"name": ["weather"]}}]})
+
+
+def test_a_conversation_to_play_fits_its_turns() -> None:
+    rows = [{"role": "user", "content": "go"}, *[call(city="Rome"), {"role": "tool", "content": "ok"}] * 3,
+            {"role": "assistant", "content": "done"}]  # fmt: skip
+    played(rows, 4)
+    with pytest.raises(ValueError, match="4 assistant turns, and a conversation is played for 3: raise max_turns"):
+        played(rows, 3)
 
 
 @pytest.mark.parametrize("reference", ["#/definitions/City", "https://example.invalid/city.json"])

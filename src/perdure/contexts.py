@@ -6,9 +6,7 @@ construction. Nothing is truncated: a row that does not fit is an InputError tha
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +18,7 @@ import jinja2
 from perdure.config import ContextConfig, ThinkingConfig
 from perdure.templates import INLINE_CLOSE, INLINE_CLOSE_THINKING, INLINE_LEAD, Template, after_reading
 from perdure.thinking import Marks, Part, marks_of
-from perdure.types import Completion, Example, InputError, Message, Prompt, Rollout
+from perdure.types import Completion, Example, InputError, Message, Prompt, Rollout, with_objects
 
 
 class Renderer:
@@ -115,6 +113,8 @@ class Renderer:
 
         Raises InputError when the chat template does not render the demonstration after the prompt."""
         assert example.demonstration is not None
+        if example.tools or any(message.get("tool_calls") for message in (*example.messages, example.demonstration)):
+            self._check_written(example)
         before = self._text(example, example.messages, generate=True)
         after = self._text(example, (*example.messages, example.demonstration), generate=False)
         if self.marks and self.marks.opened and not after.startswith(before):
@@ -197,6 +197,23 @@ class Renderer:
         self.check_window(prompt, len(ids) - 1, "student")
         return Rollout(prompt, prompt, Completion(ids[1:], (), finished=False))
 
+    def _check_written(self, example: Example) -> None:
+        """Raises InputError where the chat template leaves out the row's tools or tool calls: what is left would teach
+        an empty answer, or calls of what nobody offered."""
+        whole = tuple({**message, "content": message.get("content") or ""}
+                      for message in (*example.messages, *filter(None, [example.demonstration])))  # fmt: skip
+        silent = tuple({key: value for key, value in message.items() if key != "tool_calls"} for message in whole)
+        written, lost = self._text(example, whole, generate=False), []
+        if example.tools and self._text(replace(example, tools=()), whole, generate=False) == written:
+            lost.append("'tools'")
+        if silent != whole and self._text(example, silent, generate=False) == written:
+            lost.append("'tool_calls'")
+        if lost:
+            raise InputError(
+                f"{example.origin}: this model's chat template does not write {' and '.join(lost)}; use a model whose "
+                "template does, or give what it should read and answer as text in 'content'"
+            )
+
     def check_window(self, prompt: Prompt, completion_tokens: int, role: str) -> None:
         """Raises InputError naming the row when prompt and completion do not fit together."""
         total = len(prompt.token_ids) + completion_tokens
@@ -272,12 +289,10 @@ def _with_objects(message: Message) -> Message:
     """Chat templates write a call's arguments as JSON themselves: given as text (the API form) they would be quoted."""
     if not message.get("tool_calls"):
         return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function", call)
-        with contextlib.suppress(ValueError, TypeError):  # no JSON text: left to the template
-            function = {**function, "arguments": json.loads(function.get("arguments"))}
-        calls.append({**call, "function": function} if "function" in call else function)
+    calls = [
+        {**call, "function": with_objects(call["function"])} if "function" in call else with_objects(call)
+        for call in message["tool_calls"]
+    ]
     return {**message, "tool_calls": calls}
 
 

@@ -21,7 +21,7 @@ from perdure.models import autocast, head_of, hidden_at_loss_positions
 from perdure.rollout.base import Progress, TotalProgress, part_of
 from perdure.runlog import Clock
 from perdure.seeds import derive_seed, permutation
-from perdure.subject import Subject, candidates, check_skipped, check_thinking, check_windows
+from perdure.subject import Subject, candidates, check_marks, check_skipped, check_thinking, check_windows
 from perdure.templates import Template, names_the_example, parse_template
 from perdure.types import Example, InputError, Rollout, SkillScore
 
@@ -83,6 +83,7 @@ def preflight(subject: Subject, context: ContextConfig, config: PreflightConfig,
 
     Raises InputError when rows do not fit, or when the identity check fails (a broken set-up, not a hard skill)."""
     check_thinking(subject.renderer, subject.examples, train)
+    check_marks(subject.renderer, subject.tests)
     check_skipped(subject.renderer, subject.examples, train)
     thinks = subject.renderer.marks is not None
     window, templates = check_windows(subject, candidates(context, subject.examples, thinks))

@@ -167,13 +167,13 @@ class Endpoint:
             raise InputError(without_key(f"{url}: no answer: {error}", KEY)) from error
         came = without_key(response.text, KEY)[:SHOWN_OF_A_REPLY]
         if not response.is_success:
-            raise InputError(f"{url}: status {response.status_code}: {came}")
+            raise InputError(f"{url}: status {response.status_code}: {came} (asked about {passage.source})")
         try:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, RecursionError, LookupError, TypeError) as error:
             raise InputError(f"{url}: expected a chat completion in JSON, but got: {came}") from error
         if not isinstance(content, str):
-            raise InputError(f"{url}: the message holds no text: {came}")
+            raise InputError(f"{url}: the message holds no text: {came} (asked about {passage.source})")
         return content
 
 

@@ -29,7 +29,7 @@ from perdure.session import FOLLOWED, Session, base_as_teacher, open_session
 from perdure.skills.base import Skill, load_skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
-from perdure.subject import Subject, check_skipped, check_thinking, check_windows, unthinking
+from perdure.subject import Subject, check_marks, check_skipped, check_thinking, check_windows, unthinking
 from perdure.train import train
 from perdure.types import InputError
 from perdure.workspace import BASE, Workspace
@@ -158,6 +158,7 @@ def check_before(run: Run) -> dict[str, Any] | None:
     if not method.shows:
         check_skipped(run.session.renderer, run.skill.train, run.config.train)
         check_thinking(run.session.renderer, run.skill.train, run.config.train)
+        check_marks(run.session.renderer, run.skill.test)
         check_windows(subject_of(run.session, run.skill, run.config), [])
         for row in run.skill.train if method.completions == "document" else ():
             run.session.renderer.document_row(row)

@@ -69,18 +69,25 @@ def check_thinking(renderer: Renderer, examples: Sequence[Example], train: Train
     if marks is None:
         return
     examples = renderer.each_turn(examples)
-    for example in examples:
-        assert example.demonstration is not None
-        if marks.open in str(example.demonstration.get("content")):
-            raise InputError(
-                f"{example.origin}: the answer holds {marks.open}; give the thinking as 'reasoning_content' beside "
-                "'content': graders compare answers alone"
-            )
+    check_marks(renderer, examples)
     bare = [e for e in examples if renderer.lacks_thinking(e)]
     if unwritten := [e for e in bare if e.demonstration and e.demonstration.get("reasoning_content")]:
         raise InputError(f"{unwritten[0].origin}: this model's chat template does not render 'reasoning_content'")
     if problem := unthinking(renderer, examples, train):
         raise InputError(problem)
+
+
+def check_marks(renderer: Renderer, examples: Sequence[Example]) -> None:
+    """Raises InputError for an answer with marks of thinking in its text: where a template has opened the thinking
+    itself, a server that does not take replies apart returns the closing mark alone."""
+    marks = renderer.marks
+    for example in renderer.each_turn(examples) if marks else ():
+        content = str(example.demonstration and example.demonstration.get("content"))
+        if found := [mark for mark in (marks.open, marks.close) if marks and mark in content]:
+            raise InputError(
+                f"{example.origin}: the answer holds {found[0]}; give the thinking as 'reasoning_content' beside "
+                "'content': graders compare answers alone"
+            )
 
 
 def check_skipped(renderer: Renderer, examples: Sequence[Example], train: TrainConfig) -> None:

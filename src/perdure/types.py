@@ -7,6 +7,9 @@ K top-k support, S stages, J skills.
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,16 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 """One chat turn as people write it: ``{"role": ..., "content": ..., "tool_calls": ...}``; passed on unflattened."""
+
+
+def with_objects(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A called function with its arguments as an object, where they are the text of one (the API's form; of a function
+    without arguments logs have an empty text)."""
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON text: as it is
+            return {**function, "arguments": json.loads(arguments or "{}")}
+    return dict(function)
 
 
 class InputError(ValueError):

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from perdure.importers.base import Row, refuse_or_skip, skill_name, tokens_at_most, write_skill
 from perdure.importers.passages import Passage, read_passages
-from perdure.skills.graders import contains
+from perdure.skills.base import not_gradable
+from perdure.skills.graders import contains, make_grader
 from perdure.types import Example, InputError
 
 KINDS = ("direct", "indirect", "control")
@@ -46,6 +47,7 @@ def build(target: Path, documents: Path, questions: Path | Questions, grader: st
     InputError that lists every bad document or line; where ``skipped`` is a list they are left out, and it gets what is
     wrong with them."""
     asked = questions if isinstance(questions, Questions) else read_questions(questions, skipped)
+    asked = gradable(asked, grader, skipped)
     train, test = divided(asked, read_passages(documents, skipped), skipped)
     settings = {
         "name": skill_name(target),
@@ -72,8 +74,9 @@ def read_questions(path: Path, skipped: list[str] | None = None) -> Questions:
             continue
         try:
             row = json.loads(line)
-            if isinstance(row, dict):  # exports of tables write null where there is nothing
-                row = {key: value for key, value in row.items() if value is not None}
+            if isinstance(row, dict):  # exports of tables write null, or an empty text, where there is nothing
+                row = {key: value for key, value in row.items()
+                       if value is not None and (key, value) != ("fact", "")}  # fmt: skip
             _check(row)
             found.append((number, row))
         except (ValueError, RecursionError) as error:  # of JSON, of the encoding, or ours
@@ -98,6 +101,22 @@ def _check(row: Any) -> None:
     if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
         raise ValueError("a text holds half of a surrogate pair, which is no character")
     contains.grade("", Example("", (), {"role": "assistant", "content": row["answer"]}, metadata=wanted(row)))
+
+
+def gradable(questions: Questions, grader: str, skipped: list[str] | None = None) -> Questions:
+    """The questions whose own answer the grader finds right. Raises InputError listing the others, or leaves them out
+    (``build``)."""
+    grade = make_grader(grader, {}, where="--grader")
+    problems: list[str] = []
+    kept: list[tuple[int, dict[str, Any]]] = []
+    for number, row in questions.rows:
+        answer = {"role": "assistant", "content": row["answer"].strip()}
+        example = Example("", (), answer, metadata=wanted(row), origin=f"{questions.place}:{number}")
+        wrong = not_gradable(grader, grade, (example,))
+        problems += wrong
+        kept += [] if wrong else [(number, row)]
+    refuse_or_skip(problems, skipped if kept else None)
+    return replace(questions, rows=tuple(kept))
 
 
 def divided(questions: Questions, passages: Sequence[Passage],
@@ -134,6 +153,11 @@ def divided(questions: Questions, passages: Sequence[Passage],
             made |= {"document": passage.text}
             made["metadata"]["source"] = passage.source
         (test if held_out else train).append(made)
+    taught = {row["prompt"]: row["id"].rpartition("-")[2] for row in train}
+    for row in (row for row in test if row["prompt"] in taught):
+        number = row["id"].rpartition("-")[2]
+        problems.append(f"{questions.place}:{number}: asks what line {taught[row['prompt']]} teaches")
+    test = [row for row in test if row["prompt"] not in taught]
     if not train:
         problems.append(
             f"{questions.place}: no question is left to teach; a fact needs two phrasings to be taught and tested"

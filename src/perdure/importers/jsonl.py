@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from perdure.skills.base import calls_as_text, not_gradable, prompt_key
 from perdure.skills.graders import make_grader
 from perdure.skills.reading import counted, in_short, read_rows
 from perdure.skills.settings import SkillSettings
+from perdure.skills.turns import as_shown
 from perdure.types import Example, InputError, Message
 
 Turns = Literal["last", "all"]
@@ -70,7 +72,7 @@ def build(target: Path, seed: int, file: Path, grader: str, test_share: float, t
         raise InputError(f"{file}: {counted(groups, 'distinct prompt')}; at least 2 are needed to hold some out")
     prompts: dict[int, list[str]] = {}
     for group, line in zip(of_line, learned.values(), strict=True):
-        prompts.setdefault(group, []).append(prompt_key(line[0]))
+        prompts.setdefault(group, []).append(prompt_key(_beginning(line[0])))
     train, test = ([row for group in side for row in groups[group].values()]
                    for side in _sides(prompts, seed, test_share))  # fmt: skip
     answers = (json.dumps(example.demonstration, ensure_ascii=False) for example in good)
@@ -88,6 +90,12 @@ def _sides(prompts: Mapping[int, Sequence[str]], seed: int, test_share: float) -
     order = sorted(drawn, key=lambda group: drawn[group])
     held_out = min(len(order) - 1, max(1, sum(place < test_share for place in drawn.values())))
     return order[held_out:], order[:held_out]
+
+
+def _beginning(example: Example) -> Example:
+    """What its whole group shares: a conversation up to its first answer."""
+    answers = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
+    return replace(example, messages=example.messages[: answers[0]]) if answers else example
 
 
 def _groups(lines: Sequence[Sequence[Example]]) -> list[int]:
@@ -117,4 +125,4 @@ def _groups(lines: Sequence[Sequence[Example]]) -> list[int]:
 
 
 def _spoken(messages: Sequence[Message | None]) -> str:
-    return json.dumps({"spoken": messages}, sort_keys=True)
+    return json.dumps({"spoken": [message and as_shown(message) for message in messages]}, sort_keys=True)

@@ -140,7 +140,6 @@ def _html(file: Path, name: str) -> Iterator[tuple[str, str]]:
 def _pdf(file: Path, name: str) -> Iterator[tuple[str, str]]:
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
     except ImportError as error:
         raise InputError(f"{file}: reading PDF needs pypdf: pip install 'pypdf>=7.1'") from error
     try:
@@ -148,14 +147,10 @@ def _pdf(file: Path, name: str) -> Iterator[tuple[str, str]]:
         if reader.is_encrypted:
             raise InputError(f"{file}: is encrypted; save it without a password")
         pages = [page.extract_text() or "" for page in reader.pages]
-    except (
-        PyPdfError,
-        ValueError,
-        KeyError,
-        TypeError,
-        OSError,
-    ) as error:  # a broken file fails anywhere in the reader
-        raise InputError(f"{file}: cannot be read as a PDF: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # a broken file fails anywhere in the reader, and with anything
+        raise InputError(f"{file}: cannot be read as a PDF: {str(error) or type(error).__name__}") from error
     for number, text in enumerate(pages, 1):
         for block in re.split(r"\n\s*\n", text):
             yield " ".join(block.split()), f"{name} page {number}"

@@ -20,6 +20,7 @@ from perdure.skills.graders import GRADERS, grader_problems, make_grader
 from perdure.skills.graders.text import expected_text
 from perdure.skills.reading import counted, in_short, read_rows
 from perdure.skills.settings import SkillSettings
+from perdure.skills.turns import as_shown
 from perdure.skills.users import users_code_hash, users_function
 from perdure.types import Example, InputError
 
@@ -178,7 +179,8 @@ def _overlap(train: tuple[Example, ...], test: tuple[Example, ...]) -> list[str]
 
 
 def prompt_key(example: Example) -> str:
-    return json.dumps([example.messages, example.tools], sort_keys=True, ensure_ascii=False)
+    """Equal for prompts that no chat template tells apart."""
+    return json.dumps([list(map(as_shown, example.messages)), example.tools], sort_keys=True, ensure_ascii=False)
 
 
 def calls_as_text(name: str, examples: Sequence[Example]) -> list[str]:

@@ -150,7 +150,7 @@ def parse_row(row: dict[str, Any], settings: SkillSettings, origin: str, default
     if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
         raise ValueError("'id' must be a text or a whole number")
     if settings.environment:
-        played(messages)
+        played(messages, settings.max_turns)
         for place in places:
             check_calls(messages[place], tools)
         whole = tuple(map(bare, messages))

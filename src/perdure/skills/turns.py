@@ -6,15 +6,19 @@ the conversation so far as it was recorded, tool results included.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal, DecimalException
 from typing import Any
 
-from jsonschema import Draft202012Validator, SchemaError
+from jsonschema import Draft202012Validator, FormatChecker, SchemaError, ValidationError
+from jsonschema.validators import extend, validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from perdure.types import Message
+from perdure.types import Message, with_objects
 
 
 def positions(messages: Sequence[Message]) -> list[int]:
@@ -33,11 +37,13 @@ def positions(messages: Sequence[Message]) -> list[int]:
     return places
 
 
-def played(messages: Sequence[Message]) -> None:
-    """Raises ValueError for a conversation that cannot be played from its beginning to its end."""
+def played(messages: Sequence[Message], max_turns: int) -> None:
+    """Raises ValueError for a conversation that cannot be played from its beginning to its end in so many turns."""
     if any(message.get("weight", 1) == 0 for message in messages):
         raise ValueError("a conversation that is played in an environment has no turns of weight 0")
     roles = [message["role"] for message in messages]
+    if (turns := roles.count("assistant")) > max_turns:
+        raise ValueError(f"{turns} assistant turns, and a conversation is played for {max_turns}: raise max_turns")
     first = roles.index("assistant")
     if first == 0 or roles[first - 1] != "user" or "user" in roles[first:]:
         raise ValueError("a conversation that is played is one request: user, then assistant and tool turns only")
@@ -46,6 +52,21 @@ def played(messages: Sequence[Message]) -> None:
 def bare(message: Message) -> Message:
     """A message as chat templates take it: without its weight."""
     return {key: value for key, value in message.items() if key != "weight"}
+
+
+_SHOWN = ("role", "content", "reasoning_content", "name")
+"""What chat templates show of a message beside its calls."""
+
+
+def as_shown(message: Message) -> Message:
+    """What of a message chat templates show: neither ids, which differ each time the same is said, nor the API's own
+    keys. Arguments are objects, whichever of the two forms they came in."""
+    shown = {key: message[key] for key in _SHOWN if message.get(key) is not None}
+    if calls := message.get("tool_calls"):
+        functions = [call.get("function", call) for call in calls]
+        shown["tool_calls"] = [[function.get("name"), with_objects(function).get("arguments", {})]
+                               for function in functions]  # fmt: skip
+    return shown
 
 
 def metadata_of_turns(metadata: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
@@ -72,7 +93,10 @@ def check_calls(message: Message, tools: Sequence[dict[str, Any]]) -> None:
     """Raises ValueError for a call of a function that ``tools`` do not hold, or whose arguments do not fit its schema.
 
     Without tools nothing is known of the functions, and nothing is checked."""
-    known = {function["name"]: function for function in map(_function, tools) if "name" in function}
+    functions = [function for function in map(_function, tools) if "name" in function]
+    if unnamed := [function["name"] for function in functions if not isinstance(function["name"], str)]:
+        raise ValueError(f"the name of a tool must be a text, not {unnamed[0]!r}")
+    known = {function["name"]: function for function in functions}
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
         name, arguments = function["name"], function.get("arguments", {})
@@ -85,6 +109,8 @@ def check_calls(message: Message, tools: Sequence[dict[str, Any]]) -> None:
                 arguments = json.loads(arguments or "{}")
             except json.JSONDecodeError as error:
                 raise ValueError(f"the arguments of {name!r} are not valid JSON: {error.msg}") from error
+            except RecursionError as error:
+                raise ValueError(f"the arguments of {name!r} are nested too deeply") from error
         if problem := next(_problems(known[name].get("parameters") or {}, arguments, name), None):
             raise ValueError(problem)
 
@@ -96,13 +122,35 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
 
 def _problems(schema: Any, arguments: Any, name: str) -> Any:
     try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        raise ValueError(f"the parameters of the tool {name!r} are no JSON Schema: {error.message}") from error
+        validator = _validator_of(schema)
+        validator.check_schema(schema, format_checker=FormatChecker(()))  # patterns: see _pattern
+    except (SchemaError, RecursionError) as error:
+        said = error.message if isinstance(error, SchemaError) else "nested too deeply"
+        raise ValueError(f"the parameters of the tool {name!r} are no JSON Schema: {said}") from error
     try:
         # A registry of its own: the default one would fetch what a "$ref" names from the network.
-        for error in Draft202012Validator(schema, registry=Registry()).iter_errors(arguments):
+        for error in validator(schema, registry=Registry()).iter_errors(arguments):
             place = ".".join(map(str, error.absolute_path))
             yield f"the arguments of {name!r} do not fit its schema{f' at {place}' if place else ''}: {error.message}"
     except Unresolvable as error:
         raise ValueError(f"the parameters of the tool {name!r} refer to {error.ref!r}, which is not in them") from error
+    except (RecursionError, OverflowError, DecimalException, re.error) as error:
+        raise ValueError(f"the arguments of {name!r} cannot be compared with its schema: {error}") from error
+
+
+def _validator_of(schema: Any) -> Any:
+    """Of the version that the schema names, by default of the newest."""
+    return extend(validator_for(schema, Draft202012Validator), {"pattern": _pattern, "multipleOf": _multiple_of})
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """A pattern of JavaScript's that Python does not know ("\\p{L}") is not checked."""
+    with contextlib.suppress(re.error):
+        if validator.is_type(value, "string") and not re.search(pattern, value):
+            yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _multiple_of(validator: Any, step: float, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """In decimals, as they are written: 19.99 is a multiple of 0.01."""
+    if validator.is_type(value, "number") and Decimal(str(value)) % Decimal(str(step)):
+        yield ValidationError(f"{value!r} is not a multiple of {step!r}")

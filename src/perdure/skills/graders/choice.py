@@ -9,8 +9,8 @@ from perdure.types import Example
 
 # After the letter comes the end, a new line or a mark: "A dog" and "I think" name no choice.
 _LETTER = re.compile(
-    r"\W*(?:the\s+)?(?:(?:correct\s+|right\s+)?(?:answer|choice|option)\b(?:\s+is\b)?\W*)?"
-    r"([A-Z])(?=[^\S\n]*(?:$|\n|[^\w\s'’]))",
+    r"\W*(?:the\s+)?(?:(?:correct\s+|right\s+|best\s+)?(?:answer|choice|option)\b(?:\s+is\b)?\W*)?"
+    r"(?:(?:option|choice)\s+)?([A-Z])(?=[^\S\n]*(?:$|\n|[^\w\s'’]))(?!\s*[,/&]\s*[A-Z](?:\s*[,/&]|\s+(?:and|or)\b))",
     re.IGNORECASE,
 )
 

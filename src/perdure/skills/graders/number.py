@@ -10,6 +10,8 @@ from perdure.types import Example
 
 # A sign counts only where no word or number stands before it ("2024-01-15" and "5-3" hold no negative number).
 _NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][+-]?\d+)?")
+_GAPS = " \u00a0\u202f\u2009'\u2019_"
+"""What is written between groups of three digits."""
 _DIGITS = 60
 """Of the difference. Decimals, because as floats long integers that differ would be equal."""
 
@@ -35,7 +37,14 @@ def _last(text: str) -> str | None:
 
 
 def _unclear(text: str) -> str | None:
-    """The last number of a text, where digits with a comma or point stand right before it: 3,5 or 1.234.567."""
+    """The last number of a text, where it may be a part of a longer one: after digits with a comma or point (3,5 or
+    1.234.567), a group of three after others (1 234, 1'234, 1_234), the end of a fraction or a time (1/2, 10:30)."""
     found = [*_NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-"))]
-    before = re.search(r"[\d.,]*\d[.,]$", text[: found[-1].start()]) if found else None
-    return before[0] + found[-1][0] if before else None
+    if not found:
+        return None
+    last = found[-1][0]
+    patterns = [r"[\d.,]*\d[.,]$", r"\d+(?:[/:]\d+)*[/:]$"]
+    if re.match(r"\d{3}(?!\d)", last):
+        patterns.append(rf"(?<![\d.,])\d{{1,3}}(?:[{_GAPS}]\d{{3}})*[{_GAPS}]$")
+    before = next(filter(None, (re.search(pattern, text[: found[-1].start()]) for pattern in patterns)), None)
+    return before[0] + last if before else None

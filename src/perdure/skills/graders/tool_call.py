@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ Call = tuple[str, dict[str, Any]]
 Wanted = tuple[str, dict[str, list[Any]]]
 """Name, and the allowed values of each argument."""
 
+_BEGUN = re.compile(r"""\{\s*["'](?:name|function)["']\s*:\s*["'{]|<(?:\|)?tool_call|\[TOOL_CALLS\]""")
+"""Where a call begins, whole or not: as JSON, as Python writes it, or with the marks of some models."""
+
 
 def grade(completion: str, example: Example) -> float:
     """1 when the calls in the answer are the expected ones, in any order.
@@ -24,7 +28,10 @@ def grade(completion: str, example: Example) -> float:
     Expected are ``metadata.ground_truth`` ([{function: {argument: [allowed values]}}]; an allowed "" makes the argument
     optional; [] means that no call is right), else the demonstration's own calls. Raises ValueError when
     ``metadata.ground_truth`` has another form."""
-    return float(_match(calls_in(completion), calls_for(example)))
+    wanted = calls_for(example)
+    if not wanted and _BEGUN.search(completion):  # also where it is no JSON: whoever begins a call does not refuse
+        return 0.0
+    return float(_match(calls_in(completion), wanted))
 
 
 def calls_for(example: Example) -> list[Wanted]:
@@ -34,6 +41,8 @@ def calls_for(example: Example) -> list[Wanted]:
     said = example.demonstration or {}
     # Beside calls a text is what is said while they run; it holds none of them.
     right = calls_in(json.dumps(said["tool_calls"]) if said.get("tool_calls") else expected_text(example))
+    if any(not name for name, _ in right):
+        raise ValueError("the demonstration holds a call without a name, or whose arguments are no JSON object")
     return [(name, {key: [value] for key, value in arguments.items()}) for name, arguments in right]
 
 
@@ -64,7 +73,7 @@ def _call(item: dict[str, Any]) -> Call:
     arguments = call.get("arguments", call.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = whole_json(arguments)
+            arguments = whole_json(arguments or "{}")
         except ValueError:  # a wrong call, not an error
             arguments = None
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
