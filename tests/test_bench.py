@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fakes import save_tiny_model, toy_skill, two_toy_skills
+from fakes import NUMBERS, save_tiny_model, toy_skill, two_toy_skills
 from perdure.bench.chain_run import units_of
 from perdure.bench.finished import best_rate, chosen_rates, results_so_far
 from perdure.bench.numbers import _intervals, calibration, growth, summarise
 from perdure.bench.plan import RunPlan, Source, load_chain, merged, runs_of, sweeps_of
 from perdure.bench.plots import chain_plot
-from perdure.bench.runner import run_bench
+from perdure.bench.runner import _check_data, run_bench
 from perdure.bench.sources import harder, skill_folder
 from perdure.bench.tables import write_tables
 from perdure.reporting import Silent
@@ -70,6 +70,19 @@ def write_chain(folder: Path, *changes: tuple[str, str]) -> Path:
         text = text.replace(old, new)
     (folder / "toys.toml").write_text(text, encoding="utf-8")
     return folder / "toys.toml"
+
+
+def test_other_data_is_not_mixed_with_what_was_run(tmp_path: Path) -> None:
+    skills = {"colours": toy_skill(tmp_path / "colours"), "numbers": toy_skill(tmp_path / "numbers", NUMBERS)}
+    chain = load_chain(write_chain(tmp_path / "chain"))
+    _check_data(tmp_path, chain, {"colours": skills["colours"]})
+    _check_data(tmp_path, chain, skills)
+    (skills["numbers"] / "test.jsonl").write_text('{"prompt": "9", "completion": "odd"}\n')
+    with pytest.raises(InputError, match="was run with other data of numbers"):
+        _check_data(tmp_path, chain, skills)
+    fewer = chain.model_copy(update={"skills": chain.skills | {"colours": Source(of="colours", rows=4)}})
+    with pytest.raises(InputError, match="other data of colours, numbers"):
+        _check_data(tmp_path, fewer, skills)
 
 
 # The chain file

@@ -131,7 +131,26 @@ def test_a_kill_at_any_file_is_made_good_by_the_same_command(
     assert [event["event"] for event in forgotten.ledger()].count("erase") == 1
 
 
+def test_what_a_kill_left_out_of_sight_goes_as_well(forgotten: Workspace, skills: list[Path]):
+    left = [forgotten.folder / name for name in ("versions/.v009.tmp", "runs/.s09-x.removed", "skills/.x.1.tmp")]
+    for folder in left:
+        folder.mkdir()
+        shutil.copy(skills[0] / "train.jsonl", folder)
+    forgotten.hold("v002", reason="to be looked at")
+    erase(forgotten, "colours")
+    assert holds(forgotten.folder, skills[0]) == [] and not any(folder.exists() for folder in left)
+    assert forgotten.aliases()["candidate"] == forgotten.expected_aliases()["candidate"] is None
+
+
 # Pruning
+
+
+def test_what_a_served_version_was_made_from_is_not_pruned(forgotten: Workspace):
+    """Of a replay a step may have been refused by its own gate; the end was promoted. An adapter may lie on it."""
+    forgotten.refuse("v001", reason="a step")
+    assert prunable(forgotten).versions == ()
+    forgotten.refuse("v002", reason="the end")
+    assert prunable(forgotten).versions == ("v001", "v002")
 
 
 def test_room_is_made_where_nothing_stands_on_the_weights(learned: Path, skills: list[Path], tmp_path: Path):

@@ -8,10 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fakes import NUMBERS, ScriptedEngine, renderer, save_tiny_model, toy_skill
+from perdure import curriculum
 from perdure.compare import compare
 from perdure.config import RunConfig
 from perdure.curriculum import learn
@@ -78,9 +80,9 @@ def test_metadata_that_means_something_else_to_its_owner_is_left_alone(tmp_path:
 
 
 def add(workspace: Workspace, rights: dict[str, int], content: str = "c", way: Way = WAY, n: int = 10,
-        test_rows: int = 10, seed: int = 3) -> str:  # fmt: skip
-    """A promoted version that has so many of the first ``n`` test rows of each skill right, and of two prior tasks."""
-    name, parent = workspace.next_version(), workspace.resolve("champion")
+        test_rows: int = 10, seed: int = 3, promote: bool = True, parent: str | None = None) -> str:  # fmt: skip
+    """A version that has so many of the first ``n`` test rows of each skill right, and of two prior tasks."""
+    name, parent = workspace.next_version(), parent or workspace.resolve("champion")
     scores = {skill: {"accuracy": right / n, "n": n, "test_rows": test_rows, "skill_hash": content,
                       "measured_with": way.skills} for skill, right in rights.items()}  # fmt: skip
     tasks = {"piqa": {"accuracy": 1.0, "n": 2}}
@@ -96,7 +98,8 @@ def add(workspace: Workspace, rights: dict[str, int], content: str = "c", way: W
     probed = {"average": 1.0, "tasks": tasks, "measured_with": way.probe}
     entry = info(name, parent, next(iter(rights)), scores=scores, probe=probed, config={}, cost={"seconds": {}})
     workspace.add_version(entry, write)
-    workspace.promote(name, "learned")
+    if promote:
+        workspace.promote(name, "learned")
     return name
 
 
@@ -208,6 +211,17 @@ def test_a_loss_that_was_accepted_is_no_best_ever_any_more(workspace: Workspace,
     assert best() == ["v002"]
 
 
+def test_a_step_of_a_replay_takes_no_best_away(workspace: Workspace, tmp_path: Path) -> None:
+    """Its own gate held it, which nobody overruled: the replay was judged as a whole."""
+    made = load_skill(toy_skill(tmp_path / "colours"))
+    add(workspace, {"colours": 10}, made.content_hash)
+    step = add(workspace, {"colours": 6}, made.content_hash, promote=False)
+    add(workspace, {"colours": 5}, made.content_hash, parent=step)
+    workspace.append("verdict", version="v002", decision="held", reasons=["too few rows"])
+    found = guards(workspace, "v003", known_scores(workspace, "v003", WAY), {"colours": made}, CONFIG, WAY)
+    assert [guard.reference for guard in found if guard.kind == "best ever"] == ["v001"]
+
+
 def test_a_resumed_stage_keeps_what_its_first_attempt_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in training, repeated with one skill more: what was measured then is still what the gate compares with."""
     model = save_tiny_model(tmp_path / "model", copies=True)
@@ -233,3 +247,25 @@ def test_a_resumed_stage_keeps_what_its_first_attempt_measured(tmp_path: Path, m
     assert [row["verdict"] != "not measured" for row in table] == [True]
     entry = json.loads((workspace.run_folder(outcome.stage) / "baseline.json").read_text())
     assert set(entry["scores"]) == {"colours", "numbers"}
+
+
+def test_a_forced_stage_that_was_killed_goes_on_without_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``status`` says to repeat the command: what was trained must not go because the preflight still says no."""
+    model = save_tiny_model(tmp_path / "model", copies=True)
+    config = RunConfig.model_validate(
+        {"model": {"source": str(model), "compute_dtype": "float32"}, "probe": {"tasks": []},
+         "train": {"steps": 2, "anchor_share": 0.0, "warm_start_steps": 2, "warmup_steps": 0, "checkpoint_every": 1},
+         "preflight": {"rows": 4, "forecast": False}, "gate": {"enforce": False, "repair": 0}}
+    )  # fmt: skip
+    workspace, skill = create_workspace(tmp_path / "bot", config), toy_skill(tmp_path / "colours")
+    checked = curriculum.check_before
+    monkeypatch.setattr(
+        curriculum, "check_before", lambda run: {**(checked(run) or {}), "ready": False, "advice": ["no"]}
+    )
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(curriculum, "judge", Mock(side_effect=KeyboardInterrupt))
+        learn(workspace, [skill], config, Silent(), force=True)
+    (outcome,) = learn(workspace, [skill], config, Silent())
+    assert outcome.version == "v001"
+    (other,) = learn(workspace, [toy_skill(tmp_path / "numbers", NUMBERS)], config, Silent())
+    assert (other.version, other.decision) == (None, "refused")

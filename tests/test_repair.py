@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fakes import NUMBERS, save_tiny_model, toy_skill, two_toy_skills
 from perdure import judging, repair
-from perdure.config import RunConfig
+from perdure.config import RunConfig, TrainConfig
 from perdure.curriculum import _tell_of_known_rows, learn
 from perdure.files import read_jsonl
 from perdure.forgetting import forget
@@ -381,3 +381,10 @@ def test_a_version_carries_its_model_card(repaired: Workspace):
     assert results["numbers"].dataset_revision == info["hashes"]["skill"]
     assert info["hashes"]["weights"] in card.text and "| colours | " in card.text
     assert info["verdict"]["reasons"][0] in card.text
+
+
+def test_a_repair_rehearses_nothing_that_may_not_be():
+    """``anchor_rehearsal = 0`` is where earlier demonstrations may not be used."""
+    harmed = Verdict("refused", ("worse",), ({"kind": "skill", "name": "old", "verdict": "worse"},))
+    assert repair._anchored(TrainConfig(anchor_rehearsal=0.0), harmed).anchor_rehearsal == 0.0
+    assert repair._anchored(TrainConfig(anchor_rehearsal=0.5), harmed).anchor_rehearsal == 1.0

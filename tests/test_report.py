@@ -327,3 +327,25 @@ def test_names_in_files_do_not_lead_out_of_the_workspace(chain):
                   scores={"../../../../outside": score})  # fmt: skip
     assert summary(chain.folder)["teacher_accuracy"][1] is None
     assert "secret" not in page_of(chain)
+
+
+def test_prior_tasks_that_were_measured_in_another_way_are_not_compared(tmp_path: Path) -> None:
+    fake = chain_of_three(tmp_path / "bot")
+    assert summary(fake.folder)["prior_average"]["base"] is not None
+    file = fake.workspace.version_folder(fake.workspace.resolve("champion")) / "version.json"
+    info = json.loads(file.read_text())
+    info["probe"]["measured_with"] = "other"
+    file.write_text(json.dumps(info))
+    found = summary(fake.folder)["prior_average"]
+    assert found["base"] is None and found["final"] is not None
+
+
+def test_when_learned_is_what_the_version_scored_then(tmp_path: Path) -> None:
+    """A later stage brought other rows of that name, was refused, and had measured the champion on them."""
+    fake = FakeWorkspace(tmp_path / "bot")
+    add_stage(fake, "a", {"a": 9})
+    before = summary(fake.folder)["accuracy_when_learned"]
+    stage = fake.start("a")
+    fake.baseline(stage, {"a": 6}, None, version="v001")
+    fake.candidate(stage, {"a": 5}, decision="refused")
+    assert summary(fake.folder)["accuracy_when_learned"] == before == [0.9]

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from perdure.config import RunConfig
+from perdure.erasing import erase
+from perdure.judging import judge_again
+from perdure.reporting import Silent
 from perdure.skills.base import Skill
-from perdure.stages import begin, finished, load_all, settings_hash, settle
+from perdure.stages import begin, finished, load_all, settings_hash, settle, settle_all
 from perdure.types import InputError
 from perdure.workspace import Workspace
 from toy_versions import CONFIG, info, write_skill, write_weights
@@ -68,6 +71,30 @@ def test_a_rolled_back_version_is_not_promoted_again(workspace: Workspace, skill
     assert found is not None
     assert found.decision == "refused"
     assert "rolled back" in found.reasons[0]
+
+
+def test_what_a_person_rolled_back_no_gate_brings_back(workspace: Workspace, skill: Skill):
+    settle(workspace, add(workspace, skill, "promoted"))
+    workspace.rollback()
+    other = CONFIG.model_copy(update={"gate": CONFIG.gate.model_copy(update={"prior_budget": 0.2})})
+    found = judge_again(workspace, skill, other, Silent())
+    assert found and found.decision == "refused" and "rolled back" in found.reasons[0]
+    assert workspace.resolve("champion") == "v000"
+
+
+def test_a_mended_grader_makes_another_stage(workspace: Workspace, skill: Skill):
+    """The grader's module lies outside the skill's folder, whose content is the same."""
+    settle(workspace, add(workspace, skill, "refused"))
+    assert finished(workspace, skill, CONFIG)
+    assert finished(workspace, replace(skill, code_hash="mended"), CONFIG) is None
+
+
+def test_a_version_whose_weights_were_erased_is_settled(workspace: Workspace, skill: Skill):
+    """It was killed before the ledger's last word on it."""
+    name = add(workspace, skill, "promoted")
+    erase(workspace, skill.name)
+    settle_all(workspace)
+    assert workspace.resolve("champion") == "v000" and name in workspace.erased_versions()
 
 
 def test_a_stage_goes_on_with_settings_that_decide_nothing_of_what_comes_out(workspace: Workspace, skill: Skill):

@@ -43,7 +43,7 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
     if as_json:
         from perdure.scores import known_scores
 
-        scores = known_scores(place, "champion").skills
+        scores = known_scores(place, state["champion"]).skills
         state["scores"] = {name: {key: scores[name][key] for key in ("accuracy", "low", "high", "n")}
                            for name in state["skills"] if name in scores}  # fmt: skip
         out.print_json(json.dumps(state))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.advisor import provisional
+from perdure.checkpoint import training_state, trainings
 from perdure.config import RunConfig
 from perdure.files import read_json
 from perdure.footprint import Work, estimate, lengths_renderer, parse_hardware, shape_of, share_of_vllm, work_of
@@ -103,7 +104,8 @@ def learn_one(
     if (run.folder / "seconds.json").is_file():
         run.seconds = read_json(run.folder / "seconds.json")
     check = check_before(run)
-    if check and not check["ready"] and not force:
+    begun = resumed and any(map(training_state, trainings(run.folder)))  # it was forced, then
+    if check and not check["ready"] and not force and not begun:
         workspace.append("refuse", stage=stage, skill=skill.name, parent=parent, reason=check["advice"][0])
         workspace.runs.remove(stage)
         hint = "--force trains anyway."

@@ -7,6 +7,7 @@ demonstrations stay. Where they may not stay either, ``erase`` removes them for 
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def erase(workspace: Workspace, skill: str, **about: Any) -> Erasure:
     known = {path for path, name in workspace.erased().items() if name == skill}
     if not known.issuperset(files):
         workspace.append("erase", skill=skill, versions=list(found.versions), files=files, **about)
+    for left in _left_by_kills(workspace):
+        shutil.rmtree(left)
     folders: set[Path] = set()
     for path in found.files:
         (workspace.folder / path).unlink(missing_ok=True)
@@ -78,6 +81,12 @@ def erase(workspace: Workspace, skill: str, **about: Any) -> Erasure:
         if len(folder.parts) > 1 and whole.is_dir() and not any(whole.iterdir()):
             whole.rmdir()
     return found
+
+
+def _left_by_kills(workspace: Workspace) -> list[Path]:
+    """What was being written, or removed, when a process was killed: nobody sees it, and it may hold the skill."""
+    patterns = ("versions/.*.tmp", "skills/.*.tmp", "runs/.*.removed")
+    return [path for pattern in patterns for path in workspace.folder.glob(pattern) if path.is_dir()]
 
 
 def _was_taught(workspace: Workspace, version: str, skill: str) -> bool:

@@ -160,7 +160,8 @@ def _written(workspace: Workspace, version: str, folder: Path, write: Callable[[
     with new_folder(folder) as beside:
         write(beside)
         if version != BASE:
-            card = model_card(workspace.version(version), list(workspace.taught(version)), below)
+            info = workspace.version(version) | {"verdict": workspace.verdict(version)}
+            card = model_card(info, list(workspace.taught(version)), below)
             replace_text(beside / "README.md", card)
         weights = {path.name: file_sha256(path) for path in sorted(beside.glob("*.safetensors"))}
         record = {"version": version, **said, "files": weights, "exported_from": workspace.version(version)}

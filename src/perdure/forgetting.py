@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from perdure.config import RunConfig
 from perdure.curriculum import learn_one
 from perdure.gates import decide_kept
+from perdure.ledger import last_words
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, skill_items, way_of
 from perdure.reporting import Reporter
 from perdure.running import open_version
@@ -93,6 +94,8 @@ def _judge(workspace: Workspace, name: str, champion: str, version: str, taught:
     about = {"parent": champion, "skill": name}
     if decision == "promoted" and (late := promote_or_hold(workspace, version, f"without {name}", about)):
         decision, reasons = "held", (late, *reasons)
+    elif decision == "held" and last_words(workspace.ledger()).get(version) != "hold":
+        workspace.hold(version, **about, reason=reasons[0])
     return Forgotten(name, version, decision, reasons, *accuracies, n=len(before.items[name]))
 
 

@@ -88,7 +88,7 @@ def judge_again(workspace: Workspace, skill: Skill, config: RunConfig, reporter:
         said = [event for event in workspace.ledger() if event.get("version") == name]
         judged = [event.get("gate", info["config"]["gate"]) for event in said if event["event"] == "verdict"]
         gate = config.gate.model_dump(mode="json")
-        if said[-1]["event"] != "verdict" and judged[-1] == gate:
+        if workspace.was_served(name) or (said[-1]["event"] != "verdict" and judged[-1] == gate):
             return turned_away(info, workspace.verdict(name) or info["verdict"])
         if judged[-1] != gate:
             verdict = _verdict_on_file(workspace, skill, config, champion, info)

@@ -17,6 +17,9 @@ from perdure.files import line_sha256, read_json, read_jsonl, replace_text, to_j
 from perdure.provenance import now
 from perdure.types import InputError
 
+SETTLED = {"promote", "accept", "hold", "refuse"}
+"""Events that say what became of a version; ``accept``: it is a step of a replay."""
+
 
 class Ledger:
     """Whoever appends is inside ``turn``."""
@@ -82,6 +85,9 @@ class Ledger:
             kind, version, parent = event.get("event"), event.get("version"), event.get("parent")
             if kind == "refuse" and isinstance(version, str):  # held once, and judged again under another gate
                 refused.add(version)
+            if kind in ("erase", "prune"):  # without its weights
+                refused |= {path.split("/")[1] for path in erased_files([event]) if path.endswith(".safetensors")
+                            and path.startswith("versions/")}  # fmt: skip
             if kind == "hold" and candidate is None and isinstance(version, str) and version not in refused:
                 candidate = version
             if kind in ("init", "promote", "rollback"):
@@ -123,6 +129,11 @@ class Ledger:
         if self.head_path.read_text(encoding="utf-8") != _head_text(count, lines[count - 1]):
             raise InputError(f"{self.path}:{count}: this line was altered, or ledger.head was: its hash is not there")
         return count
+
+
+def last_words(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Version -> the last event that says what became of it, where there is one."""
+    return {str(event.get("version")): event["event"] for event in events if event.get("event") in SETTLED}
 
 
 def aliases_text(aliases: dict[str, str | None]) -> str:

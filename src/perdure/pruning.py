@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from perdure.files import read_json
-from perdure.stages import SETTLED
-from perdure.workspace import BASE, Workspace
+from perdure.ledger import last_words
+from perdure.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def prune(workspace: Workspace, **about: Any) -> Pruning:
 
 def _refused(workspace: Workspace) -> set[str]:
     """Versions that are there, and of which that is the last word."""
-    last = {event.get("version"): event["event"] for event in workspace.ledger() if event["event"] in SETTLED}
+    last = last_words(workspace.ledger())
     return {name for name in workspace.versions() if last.get(name) == "refuse"}
 
 
 def _needed(workspace: Workspace) -> set[str]:
-    ends = {BASE, *(name for name in workspace.aliases().values() if name)}
+    ends = {*workspace.versions()} - _refused(workspace)
     closed = workspace.closed_stages()
     for stage in workspace.runs.names():
         file = workspace.run_folder(stage) / "stage.json"

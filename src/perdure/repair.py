@@ -61,7 +61,8 @@ def repair(
     for share in BLENDS if not (kept_adapter and run.config.train.lora_dora) else ():
         tries[f"blend {share}"] = lambda share=share: _blended(run, parent, trained, kept_adapter, share)
     again = {"more anchors": _anchored(run.config.train, harmed), "smaller rate": _slower(run.config)}
-    if run.config.train.support == "sampled":  # an estimate from the student's samples: anchors are not
+    train = run.config.train
+    if train.support == "sampled" or not train.anchor_share:  # anchors are no samples, or are not wanted
         del again["more anchors"]
     for label, settings in again.items():
         tries[label] = lambda label=label, settings=settings: _again(run, parent, check, label, settings)
@@ -135,10 +136,12 @@ def _again(run: Run, parent: Weights, check: dict[str, Any] | None, label: str, 
 def _anchored(config: TrainConfig, harmed: Verdict) -> TrainConfig:
     """Half of each batch anchors, and of those more of the kind that was hurt: earlier skills or prior capabilities.
 
-    Hurt skills are rehearsed: what the champion itself has lost against its best, its own answers cannot bring back."""
+    Hurt skills are rehearsed, unless nothing may be: what the champion itself has lost against its best, its own
+    answers cannot bring back."""
     skills = any(row["verdict"] == "worse" and row["kind"] in ("skill", "best ever") for row in harmed.table)
     share = max(config.anchor_earlier_share, 0.75) if skills else min(config.anchor_earlier_share, 0.25)
-    rehearsed = 1.0 if skills and METHODS[config.method].earlier == "answers" else config.anchor_rehearsal
+    may = skills and METHODS[config.method].earlier == "answers" and config.anchor_rehearsal > 0
+    rehearsed = 1.0 if may else config.anchor_rehearsal
     return config.model_copy(
         update={"anchor_share": max(config.anchor_share, 0.5), "anchor_earlier_share": share,
                 "anchor_rows": 2 * config.anchor_rows, "anchor_per_skill": 2 * config.anchor_per_skill,

@@ -152,7 +152,9 @@ def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[st
     against its best ever on the same rows; each prior task, and all of them together. A version that was promoted in
     spite of its verdict was accepted with its losses: from there on, nothing before it is a best."""
     gate, found, lineage = config.gate, [], workspace.lineage(parent)
-    accepted = [name for name in lineage if (workspace.verdict(name) or {}).get("decision", "promoted") != "promoted"]
+    # A step of a replay is not judged by itself.
+    accepted = [name for name in lineage if (workspace.verdict(name) or {}).get("decision", "promoted") != "promoted"
+                and workspace.was_served(name)]  # fmt: skip
     since = lineage.index(accepted[-1]) if accepted else 0
     way = replace(way, contents={name: _content(score) for name, score in before.skills.items()})
     ancestors = {name: known_scores(workspace, name, way) for name in lineage[since:] if name != parent}

@@ -14,6 +14,7 @@ import torch
 from perdure.checkpoint import drop_training_state, training_state, trainings
 from perdure.config import RunConfig
 from perdure.files import check_free, read_json, replace_text
+from perdure.ledger import SETTLED
 from perdure.loading import weights_sha256
 from perdure.models import compute_dtype, load
 from perdure.provenance import now
@@ -22,10 +23,6 @@ from perdure.skills.base import Skill, calls_as_text, load_skill
 from perdure.skills.reading import in_short
 from perdure.types import InputError
 from perdure.workspace import Workspace
-
-SETTLED = {"promote", "accept", "hold", "refuse"}
-"""Events that end a candidate's stage."""
-
 
 NEUTRAL = frozenset(
     ("cost.watts", "cost.price_per_hour", "cost.currency", "eval.batch_tokens", "preflight.forecast",
@@ -103,7 +100,8 @@ def settle_all(workspace: Workspace) -> None:
     events: dict[str, set[str]] = {}
     for event in workspace.ledger():
         events.setdefault(str(event.get("version")), set()).add(event["event"])
-    for name in workspace.versions()[1:]:
+    gone = workspace.erased_versions()
+    for name in (version for version in workspace.versions()[1:] if version not in gone):
         run = workspace.run_folder(workspace.version(name)["stage"])
         if not events.get(name, set()) & SETTLED or any(map(training_state, trainings(run))):
             settle(workspace, name)
@@ -189,7 +187,8 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
     for info in taught_this(workspace, skill, pruned=True):
         if info["version"] in lineage and latest == workspace.skills.folder_of(skill.name, skill.content_hash):
             return Outcome(skill.name, info["stage"], info["version"], "promoted", tuple(info["verdict"]["reasons"]))
-        same = info["parent"] == champion and not info.get("branch")
+        graded = info["scores"].get(skill.name, {}).get("code_hash", "") == skill.code_hash
+        same = info["parent"] == champion and not info.get("branch") and graded
         if same and not differing(asked_for(info), config):
             return turned_away(info, info["verdict"])
     return None

@@ -81,9 +81,11 @@ def check_marks(renderer: Renderer, examples: Sequence[Example]) -> None:
     """Raises InputError for an answer with marks of thinking in its text: where a template has opened the thinking
     itself, a server that does not take replies apart returns the closing mark alone."""
     marks = renderer.marks
-    for example in renderer.each_turn(examples) if marks else ():
+    if marks is None:
+        return
+    for example in renderer.each_turn(examples):
         content = str(example.demonstration and example.demonstration.get("content"))
-        if found := [mark for mark in (marks.open, marks.close) if marks and mark in content]:
+        if found := [mark for mark in (marks.open, marks.close) if mark in content]:
             raise InputError(
                 f"{example.origin}: the answer holds {found[0]}; give the thinking as 'reasoning_content' beside "
                 "'content': graders compare answers alone"

@@ -282,10 +282,14 @@ class Workspace:
                 and path.startswith("versions/")}  # fmt: skip
 
     def check_not_erased(self, version: str) -> None:
-        """Raises InputError for a version whose weights were removed, with a skill or to make room."""
-        if (skill := self.erased_versions().get(version)) is not None:
-            how = f"erased with the skill {skill!r}" if skill else "removed by perdure prune"
-            raise InputError(f"{self.folder}: the weights of {version} were {how}")
+        """Raises InputError for a version whose weights, or those that its adapter lies on, were removed: with a skill
+        or to make room."""
+        root, above = stack_of(self.version_folder(version)) if version != BASE else (None, [])
+        for name in dict.fromkeys([version, *(folder.name for folder in (*above, *filter(None, [root])))]):
+            if (skill := self.erased_versions().get(name)) is not None:
+                how = f"erased with the skill {skill!r}" if skill else "removed by perdure prune"
+                below = "" if name == version else f", on which {version} lies,"
+                raise InputError(f"{self.folder}: the weights of {name}{below} were {how}")
 
     def verify_ledger(self) -> int:
         """See Ledger.verify."""

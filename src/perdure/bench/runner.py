@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from perdure.bench.chain_run import measure_base, run_chain
 from perdure.bench.finished import RESULT, chosen_rates, finished, folder_of
 from perdure.bench.plan import ChainFile, RunPlan, runs_of, sweeps_of
 from perdure.bench.sources import skill_folder
-from perdure.files import read_json
+from perdure.files import read_json, replace_text
 from perdure.reporting import Reporter
+from perdure.skills.base import content_hash, skill_files
 from perdure.types import InputError
 
 Job = tuple[str, Callable[..., Any], tuple[Any, ...]]
@@ -34,6 +36,7 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
         raise InputError(f"{file}: has no {', '.join(unknown)}")
     out.mkdir(parents=True, exist_ok=True)
     skills = {name: skill_folder(out, file.parent, name, chain.source(name)) for name in chain.skills}
+    _check_data(out, chain, skills)
     threads = _share(jobs)
     base = out / "base.json"
 
@@ -49,6 +52,17 @@ def run_bench(chain: ChainFile, file: Path, out: Path, jobs: int, only: Sequence
     plans = [p for p in runs_of(chain, rates) if p.method in rows and p.seed in (seeds or chain.seeds)]
     _work(_jobs(plans, out, skills, base, threads), jobs, "bench: chains", reporter)
     return [read_json(folder_of(out, plan) / RESULT) for plan in plans]
+
+
+def _check_data(out: Path, chain: ChainFile, skills: Mapping[str, Path]) -> None:
+    """Raises InputError where runs in ``out`` were made with other data, or ``skills`` from another source."""
+    file = out / "data.json"
+    known: dict[str, Any] = read_json(file) if file.is_file() else {}
+    now = {name: {"source": chain.source(name).model_dump(mode="json"), "content": content_hash(skill_files(folder))}
+           for name, folder in skills.items()}  # fmt: skip
+    if others := [name for name in now if known.get(name, now[name]) != now[name]]:
+        raise InputError(f"{out}: was run with other data of {', '.join(others)}: give another --out, or remove it")
+    replace_text(file, json.dumps(known | now, indent=1) + "\n")
 
 
 def _jobs(plans: Sequence[RunPlan], out: Path, skills: dict[str, Path], base: Path | None, threads: int) -> list[Job]:

@@ -225,6 +225,10 @@ def _learning(
     taught = [place for place, version in enumerate(taught_by) if version]
     rows = [lineage.index(version) for version in taught_by if version]
     matrix = [[_or_nan(record.scores(name).get(skills[place])) for place in taught] for name in lineage]
+    for column, place in enumerate(taught):  # when learned: not what a later stage measured of it on other rows
+        row = lineage.index(taught_by[place] or "")
+        if own := record.versions[lineage[row]].scores.get(skills[place]):
+            matrix[row][column] = own.accuracy
 
     def single(measure: Callable[..., Any]) -> float | None:
         return _plain(measure(matrix, rows)) if taught else None
@@ -250,8 +254,9 @@ def _learning(
 
 def _prior(record: Record) -> dict[str, Any]:
     """Prior capabilities: each task in the base, in the champion and in every version that was probed."""
-    probes = {name: probe for name in record.versions if (probe := record.probe(name))}
-    base, final = probes.get(BASE), probes.get(record.champion)
+    final = record.probe(record.champion)
+    probes = {name: probe for name in record.versions if (probe := record.probe(name, final))}
+    base = probes.get(BASE)
     tasks = dict.fromkeys(task for probe in probes.values() for task in probe.tasks)
     return {
         "prior": {

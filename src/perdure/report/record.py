@@ -51,6 +51,8 @@ class Probe(_Record):
     """Prior capabilities of one version."""
 
     tasks: dict[str, Score] = {}
+    measured_with: str | None = None
+    """Between two that were taken in different ways a difference says nothing of the versions."""
 
 
 class Verdict(_Record):
@@ -202,10 +204,11 @@ class Record:
             found |= baseline.scores
         return found
 
-    def probe(self, version: str) -> Probe | None:
-        """Prior capabilities of a version; None where nobody measured them."""
+    def probe(self, version: str, like: Probe | None = None) -> Probe | None:
+        """Prior capabilities of a version, measured as ``like`` was where it is given; None where nobody did."""
         probes = [self.versions[version].probe, *(b.probe for b in self._baselines(version))]
-        return next((found for found in reversed(probes) if found), None)
+        return next((found for found in reversed(probes)
+                     if found and (like is None or found.measured_with == like.measured_with)), None)  # fmt: skip
 
     def items(self, version: str, skill: str) -> dict[str, Item]:
         """Per-item results of a version on a skill by id; empty where none were kept."""
