@@ -61,8 +61,7 @@ def repair(
     for share in BLENDS if not (kept_adapter and run.config.train.lora_dora) else ():
         tries[f"blend {share}"] = lambda share=share: _blended(run, parent, trained, kept_adapter, share)
     again = {"more anchors": _anchored(run.config.train, harmed), "smaller rate": _slower(run.config)}
-    train = run.config.train
-    if train.support == "sampled" or not train.anchor_share:  # anchors are no samples, or are not wanted
+    if run.config.train.support == "sampled":  # an estimate from the student's samples: anchors are not
         del again["more anchors"]
     for label, settings in again.items():
         tries[label] = lambda label=label, settings=settings: _again(run, parent, check, label, settings)

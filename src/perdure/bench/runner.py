@@ -62,7 +62,8 @@ def _check_data(out: Path, chain: ChainFile, skills: Mapping[str, Path]) -> None
            for name, folder in skills.items()}  # fmt: skip
     if others := [name for name in now if known.get(name, now[name]) != now[name]]:
         raise InputError(f"{out}: was run with other data of {', '.join(others)}: give another --out, or remove it")
-    replace_text(file, json.dumps(known | now, indent=1) + "\n")
+    if not now.items() <= known.items():
+        replace_text(file, json.dumps(known | now, indent=1) + "\n")
 
 
 def _jobs(plans: Sequence[RunPlan], out: Path, skills: dict[str, Path], base: Path | None, threads: int) -> list[Job]:
