@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
 
 from fakes import save_tiny_model, toy_skill, two_toy_skills
+from perdure.checkpoint import training_state
 from perdure.cli import app
 from perdure.config import GateConfig, RunConfig
 from perdure.curriculum import evaluate_version, learn
@@ -216,6 +218,26 @@ def test_what_the_ledger_has_no_last_word_on_is_not_pruned(
     assert workspace.versions()[-1] == "v003" and prunable(workspace).versions == ()
     (outcome,) = learn(workspace, [third], workspace.config(), Silent())
     assert (outcome.version, outcome.decision) == ("v003", "promoted")
+
+
+def test_checkpoints_that_no_command_goes_on_with_are_pruned(
+    learned: Path, skills: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    workspace = Workspace(shutil.copytree(learned, tmp_path / "bot"))
+    third = toy_skill(tmp_path / "third", dict.fromkeys(("rain", "snow"), "wet"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("perdure.curriculum.judge", Mock(side_effect=KeyboardInterrupt))
+        learn(workspace, [third], workspace.config(), Silent())
+    (stage,) = workspace.unfinished()
+    assert prunable(workspace).stages == () and training_state(workspace.run_folder(stage))
+    workspace.rollback()
+    assert prunable(workspace).stages == (stage,) and prunable(workspace).size > 0
+    says = CliRunner().invoke(app, ["prune", "-w", str(workspace.folder), "--yes"])
+    assert says.exit_code == 0 and f"Removed the checkpoints of {stage}" in says.output
+    assert not training_state(workspace.run_folder(stage)) and prunable(workspace).stages == ()
+    workspace.promote("v002", "back")
+    (outcome,) = learn(workspace, [third], workspace.config(), Silent())  # from its first step
+    assert outcome.decision == "promoted" and verify(workspace.folder) == []
 
 
 def test_a_name_is_not_used_twice_though_its_folder_was_removed_by_hand(learned: Path, tmp_path: Path):

@@ -120,23 +120,26 @@ def prune(
 ) -> None:
     """Make room on the disk.
 
-    Removes the weights of refused versions on which nothing stands. Scores, verdicts and lineage stay."""
+    Removes the weights of refused versions on which nothing stands, and the checkpoints of unfinished stages that
+    nothing goes on with. Scores, verdicts and lineage stay."""
     from perdure.pruning import prunable
     from perdure.pruning import prune as prune_versions
 
     place = open_place(workspace)
     found = prunable(place)
-    if yes and found.versions:
+    if yes and (found.versions or found.stages):
         with place.lock():
             found = prune_versions(place, **_on_record(reason))
-    if not found.versions:
+    parts = [f"weights of {', '.join(found.versions)}"] if found.versions else []
+    parts += [f"checkpoints of {', '.join(found.stages)}"] if found.stages else []
+    if not parts:
         out.print("Nothing to prune.")
         return
-    weights = f"weights of {', '.join(found.versions)}, {found.size / 1e6:.1f} MB"
+    what = f"{' and the '.join(parts)}, {found.size / 1e6:.1f} MB"
     if not yes:
-        out.print(f"The {weights}. They cannot be brought back: --yes removes them.", soft_wrap=True)
+        out.print(Text(f"The {what}. They cannot be brought back: --yes removes them."), soft_wrap=True)
         raise typer.Exit(REFUSED)
-    out.print(f"Removed the {weights}.", soft_wrap=True)
+    out.print(Text(f"Removed the {what}."), soft_wrap=True)
 
 
 @app.command()
