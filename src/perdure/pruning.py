@@ -63,8 +63,8 @@ def prune(workspace: Workspace, **about: Any) -> Pruning:
 
 
 def _abandoned(workspace: Workspace) -> list[str]:
-    """Unfinished stages with checkpoints that ``learn`` does not go on with: they started from a version that is not the
-    champion, or a later stage of the skill began there."""
+    """Unfinished stages with checkpoints that ``learn`` does not go on with: they started from a version that is not
+    the champion, or a later stage of the skill began there."""
     champion, found = workspace.resolve("champion"), dict[str, str]()
     left: list[str] = []
     for stage in workspace.unfinished():
