@@ -33,7 +33,7 @@ from perdure.workspace import Workspace
 
 TRAIN: dict[str, Any] = {
     "method": "sdft", "learning_rate": 3e-3, "steps": 10, "warm_start_steps": 10, "warm_start_until": 1.0,
-    "batch_size": 8, "patience": 9, "checkpoint_every": 3, "validate_every": 4,
+    "batch_size": 8, "patience": 9, "checkpoint_every": 3, "validate_every": 4, "anchor_general_tokens": 4,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -69,7 +69,7 @@ def erase(workspace: Workspace, skill: str, **about: Any) -> Erasure:
     files = [path.as_posix() for path in found.files]
     known = {path for path, name in workspace.erased().items() if name == skill}
     if not known.issuperset(files):
-        workspace.append("erase", skill=skill, versions=list(found.versions), files=files, **about)
+        workspace.remove("erase", skill=skill, versions=list(found.versions), files=files, **about)
     for left in _left_by_kills(workspace):
         shutil.rmtree(left)
     folders: set[Path] = set()

@@ -49,6 +49,9 @@ def _quantised(bitsandbytes: Any, layer: nn.Linear) -> Any:
         weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=made
     ).to(weight.device)
     made.bias = layer.bias
+    # On CPUs with bfloat16 units it would lay its weights out anew, and round their scales, in the first pass without
+    # gradients: what is merged then, and what trains, would be other weights than those that decode.
+    made.support_avx512bf16_for_cpu = False
     return made
 
 

@@ -53,7 +53,7 @@ def prune(workspace: Workspace, **about: Any) -> Pruning:
     found = prunable(workspace)
     files = [path.as_posix() for path in found.files]
     if found.stages or not workspace.erased().keys() >= set(files):
-        workspace.append("prune", versions=list(found.versions), files=files, stages=list(found.stages), **about)
+        workspace.remove("prune", versions=list(found.versions), files=files, stages=list(found.stages), **about)
     for stage in found.stages:
         for folder in trainings(workspace.run_folder(stage)):
             drop_training_state(folder)

@@ -258,6 +258,12 @@ class Workspace:
             self._append("refuse", version=name, **fields)
             self._write_aliases()
 
+    def remove(self, event: str, **fields: Any) -> None:
+        """Record what is about to be removed; a version that waits for a person without its weights waits no more."""
+        with self._turn():
+            self._append(event, **fields)
+            self._write_aliases()
+
     def append(self, event: str, **fields: Any) -> None:
         """Add an event to the ledger; one that introduces a version holds the hash of its version.json."""
         with self._turn():
