@@ -92,12 +92,13 @@ def test_in_four_bits_only_the_product_reaches_the_masters(dtype: torch.dtype) -
     working, ids = working_copy(masters, dtype), torch.arange(5, 25)[None]
     exact = working(input_ids=ids).logits
     with adapted(masters, working, config_of(lora_nf4=True), 0) as model:
-        layer = model.model.layers[0].mlp.up_proj
+        layer = model.model.layers[0].mlp.down_proj
         base = layer.get_base_layer()
         rounded = weight_of(base)
+        assert not is_nf4(model.model.layers[0].mlp.up_proj.get_base_layer())  # half a block a row
         assert is_nf4(base) and rounded.dtype == dtype and not is_nf4(model.lm_head)
-        scale = before["model.layers.0.mlp.up_proj.weight"].abs().max()
-        assert 0 < (rounded - before["model.layers.0.mlp.up_proj.weight"]).abs().max() < 0.2 * scale
+        scale = before["model.layers.0.mlp.down_proj.weight"].abs().max()
+        assert 0 < (rounded - before["model.layers.0.mlp.down_proj.weight"]).abs().max() < 0.2 * scale
         assert linear_parameters(model) == linear_parameters(masters) + sum(
             p.numel() for p in trainable(model).values()
         )
@@ -105,11 +106,11 @@ def test_in_four_bits_only_the_product_reaches_the_masters(dtype: torch.dtype) -
         logits = model(input_ids=ids).logits.detach()
         delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         student = dict(effective_parameters(model))
-        torch.testing.assert_close(student["model.layers.0.mlp.up_proj.weight"], rounded.float() + delta)
+        torch.testing.assert_close(student["model.layers.0.mlp.down_proj.weight"], rounded.float() + delta)
         assert list(student) == list(before)
     got = dict(masters.named_parameters())
     torch.testing.assert_close(
-        got["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"] + delta
+        got["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"] + delta
     )
     assert [name for name, _ in working.named_parameters()] == list(before) and not trainable(working)
     assert not hasattr(working, "is_loaded_in_4bit") and not (exact == logits).all()

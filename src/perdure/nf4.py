@@ -17,16 +17,20 @@ from perdure.types import InputError
 
 NF4_BYTES = 4.5 / 8
 """Of a weight."""
+BLOCK = 64
+"""Weights that share a scale."""
 
 
 @contextmanager
 def in_nf4(model: Any, masters: Any) -> Iterator[None]:
-    """Inside, every linear layer of ``model`` but its head holds its weight in 4 bits and computes in the dtype it had.
+    """Inside, every linear layer of ``model`` but its head holds its weight in 4 bits and computes in the dtype it had;
+    rows that are no whole blocks stay as they are (bitsandbytes 0.50 reads them wrongly on CPUs with AVX-512).
     Afterwards the layers are plain again, with the weights of ``masters``.
 
     Raises InputError where bitsandbytes is not installed."""
     bitsandbytes, head = _bitsandbytes(), model.get_output_embeddings()
-    plain = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head}
+    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head}
+    plain = {name: layer for name, layer in linear.items() if layer.in_features % BLOCK == 0}
     model.is_loaded_in_4bit = True  # by this peft knows such layers
     try:
         for name, layer in plain.items():
@@ -36,8 +40,9 @@ def in_nf4(model: Any, masters: Any) -> Iterator[None]:
     finally:
         del model.is_loaded_in_4bit
         weights = dict(masters.named_parameters())
-        for name, layer in plain.items():
+        for name, layer in linear.items():
             layer.weight.data = weights[f"{name}.weight"].detach().to(layer.weight, copy=True)
+        for name, layer in plain.items():
             model.set_submodule(name, layer)
 
 
