@@ -31,7 +31,7 @@ def make_anchors(session: Session, earlier: Sequence[Skill], config: TrainConfig
     Without anchors in the batch (``anchor_share`` 0) there are none, but for the general prompts of re-invocation."""
     method = METHODS[config.method]
     wants_general = method.reinvoked or (config.anchor_share > 0 and config.anchor_earlier_share < 1)
-    general = general_prompts()[: general_rows(config)] if wants_general else []
+    general = general_for(config) if wants_general else []
     wants_earlier = config.anchors_earlier
     chosen = {skill.name: session.renderer.each_turn(_chosen(skill, config, seed))
               for skill in (earlier if wants_earlier else ())}  # fmt: skip
@@ -98,12 +98,12 @@ def general_prompts() -> list[Example]:
     ]
 
 
-def general_rows(config: TrainConfig) -> int | None:
-    """How many of the general prompts a stage has a use for: what its steps take, and its drift is measured on. None
-    stands for all."""
+def general_for(config: TrainConfig) -> list[Example]:
+    """The general prompts that a stage has a use for: what its steps take, and its drift is measured on; all of them
+    for re-invocation."""
     if METHODS[config.method].reinvoked:
-        return None
-    return max(DRIFT_ROWS, config.steps * row_counts(config, 0, general=True)["general"])
+        return general_prompts()
+    return general_prompts()[: max(DRIFT_ROWS, config.steps * row_counts(config, 0, general=True)["general"])]
 
 
 def answered(

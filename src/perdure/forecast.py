@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.adapters import adapted
-from perdure.anchors import answered, general_prompts, general_rows
+from perdure.anchors import answered, general_for
 from perdure.config import CostConfig, RunConfig, TrainConfig
 from perdure.evaluate import evaluate
 from perdure.measure import way_of
@@ -64,7 +64,7 @@ def forecast(workspace: Workspace, parent: str, session: Session, skill: Skill, 
 
 def _train(session: Session, skill: Skill, earlier: list[Skill], config: RunConfig, found: Preflight) -> float:
     train = config.train
-    general = general_prompts()[: general_rows(train)]
+    general = general_for(train)
     count = round(train.batch_size * train.anchor_share)
     start = time.perf_counter()
     few = answered(session, general[:count], train.anchor_general_tokens, stage_seed(config, skill)) if count else []

@@ -86,8 +86,7 @@ class Ledger:
             if kind == "refuse" and isinstance(version, str):  # held once, and judged again under another gate
                 refused.add(version)
             if kind in ("erase", "prune"):  # without its weights
-                refused |= {path.split("/")[1] for path in erased_files([event]) if path.endswith(".safetensors")
-                            and path.startswith("versions/")}  # fmt: skip
+                refused |= without_weights(erased_files([event])).keys()
             if kind == "hold" and candidate is None and isinstance(version, str) and version not in refused:
                 candidate = version
             if kind in ("init", "promote", "rollback"):
@@ -150,3 +149,9 @@ def erased_files(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     removed it to make room."""
     return {str(path): str(event.get("skill", "")) for event in events if event.get("event") in ("erase", "prune")
             for path in event.get("files") or ()}  # fmt: skip
+
+
+def without_weights(erased: Mapping[str, str]) -> dict[str, str]:
+    """Version whose weights are among the ``erased_files`` -> as they have it."""
+    return {path.split("/")[1]: skill for path, skill in erased.items()
+            if path.startswith("versions/") and path.endswith(".safetensors")}  # fmt: skip

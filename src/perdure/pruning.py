@@ -65,20 +65,16 @@ def prune(workspace: Workspace, **about: Any) -> Pruning:
 def _abandoned(workspace: Workspace) -> list[str]:
     """Unfinished stages with checkpoints that ``learn`` does not go on with: they started from a version that is not
     the champion, or a later stage of the skill began there."""
-    champion, found = workspace.resolve("champion"), dict[str, str]()
-    left: list[str] = []
+    champion, begun, latest = workspace.resolve("champion"), list[str](), dict[str, str]()
     for stage in workspace.unfinished():
         file = workspace.run_folder(stage) / "stage.json"
         info = read_json(file) if file.is_file() else {}
         if not info or info.get("branch"):  # the replays of a forget may go on
             continue
-        if info["parent"] != champion:
-            left.append(stage)
-        elif info["skill"] in found:
-            left.append(found[info["skill"]])
+        begun.append(stage)
         if info["parent"] == champion:
-            found[info["skill"]] = stage
-    return [stage for stage in left if _state(workspace, stage)]
+            latest[info["skill"]] = stage
+    return [stage for stage in begun if stage not in latest.values() and _state(workspace, stage)]
 
 
 def _state(workspace: Workspace, stage: str) -> list[Path]:

@@ -28,7 +28,7 @@ from perdure.files import (
     replace_text,
     to_json,
 )
-from perdure.ledger import Ledger, aliases_text
+from perdure.ledger import Ledger, aliases_text, without_weights
 from perdure.provenance import now
 from perdure.run_folders import RunFolders, next_name
 from perdure.skill_folders import SkillFolders
@@ -284,8 +284,7 @@ class Workspace:
 
     def erased_versions(self) -> dict[str, str]:
         """Version without its weights -> the skill with which they were erased; empty where they were pruned."""
-        return {path.split("/")[1]: skill for path, skill in self.erased().items() if path.endswith(".safetensors")
-                and path.startswith("versions/")}  # fmt: skip
+        return without_weights(self.erased())
 
     def check_not_erased(self, version: str) -> None:
         """Raises InputError for a version whose weights, or those that its adapter lies on, were removed: with a skill

@@ -111,7 +111,8 @@ def _groups(lines: Sequence[Sequence[Example]]) -> list[int]:
         one, two = sorted((first(place), first(other)))
         of_line[two] = one
 
-    whole = [[*line[-1].messages, line[-1].demonstration] for line in lines]
+    whole = [[message and as_shown(message) for message in (*line[-1].messages, line[-1].demonstration)]
+             for line in lines]  # fmt: skip
     known: dict[str, int] = {}
     for place, line in enumerate(lines):
         for key in (prompt_key(line[0]), _spoken(whole[place])):
@@ -125,4 +126,4 @@ def _groups(lines: Sequence[Sequence[Example]]) -> list[int]:
 
 
 def _spoken(messages: Sequence[Message | None]) -> str:
-    return json.dumps({"spoken": [message and as_shown(message) for message in messages]}, sort_keys=True)
+    return json.dumps({"spoken": messages}, sort_keys=True)

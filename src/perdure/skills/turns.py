@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, DecimalException
+from functools import lru_cache
 from typing import Any
 
 from jsonschema import Draft202012Validator, FormatChecker, SchemaError, ValidationError
@@ -122,7 +123,8 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
 
 def _problems(schema: Any, arguments: Any, name: str) -> Any:
     try:
-        validator = _validator_of(schema)
+        # Of the version that the schema names, by default of the newest.
+        validator = _lenient(validator_for(schema, Draft202012Validator))
         validator.check_schema(schema, format_checker=FormatChecker(()))  # patterns: see _pattern
     except (SchemaError, RecursionError) as error:
         said = error.message if isinstance(error, SchemaError) else "nested too deeply"
@@ -138,9 +140,9 @@ def _problems(schema: Any, arguments: Any, name: str) -> Any:
         raise ValueError(f"the arguments of {name!r} cannot be compared with its schema: {error}") from error
 
 
-def _validator_of(schema: Any) -> Any:
-    """Of the version that the schema names, by default of the newest."""
-    return extend(validator_for(schema, Draft202012Validator), {"pattern": _pattern, "multipleOf": _multiple_of})
+@lru_cache  # a class of its own, for each call of each row
+def _lenient(validator: Any) -> Any:
+    return extend(validator, {"pattern": _pattern, "multipleOf": _multiple_of})
 
 
 def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
