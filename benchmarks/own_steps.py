@@ -25,7 +25,8 @@ from perdure.train import train
 def main() -> None:
     folder, skill_folder, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     config = TrainConfig(steps=settings["steps"], batch_size=settings["batch"], anchor_share=0, warm_start_steps=0,
-                         learning_rate=1e-9, teacher="frozen", teacher_temperature=1.0)  # fmt: skip
+                         demonstration_weight=0, learning_rate=1e-9, teacher="frozen",
+                         teacher_temperature=1.0)  # fmt: skip
     session = open_session(RunConfig(), folder)
     taught = load_skill(skill_folder)
     run = Path(tempfile.mkdtemp())

@@ -23,7 +23,7 @@ STEPS = 3
 """A job's steps; the first one warms up."""
 KINDS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft"},
-    "warm_start": {"warm_start_steps": STEPS, "warm_start_until": 1.0},
+    "warm_start": {"warm_start_steps": STEPS},
     "on_policy": {"warm_start_steps": 0},
 }
 

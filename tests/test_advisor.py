@@ -59,9 +59,9 @@ def test_the_other_teacher_is_the_one_that_would_not_teach() -> None:
 
 
 def test_of_a_teacher_that_errs_it_says_what_may_help_unless_that_is_done() -> None:
-    errs, corrected = replace(FOUND, teacher_accuracy=0.9), TrainConfig(anchor_rehearsal=0.0, demonstration_weight=0.3)
+    errs, alone = replace(FOUND, teacher_accuracy=0.9), TrainConfig(anchor_rehearsal=0.0, demonstration_weight=0)
     said = [" ".join(recommend(found, 3, train).reasons) for found, train in
-            ((errs, HELD), (errs, corrected), (FOUND, HELD))]  # fmt: skip
+            ((errs, alone), (errs, HELD), (FOUND, alone))]  # fmt: skip
     assert ["demonstration_weight" in text for text in said] == [True, False, False]
 
 

@@ -398,6 +398,13 @@ def test_what_is_served_can_be_seen_and_changed_whatever_the_settings_say(held: 
         assert perdure(*words).returncode == 0
 
 
+def test_a_record_has_a_later_verdict_beside_its_own(held: Path):
+    assert "later_verdict" not in json.loads(perdure("show", "v2", "-w", held).stdout)
+    Workspace.open(held).append("verdict", version="v002", decision="promoted", reasons=["colours: kept."])
+    shown = json.loads(perdure("show", "v2", "-w", held).stdout)
+    assert (shown["verdict"]["decision"], shown["later_verdict"]["decision"]) == ("held", "promoted")
+
+
 def test_an_altered_version_is_not_promoted(held: Path):
     files = (path for path in (held / "versions" / "v002").rglob("*") if path.is_file())
     weights = next(path for path in sorted(files) if path.name != "version.json")

@@ -72,7 +72,9 @@ def test_every_method_is_a_setting() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_with_the_same_loop(tmp_path: Path, name: str) -> None:
-    config = settings(method=name, steps=60, validate_every=60, warm_start_steps=60)
+    config = settings(method=name, steps=60, validate_every=60)
+    if name == "sdft":
+        config = settings(method=name, steps=60, validate_every=60, warm_start_steps=50)
     if name == "reinvoke":
         config = settings(method=name, steps=60, validate_every=60, reinvoke_steps=5)
     stage = documented(make_stage(tmp_path))
@@ -172,7 +174,7 @@ def test_the_demonstration_takes_its_share_of_the_target_as_far_as_the_completio
     assert terms(other, *ids) == [(0.75, ids[0], 0.25), *((1.0, token, 0.0) for token in ids)]
     assert terms(*ids[:-1], other, 7) == [*held[:-1], (0.75, ids[-1], 0.25), (1.0, 7, 0.0)]
     assert terms(*ids[:-1]) == held[:-1]  # cut off by the length limit
-    assert complete(stage, settings(), example).terms(0) == (1.0, ids[0], 0.0)
+    assert complete(stage, settings(demonstration_weight=0), example).terms(0) == (1.0, ids[0], 0.0)
 
 
 def test_a_corrected_sample_moves_to_the_mixture_of_teacher_and_demonstration(tmp_path: Path) -> None:
@@ -346,6 +348,11 @@ def short_answers(config: TrainConfig) -> TrainConfig:
 def test_settings_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(TrainConfig, options, "test")
+
+
+def test_what_a_method_does_not_have_may_be_off_by_name() -> None:
+    """The settings of older workspaces name the weight, which was 0 by default."""
+    assert parse(TrainConfig, {"method": "sft", "demonstration_weight": 0.0}, "test").method == "sft"
 
 
 def test_a_colour_is_what_the_toy_rows_ask_for() -> None:

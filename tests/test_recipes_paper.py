@@ -86,7 +86,8 @@ def test_settings_are_of_the_papers_grid(task: str) -> None:
     assert (train.method, train.divergence, train.teacher, train.anchor_share) == ("sdft", "forward_kl", "ema", 0)
     assert train.learning_rate in (5e-6, 1e-5, 5e-5) and train.batch_size in (16, 32, 64)
     assert train.teacher_update_rate in (0.01, 0.02, 0.05) and train.teacher_temperature == 1
-    assert (train.warmup_steps, train.weight_decay, train.max_grad_norm, train.warm_start_steps) == (10, 0, 1, 0)
+    assert (train.warmup_steps, train.weight_decay, train.max_grad_norm) == (10, 0, 1)
+    assert (train.warm_start_steps, train.demonstration_weight) == (0, 0)
     assert parse_template(config.context.template)
     assert f"recipes/paper/{task}.toml" in (RECIPE / f"{task}.toml").read_text()
 

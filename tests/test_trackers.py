@@ -99,6 +99,18 @@ def test_repeating_adds_nothing_and_aliases_follow(server: str, tmp_path: Path):
     assert set(seen.get_registered_model("again").aliases) == {"champion", "previous"}
 
 
+def test_a_later_verdict_is_what_the_mirror_says(server: str, tmp_path: Path):
+    fake = chain(tmp_path / "judged")
+    sync_mlflow(fake.workspace, server)
+    fake.workspace.append("verdict", version="v002", decision="promoted", reasons=["colours: kept."])
+    assert sync_mlflow(fake.workspace, server).added == ()
+    seen = client(server)
+    found = {v.tags["perdure.version"]: v for v in seen.search_model_versions("name = 'judged'")}
+    assert found["v002"].description == "colours: kept."
+    assert found["v002"].tags["perdure.decision"] == "promoted"
+    assert seen.get_run(found["v002"].run_id).data.tags["perdure.decision"] == "promoted"
+
+
 def test_a_run_that_was_cut_off_is_made_again(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from perdure import trackers
 

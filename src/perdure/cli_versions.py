@@ -113,9 +113,13 @@ def show(
 ) -> None:
     """A version's record, as JSON.
 
-    Its parent, skill, scores, verdict, hashes, settings and cost."""
+    Its parent, skill, scores, verdict, hashes, settings and cost. A later verdict, under another gate, stands in
+    ``later_verdict``."""
     place = open_place(workspace)
-    out.print_json(json.dumps(place.version(version)))
+    info, last = place.version(version), place.verdict(version)
+    own = info.get("verdict") or {}
+    later = {"later_verdict": last} if last and last["decision"] != own.get("decision") else {}
+    out.print_json(json.dumps(info | later))
 
 
 @app.command()

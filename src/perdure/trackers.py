@@ -20,6 +20,8 @@ from perdure.workspace import Workspace
 
 KEY = "perdure.version_sha256"
 """Tag of a run and of a model version: the hash of the version's version.json, which holds all other hashes."""
+DECISION = "perdure.decision"
+"""Tag of both: what the gate said last."""
 ALIASES = ("champion", "previous", "candidate")
 _BATCH = 1000
 """Most metrics that MLflow takes in one call."""
@@ -59,15 +61,20 @@ def sync_mlflow(workspace: Workspace, uri: str | None = None, name: str | None =
         experiment = _experiment(client, name, folder)
         _registered(client, name)
         runs = _runs(client, experiment)
-        numbers = {v.tags.get(KEY): v.version for v in client.search_model_versions(f"name = '{name}'")}
+        there = list(client.search_model_versions(f"name = '{name}'"))
+        numbers = {v.tags.get(KEY): v.version for v in there}
+        decisions = {v.tags.get(KEY): v.tags.get(DECISION) for v in there}
         added = []
         for version in workspace.versions():
-            info, key = workspace.version(version), _key(workspace, version)
+            info = workspace.version(version) | {"verdict": workspace.verdict(version)}
+            key = _key(workspace, version)
             if key not in runs:
                 runs[key] = _log_run(client, experiment, workspace, info, key)
             if key not in numbers:
                 numbers[key] = _register(client, name, workspace, info, key, runs[key])
                 added.append(version)
+            elif decisions[key] != decision(info):
+                _decide(client, name, info, numbers[key], runs[key])
         aliases = _set_aliases(client, name, workspace, numbers)
     except MlflowException as error:
         raise InputError(f"{uri}: MLflow says: {error}") from error
@@ -107,8 +114,7 @@ def _log_run(client: Any, experiment: str, workspace: Workspace, info: dict[str,
     tags = {
         KEY: key, "perdure.version": info["version"], "perdure.weights": info["hashes"].get("weights", ""),
         "perdure.parent": info["parent"] or "", "perdure.skill": info["skill"] or "",
-        "perdure.method": info["method"] or "",
-        "perdure.decision": (info["verdict"] or {}).get("decision", "base"),
+        "perdure.method": info["method"] or "", DECISION: decision(info),
     }  # fmt: skip
     run = client.create_run(experiment, tags=tags, run_name=f"{info['version']} {info['skill'] or 'base'}").info.run_id
     card = workspace.version_folder(info["version"]) / "README.md"
@@ -146,13 +152,27 @@ def _metrics(workspace: Workspace, info: dict[str, Any]) -> Iterator[tuple[str, 
 def _register(client: Any, name: str, workspace: Workspace, info: dict[str, Any], key: str, run: str) -> str:
     """A version of the registered model. Its source names the folder; MLflow holds no weights."""
     folder = workspace.version_folder(info["version"]).resolve()
-    reasons = " ".join((info["verdict"] or {}).get("reasons", ["The base model."]))
     made = client.create_model_version(
-        name, source=f"perdure:{folder}", run_id=run, description=reasons,
-        tags={KEY: key, "perdure.version": info["version"],
-              "perdure.decision": (info["verdict"] or {}).get("decision", "base")},
+        name, source=f"perdure:{folder}", run_id=run, description=_reasons(info),
+        tags={KEY: key, "perdure.version": info["version"], DECISION: decision(info)},
     )  # fmt: skip
     return made.version
+
+
+def _decide(client: Any, name: str, info: dict[str, Any], number: Any, run: str) -> None:
+    """A version that was judged again, under another gate."""
+    client.set_tag(run, DECISION, decision(info))
+    client.update_model_version(name, number, _reasons(info))
+    client.set_model_version_tag(name, number, DECISION, decision(info))  # last: by it a repetition finds what is due
+
+
+def decision(info: dict[str, Any]) -> str:
+    """The gate's, or ``base``."""
+    return info["verdict"]["decision"] if info["verdict"] else "base"
+
+
+def _reasons(info: dict[str, Any]) -> str:
+    return " ".join(info["verdict"]["reasons"]) if info["verdict"] else "The base model."
 
 
 def _set_aliases(client: Any, name: str, workspace: Workspace, numbers: dict[str | None, Any]) -> dict[str, str]:

@@ -72,11 +72,12 @@ class TrainConfig(SettingsSection):
     """Longest answer to a general prompt, in tokens."""
     warm_start_steps: int = Field(default=40, ge=0)
     """At most this many first steps score the demonstration's own tokens instead of sampling."""
-    warm_start_until: float = Field(default=0.98, gt=0, le=1)
-    """The warm start ends early when the student's mean probability of a demonstration token passes this."""
-    demonstration_weight: float = Field(default=0.0, ge=0, le=1)
+    warm_start_until: float = Field(default=1.0, gt=0, le=1)
+    """The warm start ends early when the student gives a demonstration token this much on average. 1 = never."""
+    demonstration_weight: float = Field(default=0.5, ge=0, le=1)
     """sdft only: weight of the demonstration's next token in the target while the completion equals the demonstration,
-    including the first token that differs. Turns that the student plays in an environment have none."""
+    including the first token that differs; 0 = the teacher alone, as in the paper. Turns that the student plays in an
+    environment have none."""
     on_policy_share: float = Field(default=1.0, gt=0, le=1)
     """sdft only: share of the rows to learn that the student answers itself after the warm start; the others go on with
     the demonstration's own tokens."""
@@ -139,7 +140,7 @@ class TrainConfig(SettingsSection):
     """Validations without a better accuracy before the stage stops."""
     validate_until: float = Field(default=2.0, gt=0)
     """The stage ends when the accuracy on at least 16 validation rows reaches this; one more validation is taken when
-    the student's mean probability of a demonstration token first passes ``warm_start_until``. Above 1 = never."""
+    the student's mean probability of a demonstration token first reaches ``warm_start_until``. Above 1 = never."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which a stage that was stopped goes on."""
     max_length_change: float = Field(default=0.0, ge=0)
@@ -180,7 +181,9 @@ class TrainConfig(SettingsSection):
         found = [
             f'{name} has an effect only with {owner} = "{value}"'
             for name, owner, value in uses
-            if name in changed and getattr(self, owner) not in (value, *((AUTO,) if value == "sdft" else ()))
+            if name in changed
+            and getattr(self, owner) not in (value, *((AUTO,) if value == "sdft" else ()))
+            and not (name == "demonstration_weight" and not self.demonstration_weight)  # 0 is what there is then
         ]
         if not self.anchors_earlier:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
