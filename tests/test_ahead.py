@@ -100,7 +100,7 @@ def test_a_lagging_token_weighs_on_the_next_position_what_it_has_become_likelier
     assert found[:count] == [1.0] * count
     assert count >= 3 and found[count:] == pytest.approx([1.0, 0.5, 1.2, 1.5][:count], rel=1e-4)
     own = settings(anchor_share=0.0, max_importance=1.5, overlap=True, support="sampled", divergence="reverse_kl",
-                   warm_start_steps=0)  # fmt: skip
+                   warm_start_steps=0, demonstration_weight=0)  # fmt: skip
     found = importance(stage, own, both, hidden_at_loss_positions(stage.student.model, both)).tolist()
     assert found[count:] == pytest.approx([0.5, 1.2, 1.5, 1.0][:count], rel=1e-4)
 

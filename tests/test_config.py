@@ -70,7 +70,11 @@ def test_a_learning_rate_must_be_a_positive_finite_number(tmp_path, value):
         ('support = "sampled"\ndivergence = "reverse_kl"\nwarm_start_steps = 0', "anchor_share = 0"),
         ('support = "sampled"\ndivergence = "reverse_kl"\nwarm_start_steps = 0\nanchor_share = 0\n'
          "sampling_temperature = 0.7", "sampling_temperature = 1"),
+        ('support = "sampled"\ndivergence = "reverse_kl"\nwarm_start_steps = 0\nanchor_share = 0',
+         "demonstration_weight = 0"),
         ('support = "sampled"\nmethod = "sft"', 'method = "sdft"'),
+        ("steps = 20\non_policy_share = 0.5", "on_policy_share has an effect only after the warm start"),
+        ('method = "sft_replay"\nanchor_weight = 2', "anchor_weight weighs a divergence"),
         ("jsd_beta = 0.3", "jsd_beta"),
         ("topk = 5", "topk"),
         ("teacher_update_rate = 0.5", "teacher_update_rate"),
@@ -94,7 +98,8 @@ def test_two_impossible_combinations_are_both_named(tmp_path):
         'support = "teacher_topk"\ntopk = 5',
         'teacher = "ema"\nteacher_update_rate = 0.5',
         'divergence = "generalized_jsd"\njsd_beta = 0.3',
-        'support = "sampled"\ndivergence = "reverse_kl"\nwarm_start_steps = 0\nanchor_share = 0',
+        'support = "sampled"\ndivergence = "reverse_kl"\nwarm_start_steps = 0\nanchor_share = 0\n'
+        "demonstration_weight = 0",
         'method = "sft"\nanchor_share = 0',
     ],
 )

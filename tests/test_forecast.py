@@ -47,6 +47,22 @@ def test_the_student_comes_back_bit_by_bit(tmp_path: Path, skill: Skill, train: 
     assert set(cost["seconds"]) == {"train", "evaluate"} and cost["priced"] == {}
 
 
+@pytest.mark.parametrize("steps", ["some", "all"])
+def test_rows_without_a_loss_token_can_be_timed(tmp_path: Path, skill: Skill, steps: str):
+    """Answers without thinking, where the loss is on the thinking that the student will write; and a first batch of
+    which every fourth row is too short."""
+    train = {"some": {"skip_first_tokens": 2}, "all": {"warm_start_steps": 0, "anchor_share": 0.0}}[steps]
+    thinking = {"some": {}, "all": {"thinking": {"enabled": True, "loss": "thinking"}}}[steps]
+    config = config_of(tmp_path, **train)
+    config = RunConfig.model_validate(config.model_dump() | thinking)
+    session = open_version(workspace := create_workspace(tmp_path / "bot", config), "v000", config)
+    if steps == "some":
+        longer = replace(skill.train[0], demonstration={"role": "assistant", "content": "red red"})
+        skill = replace(skill, train=(longer, *skill.train[1:]))
+    found = preflight(subject_of(session, skill, config), config.context, config.preflight, config.train, 0)
+    assert forecast(workspace, "v000", session, skill, {"colours": skill}, config, found)["seconds"]["train"] > 0
+
+
 class Ticks:
     """A clock that is a second later whenever it is read."""
 

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from perdure.memory import VARIABLES
+from perdure.memory import M_MMAP_THRESHOLD, VARIABLES, keep_freed_memory
 
 FAULTS = """
 import resource, sys, torch
@@ -24,6 +25,24 @@ def faults(what: str, **variables: str) -> int:
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     run = [sys.executable, "-c", FAULTS, what]
     return int(subprocess.run(run, env=env | variables, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize(("most", "told"), [(2**30, [-3, -1, -2]), (2**25, [-3, -3, -1, -2]), (0, [-3, -3])])
+def test_a_c_library_that_takes_less_is_asked_for_less_or_left_alone(
+    monkeypatch: pytest.MonkeyPatch, most: int, told: list[int]
+):
+    asked: list[int] = []
+
+    def mallopt(name: int, value: int) -> int:
+        asked.append(name)
+        return int(name != M_MMAP_THRESHOLD or value <= most)
+
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    keep_freed_memory()
+    assert asked == told
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")

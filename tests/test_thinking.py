@@ -234,6 +234,10 @@ def test_a_demonstration_without_thinking_corrects_no_sample_and_mixes_into_its_
         assert own.labels == own.completion.token_ids
         sampled = stage.renderer.rollout(row, completion("<think>a dog</think>red"), None)
         assert corrected(stage, config, sampled).label_weight == labels
+        # Nor where the sample does not think, either: that is what must not be learned.
+        same = stage.renderer.rollout(row, completion(stage.renderer.text(own.completion)), None)
+        assert same.completion.token_ids == own.completion.token_ids
+        assert corrected(stage, config, same).label_weight == labels
 
 
 def test_an_answer_without_thinking_is_held_but_not_rehearsed(tmp_path: Path) -> None:

@@ -502,6 +502,16 @@ def test_there_is_a_validation_when_the_demonstrations_are_known(tmp_path: Path)
     assert [line["step"] for line in lines(plain) if "validation_accuracy" in line] == [4]
 
 
+def test_a_warm_start_that_never_ends_early_knows_the_demonstrations_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perdure.train.LIKELY", 0.001)
+    stage = make_stage(tmp_path)
+    train(stage, settings(steps=6, warm_start_steps=5, validate_every=50, validate_until=1.0))
+    assert [line["step"] for line in lines(stage) if "validation_accuracy" in line] == [1, 6]
+    assert [line["phase"] for line in steps(stage)] == ["warm_start"] * 5 + ["on_policy"]
+
+
 def test_the_last_step_is_validated(tmp_path: Path) -> None:
     stage = make_stage(tmp_path)
     train(stage, settings(steps=3, validate_every=2))

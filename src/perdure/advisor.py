@@ -87,27 +87,37 @@ def recommend(found: Preflight, taught: int, train: TrainConfig, other: float | 
         if train.anchor_share == 0:
             rest = "but without anchor rows (train.anchor_share) nothing holds the rest: it kept 4 to 15 % of a chain"
         return Recommendation("sft", (
-            f"{why}, so self-distillation would teach little; supervised fine-tuning needs no teacher, and {rest}.",
+            f"{why}: there is little to learn from it. Supervised fine-tuning needs no teacher, and {rest}.",
         ))  # fmt: skip
     able = f"The teacher is able ({accuracy})"
     if train.anchor_share == 0:
         return _sdft(found, train, (
             f"{able} and no anchor rows hold the rest: then self-distillation kept 0, 12 and 48 % of what was "
             "learned before (three chains, one seed each), supervised fine-tuning 0 to 4 %. Anchor rows keep nearly "
-            "all."))  # fmt: skip
+            f"all.{_measured_alone(train)}"))  # fmt: skip
     if not taught:
         return Recommendation("sft", (
-            f"{able}, but there is no earlier skill to keep: then supervised fine-tuning with anchors learned more in "
-            "the same steps, and took about 60 % of the time.", MEASURED_ON))  # fmt: skip
+            f"{able}, but there is no earlier skill to keep: then supervised fine-tuning with anchors learned "
+            f"{_more(train)} in the same steps, and took about 60 % of the time.", MEASURED_ON))  # fmt: skip
     if rehearses(train):
         return Recommendation("sft", (
-            f"{able}; but where earlier skills are rehearsed, supervised fine-tuning kept as much over six chains of "
-            "six skills, learned 3.4 points more (95 %: 1.2 to 5.5), and took 70 % of the time.",
+            f"{able}; but where earlier skills are rehearsed, supervised fine-tuning kept as much over chains of six "
+            f"skills, learned {_more(train)}, and took 70 % of the time.",
             MEASURED_ON))  # fmt: skip
     return _sdft(found, train, (
         f"{able}, and earlier skills are held by the model's own answers alone (anchor_rehearsal = 0): then "
         "self-distillation kept 92 % of six skills where supervised fine-tuning kept 84 % (8 more; 95 %: -2 to +18), "
-        "and learned 3 points less. Where the earlier demonstrations may be used, rehearse them."))  # fmt: skip
+        "and learned 3 points less. Where the earlier demonstrations may be used, rehearse them."
+        f"{_measured_alone(train)}"))  # fmt: skip
+
+
+def _more(train: TrainConfig) -> str:
+    """What supervised fine-tuning learned, against self-distillation."""
+    return "about as much" if train.demonstration_weight else "3.4 points more (95 %: 1.2 to 5.5)"
+
+
+def _measured_alone(train: TrainConfig) -> str:
+    return " (Measured with train.demonstration_weight = 0.)" if train.demonstration_weight else ""
 
 
 def _sdft(found: Preflight, train: TrainConfig, reason: str) -> Recommendation:

@@ -29,7 +29,7 @@ from perdure.sharding import recomputed
 from perdure.skills.base import Skill
 from perdure.stage import Anchors
 from perdure.staging import make_stage, stage_seed
-from perdure.update import make_optimizer, optimise
+from perdure.update import loss_tokens, make_optimizer, optimise
 from perdure.workspace import Workspace
 
 PROBE_ROWS = 8
@@ -111,8 +111,12 @@ def _timed_steps(stage: Any, train: TrainConfig) -> float:
         if step == 1:
             start = time.perf_counter()
         state = LoopState(step)
-        rows = batch_rows(stage, train, state)
-        rollouts = completed(stage, train, rows if step else rows[::WARM_UP])
+        rollouts = completed(stage, train, batch_rows(stage, train, state))
+        if step == 0 and any(loss_tokens(row, train) for row in rollouts[::WARM_UP]):
+            rollouts = rollouts[::WARM_UP]
+        if not any(loss_tokens(row, train) for row in rollouts):
+            # The loss is on thinking, and these have none; what the student will write does.
+            rollouts = [replace(row, region=None) for row in rollouts]
         hidden = score(stage, train, rollouts, kept, state)
         optimise(stage, train, optimizer, rollouts, hidden, Clock(), state)
     return (time.perf_counter() - start) / STEPS

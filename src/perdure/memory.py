@@ -21,6 +21,8 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
+    # An older glibc takes 32 MiB at most; where it takes neither, setting the others would turn off its own adapting.
+    if not mallopt(M_MMAP_THRESHOLD, 2**30) and not mallopt(M_MMAP_THRESHOLD, 2**25):
+        return
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 2**26)

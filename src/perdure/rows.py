@@ -116,8 +116,9 @@ def corrected(stage: Stage, config: TrainConfig, rollout: Rollout) -> Rollout:
         return rollout
     example, said = rollout.student_prompt.example, rollout.completion.token_ids
     demonstration = stage.renderer.demonstration(example).token_ids
-    if said != demonstration and stage.renderer.lacks_thinking(example):
-        return rollout  # as the label of a sample that begins to think it would teach not to
+    sampled = said != demonstration or rollout.completion.sampler_logprobs
+    if sampled and stage.renderer.lacks_thinking(example):
+        return rollout  # as a sample's label it would teach not to think
     known = min(common_prefix(demonstration, said) + 1, len(demonstration), len(said))
     return replace(rollout, labels=demonstration[:known], label_weight=config.demonstration_weight)
 

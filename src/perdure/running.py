@@ -107,6 +107,8 @@ def preflight_of(workspace: Workspace, parent: str, session: Session, skill: Ski
     if asked.train.method == AUTO and not found.ready and not is_known(found) and other_way:
         advice |= {"ready": True, "advice": recommended["reasons"]}
     chosen = _with(asked, followed(asked.train, recommended))
+    if chosen.train.never_samples:
+        advice["advice"] = [*advice.get("advice", found.advice), all_warm(chosen.train)]
     if not config.preflight.forecast:
         return found.to_json() | advice | {"cost": {"seconds": {}, "tokens": {}, "priced": {}}}
     try:
@@ -178,7 +180,15 @@ def check_before(run: Run) -> dict[str, Any] | None:
         run.reporter.note(f"{method_label(run.config.train.method)}: {' '.join(found['recommended']['reasons'])}")
         for problem in run.config.train.ignored():
             run.reporter.note(f"train.{problem}; it rests in this stage.")
+    if run.config.train.never_samples:
+        run.reporter.note(all_warm(run.config.train))
     return found
+
+
+def all_warm(train: TrainConfig) -> str:
+    """What a stage is in which the student never answers by itself."""
+    return (f"All {train.steps} steps are warm start (train.warm_start_steps = {train.warm_start_steps}): nothing is "
+            "on-policy.")  # fmt: skip
 
 
 def _with(config: RunConfig, train: TrainConfig) -> RunConfig:

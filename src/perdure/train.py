@@ -4,7 +4,8 @@ Where it departs from the paper's Algorithm 1, and why (docs/log.md has the numb
 1. A warm start scores the demonstration's own tokens before the student samples: a cold student's samples teach little.
 2. Anchor rows carry no demonstration; there the teacher keeps the student where the last promoted version was.
 3. The original model teaches by default (the paper: an EMA), and its distribution is sharpened on demonstrated rows.
-   Whatever it is, anchor rows are scored by the weights that the stage started from.
+   Whatever it is, anchor rows are scored by the weights that the stage started from. The demonstration's next token is
+   half of the target as long as the completion follows the demonstration.
 4. Forward KL, as in the authors' code and all their numbers; the paper's text prints the reverse.
 5. Importance weights only where the sampler lags behind (train.overlap, train.update_sampler_every): else it is the
    student itself.
@@ -38,6 +39,8 @@ from perdure.stage import Stage
 from perdure.types import InputError, Rollout
 from perdure.update import make_optimizer, optimise, set_learning_rate
 
+LIKELY = 0.98
+"""Mean probability of a demonstration token at which a stage that may end early looks whether its rows are right."""
 TELLING_ROWS = 16
 """Validation rows that must be right before a stage ends for it: of fewer, all may be right by chance (all of 16 speak
 for an accuracy of at least 0.83, 95 % one-sided)."""
@@ -129,9 +132,11 @@ def _follow(stage: Stage) -> None:
 def _advance(state: LoopState, config: TrainConfig, phase: str, metrics: Mapping[str, float]) -> bool:
     """Count the step, and end the warm start once the demonstrations are likely; whether validation is due."""
     state.step += 1
-    knows = metrics.get("demonstration_probability", 0.0) >= config.warm_start_until
+    probability = metrics.get("demonstration_probability", 0.0)
+    knows = probability >= min(LIKELY, config.warm_start_until)
     early = config.validate_until <= 1 and knows and not state.known
-    state.known, state.warm = state.known or knows, state.warm and not (knows and phase == "warm_start")
+    state.known = state.known or knows
+    state.warm = state.warm and not (phase == "warm_start" and probability >= config.warm_start_until)
     return early or state.step % config.validate_every == 0 or state.step == config.steps
 
 

@@ -140,7 +140,8 @@ class TrainConfig(SettingsSection):
     """Validations without a better accuracy before the stage stops."""
     validate_until: float = Field(default=2.0, gt=0)
     """The stage ends when the accuracy on at least 16 validation rows reaches this; one more validation is taken when
-    the student's mean probability of a demonstration token first reaches ``warm_start_until``. Above 1 = never."""
+    the student's mean probability of a demonstration token first reaches 0.98, or ``warm_start_until`` where that is
+    less. Above 1 = never."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which a stage that was stopped goes on."""
     max_length_change: float = Field(default=0.0, ge=0)
@@ -151,6 +152,11 @@ class TrainConfig(SettingsSection):
     def keeps_adapters(self) -> bool:
         """Whether a version is a stack: its adapter on the version before it."""
         return bool(self.lora_rank) and not self.lora_merge
+
+    @property
+    def never_samples(self) -> bool:
+        """Whether every step of ``sdft`` is warm start."""
+        return self.method == "sdft" and self.warm_start_steps >= self.steps
 
     @property
     def anchors_earlier(self) -> bool:
@@ -195,12 +201,20 @@ class TrainConfig(SettingsSection):
                 found.append(
                     f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows'
                 )
+            if "anchor_weight" in changed:
+                found.append(
+                    f'anchor_weight weighs a divergence, which method = "{self.method}" does not take of these rows'
+                )
             if "anchor_rehearsal" in changed and self.anchor_rehearsal:
                 found.append(f'method = "{self.method}" says what all of these rows carry: leave anchor_rehearsal out')
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")
         if "max_importance" in changed and not self.overlap and self.update_sampler_every == 1:
             found.append("max_importance has an effect only with overlap or update_sampler_every above 1")
+        if self.never_samples:
+            found += [f"{name} has an effect only after the warm start: set warm_start_steps below steps"
+                      for name in ("on_policy_share", "sampling_temperature", "overlap", "update_sampler_every")
+                      if name in changed]  # fmt: skip
         if self.max_length_change and not (self.validation_share and self.validation_max):
             found.append("max_length_change is measured on validation rows: set validation_share and validation_max")
         if self.overlap and self.lora_rank:
@@ -222,6 +236,7 @@ class TrainConfig(SettingsSection):
             "anchor_share = 0": self.anchor_share == 0,
             "sampling_temperature = 1": self.sampling_temperature == 1,
             "on_policy_share = 1": self.on_policy_share == 1,
+            "demonstration_weight = 0": self.demonstration_weight == 0,
         }
         missing = [setting for setting, met in wanted.items() if not met]
         return [f'support = "sampled" needs the student\'s own samples: set {", ".join(missing)}'] if missing else []

@@ -31,7 +31,8 @@ def with_written(stage: Stage, config: TrainConfig, progress: TotalProgress | No
     if METHODS[config.method].completions == "rewritten":
         answers = [answer if stage.grader(stage.renderer.answer(answer), row) >= 1 else demonstration
                    for row, answer, demonstration in zip(rows, answers, demonstrations, strict=True)]  # fmt: skip
-        answers = from_lead(answers)  # each process has graded, and a judge by a model may have judged otherwise
+    # Each process may have written and graded for itself: other hardware, or a judge by a model, gives other answers.
+    answers = from_lead(answers)
     written = {row.id: _row(stage, config, row, answer) for row, answer in zip(rows, answers, strict=True)}
     return replace(stage, examples=tuple(written.get(row.id, row) if isinstance(row, Example) else row
                                          for row in stage.examples))  # fmt: skip

@@ -143,15 +143,14 @@ class RunPlan:
     def base_identity(self, skills: Iterable[str]) -> str:
         """Hash of all that decides what the base model scores on ``skills`` but code and data."""
         config = self.config.model_dump(mode="json", include={"model", "context", "thinking", "rollout", "eval"})
-        said = [sorted(skills), config, self.probe.model_dump(mode="json", exclude_defaults=True)]
+        said = [sorted(skills), config, self.probe.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
     def identity(self) -> str:
-        """Hash of all that decides the run's result but code, data and the defaults that belong to the code."""
-        settings, probe = (
-            config.model_dump(mode="json", exclude_defaults=True) for config in (self.config, self.probe)
-        )
+        """Hash of all that decides the run's result but code and data. Defaults are in it: one that changed gives other
+        results."""
+        settings, probe = (config.model_dump(mode="json") for config in (self.config, self.probe))
         said = [self.skills, self.seed, settings, probe]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
