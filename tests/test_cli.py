@@ -247,6 +247,42 @@ def test_unknown_options_workspaces_and_sources(bot: Path, tmp_path: Path):
     assert_one_error(perdure("rollback", "-w", bot), 2, "base model")
 
 
+def test_the_environment_names_a_workspace_where_no_option_does(bot: Path, tmp_path: Path):
+    elsewhere = str(tmp_path / "nowhere")
+    for words in (("status", "-w", bot), ("status", bot), ("log", "-w", bot)):
+        assert perdure(*words, PERDURE_WORKSPACE=elsewhere).returncode == 0
+    assert perdure("status", PERDURE_WORKSPACE=str(bot)).returncode == 0
+    assert_one_error(perdure("status", PERDURE_WORKSPACE=elsewhere), 2, "not a workspace")
+    assert_refused(("status", bot, "-w", elsewhere), "two folders are named")
+
+
+def test_bad_input_that_ends_a_stage_at_once_leaves_none(bot: Path, tmp_path: Path):
+    """So that the corrected command is not told to go on with the wrong one."""
+    skill = toy_skill(tmp_path / "toy")
+    for setting, part in (("probe.tasks=['nope']", "'nope' is neither a local task"),
+                          ("model.source=nowhere/at-all", "nowhere/at-all"),
+                          ("thinking.enabled=true", "thinking")):  # fmt: skip
+        assert_refused(("learn", skill, "-w", bot, "--set", setting), part)
+        assert list((bot / "runs").glob("s*")) == []
+    assert_refused(("check", skill, "-w", bot, "--set", "probe.tasks=['nope']"), "'nope' is neither a local task")
+
+
+def test_the_demo_keeps_to_workspaces_of_its_own_and_says_at_once_what_it_cannot_compare(bot: Path, tmp_path: Path):
+    assert_refused(("demo", "-w", bot), "not a workspace of this demo", "model.source")
+    assert_refused(("demo", "-w", tmp_path / "demo", "--compare", "cpt"), "--compare cpt: no such method")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_question_that_is_not_utf8(bot: Path):
+    words = [sys.executable, "-m", "perdure.cli", "chat", "-w", str(bot)]
+    done = subprocess.run(words, input=b"caf\xe9\n", capture_output=True, check=False)
+    assert done.returncode == 2 and b"the question is not UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_terminal_that_cannot_show_what_is_said(held: Path):
+    assert perdure("diff", "v1", "v2", "-w", held, PYTHONIOENCODING="ascii").returncode == 0
+
+
 def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(bot: Path, tmp_path: Path):
     skill = toy_skill(tmp_path / "toy")
     code = (

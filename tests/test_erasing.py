@@ -251,8 +251,17 @@ def test_the_command_says_what_it_would_do_and_does_it_with_yes(forgotten: Works
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1 and "the weights of v001, v002. They cannot be brought back: --yes" in done.output
     assert holds(forgotten.folder, skills[0])
-    assert CliRunner().invoke(app, [*words, "--yes"]).exit_code == 0
+    beside = forgotten.folder / "compare" / "sft" / "skills" / f"colours@{'0' * 12}"
+    beside.mkdir(parents=True)
+    done = CliRunner().invoke(app, [*words, "--yes"])
+    assert done.exit_code == 0 and "compare/sft (a workspace of its own" in done.output
+    shutil.rmtree(beside)
     assert not holds(forgotten.folder, skills[0])
+    again = CliRunner().invoke(app, [*words, "--yes"])
+    assert again.exit_code == 0 and "erased 0 files" in again.output and "weights" not in again.output
+    # Nor does the command that would serve it ask for a reason first.
+    served = CliRunner().invoke(app, ["promote", "v1", "-w", str(forgotten.folder)])
+    assert "the weights of v001 were erased" in str(served.exception)
 
 
 def test_a_skill_that_the_champion_was_taught_is_forgotten_first(learned: Path):

@@ -154,6 +154,18 @@ def test_the_command(adapted: Workspace, tmp_path: Path) -> None:
     assert_refused(("export", "v2", tmp_path / "adapter", *here), "already there and not empty")
 
 
+def test_a_folder_that_is_not_free_is_said_before_anything_is_loaded(
+    adapted: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("")
+    monkeypatch.setattr("perdure.export._version", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(InputError, match="not empty"):
+        export_weights(adapted, "v1", tmp_path / "x", "float32")
+    with pytest.raises(InputError, match="not empty"):
+        export_adapter(adapted, "v1", "v0", tmp_path / "x", None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -22,7 +22,7 @@ FLOORS = {
     "F3 plug-ins": [
         "rollout", "rollout.base", "rollout.sampling", "rollout.draft", "rollout.replay", "rollout.*",
         "skills", "skills.users", "skills.settings", "skills.graders.text", "skills.graders.*", "skills.graders",
-        "skills.turns", "skills.reading", "skills.environments", "skills.base",
+        "skills.turns", "skills.reading", "skills.environments", "skills.base", "skills.doubts",
         "importers.base", "importers.bfcl", "importers.tldr", "importers.passages", "importers.*", "importers",
     ],
     "F4 doing": [

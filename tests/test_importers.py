@@ -18,6 +18,7 @@ from perdure.importers.facts import spellings
 from perdure.importers.tldr import plain
 from perdure.session import open_session
 from perdure.skills.base import Skill, independent, load_skill
+from perdure.skills.doubts import doubts
 from perdure.skills.graders.tool_call import calls_for
 from perdure.types import InputError
 
@@ -355,6 +356,42 @@ def test_a_changed_simulator_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(InputError, match=r"ticket_api.py: sha256 is"):
         bfcl_multi.build(tmp_path / "skill")
     assert not list(tmp_path.iterdir())
+
+
+def rows_of(completions: list[str], prompts: int) -> list[dict]:
+    return [{"prompt": f"question {place % prompts}", "completion": text} for place, text in enumerate(completions)]
+
+
+@pytest.mark.parametrize(
+    ("completions", "prompts", "grader", "said"),
+    [
+        ([f"word {n} " * 10 for n in range(40)], 40, "exact", ["have 20 words or more"]),
+        ([f"word {n} " * 10 for n in range(40)], 40, "token_f1", []),
+        (["yes " * 20, "no " * 20] * 20, 40, "exact", []),  # labels, long ones
+        (["yes"] * 20 + ["no"] * 20, 20, "exact", ["Of 20 prompts 20 have several different answers, and at most 50%"]),
+        ([*["yes"] * 40, "no"], 40, "exact", ["Of 40 prompts 1 have several"]),
+    ],
+)
+def test_what_is_seldom_meant_is_said(
+    tmp_path: Path, completions: list[str], prompts: int, grader: str, said: list[str]
+):
+    file = jsonl(tmp_path / "rows.jsonl", rows_of(completions, prompts))
+    found = doubts(load_skill(run_importer("jsonl", tmp_path / "s", 0, file, grader, 0.3)))
+    assert len(found) == len(said) and all(part in text for part, text in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"question": "q", "answer": "a"}, "jq -c '{prompt: .question, completion: .answer}'"),
+        ({"prompt": "q", "completion": "a", "category": "x"},
+         "jq -c '{prompt, completion, metadata: ((.metadata // {}) + del(.prompt, .completion, .metadata))}'"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_form_are_told_the_way(tmp_path: Path, row: dict, part: str):
+    with pytest.raises(InputError) as caught:
+        run_importer("jsonl", tmp_path / "s", 0, jsonl(tmp_path / "rows.jsonl", [row]), "exact", 0.2)
+    assert part in str(caught.value)
 
 
 def test_facts_are_held_out_by_phrasing_and_their_passages_hold_the_answers(tmp_path: Path):

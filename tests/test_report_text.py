@@ -69,9 +69,9 @@ def test_preflight_and_score_tables(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "a_step", "said"),
     [
-        (1600, 14, "60 steps show 840 rows of the 1.6 k to learn from; to show all of them: train.steps = 115."),
-        (840, 14, "60 steps show 840 rows of the 840 to learn from."),
-        (100, 14, "60 steps show 840 rows of the 100 to learn from, each about 8.4 times."),
+        (1600, 14, "60 steps show 840 of the 1.6 k rows to learn from; to show all of them: train.steps = 115."),
+        (840, 14, "60 steps show each of the 840 rows to learn from about 1.0 times."),
+        (100, 14, "60 steps show each of the 100 rows to learn from about 8.4 times."),
     ],
 )
 def test_check_says_how_many_of_the_rows_a_stage_shows(rows: int, a_step: int, said: str):

@@ -171,7 +171,7 @@ def test_what_thousands_of_rows_have_in_common_is_said_of_the_first(tmp_path):
         ["train.jsonl", str(n)] for n in (1, 2, 3)
     ]
     assert "JSON is written as its text" in found[1]
-    assert found[4].startswith("... and 1997 more rows, to") and "train.jsonl:2000: 'completion'" in found[4]
+    assert found[4].startswith("... and 1997 more, lines 4, 5, 6,") and " 53 ... 2000: 'completion'" in found[4]
     assert "train.jsonl:2001" in found[5] and len(found) == 6
 
 

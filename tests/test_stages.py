@@ -107,6 +107,7 @@ def test_a_stage_goes_on_with_settings_that_decide_nothing_of_what_comes_out(wor
 
     stage, resumed = begin(workspace, skill, CONFIG, False, "v000")
     assert not resumed
+    (workspace.run_folder(stage) / "preflight.json").write_text("{}")
     smaller = config(train__micro_batch_tokens=512, eval__batch_tokens=512, cost__watts=80.0)
     assert begin(workspace, skill, smaller, False, "v000") == (stage, True)
     assert settings_hash(smaller) == settings_hash(CONFIG) != settings_hash(config(train__steps=3))
@@ -174,6 +175,7 @@ def test_a_step_of_a_replay_that_is_held_is_nothing_to_serve(workspace: Workspac
 def test_an_unfinished_stage_goes_on_with_the_same_settings_only(workspace: Workspace, skill: Skill):
     assert begin(workspace, skill, CONFIG, restart=False, parent="v000") == ("s01-toy", False)
     assert begin(workspace, skill, CONFIG, restart=False, parent="v000") == ("s01-toy", True)
+    (workspace.run_folder("s01-toy") / "preflight.json").write_text("{}")
     other = RunConfig.model_validate({"train": {"steps": 7}})
     with pytest.raises(InputError, match=r"other settings.*--restart"):
         begin(workspace, skill, other, restart=False, parent="v000")
@@ -184,8 +186,17 @@ def test_an_unfinished_stage_goes_on_with_the_same_settings_only(workspace: Work
     assert workspace.runs.names() == [name]
 
 
+def test_a_stage_that_computed_nothing_holds_nobody_to_its_settings(workspace: Workspace, skill: Skill):
+    """It ended by bad input, which is corrected now."""
+    begin(workspace, skill, CONFIG, restart=False, parent="v000")
+    other = RunConfig.model_validate({"train": {"steps": 7}})
+    assert begin(workspace, skill, other, restart=False, parent="v000") == ("s01-toy", False)
+    assert workspace.runs.names() == ["s01-toy"]
+
+
 def test_a_setting_that_is_new_since_counts_as_its_default(workspace: Workspace, skill: Skill):
     begin(workspace, skill, CONFIG, restart=False, parent="v000")
+    (workspace.run_folder("s01-toy") / "preflight.json").write_text("{}")
     path = workspace.run_folder("s01-toy") / "stage.json"
     info = json.loads(path.read_text())
     del info["config"]["train"]["overlap"]
@@ -237,6 +248,7 @@ def test_an_unfinished_stage_does_not_change_its_precision(
 ):
     monkeypatch.setattr("perdure.stages.compute_dtype", lambda _: torch.bfloat16)
     begin(workspace, skill, CONFIG, restart=False, parent="v000")
+    (workspace.run_folder("s01-toy") / "preflight.json").write_text("{}")
     monkeypatch.setattr("perdure.stages.compute_dtype", lambda _: torch.float32)
     with pytest.raises(InputError, match=r"computes in bfloat16, and here float32 was.*--restart"):
         begin(workspace, skill, CONFIG, restart=False, parent="v000")

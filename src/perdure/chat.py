@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ def setting_of(workspace: Workspace, skill: str,
     return (first["content"] if first["role"] == "system" else None), row.tools
 
 
+def _check_text(text: str, what: str) -> None:
+    """Python keeps what a terminal sends in another encoding as halves of characters, which no tokenizer takes."""
+    if re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{what} is not UTF-8")
+
+
 class Chat:
     """A conversation with one version: greedy answers, or with a temperature above 0 samples by a seed. ``tools``: the
     functions that it is told of; no call is carried out."""
@@ -37,10 +44,12 @@ class Chat:
                  system: str | None = None, tools: Sequence[dict[str, Any]] = ()):  # fmt: skip
         self.session, self.seed, self.tools = session, seed, tuple(tools)
         self.params = SamplingParams(max_new_tokens, temperature)
+        _check_text(system or "", "the system prompt")
         self.messages: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
 
     def say(self, text: str) -> str:
         """The answer to the conversation so far and ``text``. Raises InputError where it does not fit the window."""
+        _check_text(text, "the question")
         renderer = self.session.renderer
         messages = (*self.messages, {"role": "user", "content": text})
         prompt = renderer.student_prompt(Example("chat", messages, None, self.tools, origin="chat"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import signal
@@ -38,6 +39,9 @@ _PATH_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.E
 def main() -> None:
     """Run the command line; every expected failure becomes one clear message and its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in an old encoding gets "?" for what it cannot show
+            stream.reconfigure(errors="replace")
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             _one_of_several()

@@ -47,6 +47,7 @@ def promote(
     if force and not (reason or "").strip():
         raise InputError("--force needs --reason: the ledger keeps why the gate was overruled")
     name = place.resolve(version)
+    place.check_not_erased(name)
     verdict = place.verdict(name)
     passed = verdict is None or verdict["decision"] == "promoted"
     if verdict and not passed and not force:
@@ -72,7 +73,8 @@ def promote(
 def rollback(
     workspace: WorkspaceOption = HERE,
     to: Annotated[
-        str | None, typer.Option(help="Version to go back to; default: the champion before this one.")
+        str | None,
+        typer.Option(help="Version to go back to; default: the one in whose place the champion was promoted."),
     ] = None,
     reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger.")] = None,
 ) -> None:
@@ -158,14 +160,15 @@ def erase(
     place = open_place(workspace)
     found = what_holds(place, skill)
     what = f"{found.present} files, {found.size / 1e6:.1f} MB"
-    what += f", among them the weights of {', '.join(found.versions)}" if found.versions else ""
+    what += f", among them the weights of {', '.join(found.weights)}" if found.weights else ""
     if not yes:
         out.print(Text(f"{skill}: {what}. They cannot be brought back: --yes erases them."), soft_wrap=True)
         raise typer.Exit(REFUSED)
     with place.lock():
         erase_skill(place, skill, **_on_record(reason))
-    out.print(Text(f"{skill}: erased {what}. Not touched: the folder it was imported from, exports, backups."),
-              soft_wrap=True)  # fmt: skip
+    left = ["the folder it was imported from", "exports", "backups"]
+    left += [f"{path} (a workspace of its own, which was taught it, too)" for path in found.elsewhere]
+    out.print(Text(f"{skill}: erased {what}. Not touched: {', '.join(left)}."), soft_wrap=True)
 
 
 @app.command()

@@ -34,7 +34,9 @@ err = Console(stderr=True, highlight=False, markup=False)
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", envvar="PERDURE_WORKSPACE", help="Workspace folder.")
 ]
-WorkspaceArgument = Annotated[Path, typer.Argument(envvar="PERDURE_WORKSPACE", help="Workspace folder.")]
+WorkspaceArgument = Annotated[
+    Path | None, typer.Argument(help="Workspace folder; default: $PERDURE_WORKSPACE, or the folder here.")
+]
 SameOption = Annotated[Path | None, typer.Option("--workspace", "-w", help="The same, as other commands take it.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting as in perdure.toml: train.steps=80")
@@ -58,11 +60,12 @@ def actor() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-def the_one(workspace: Path, same: Path | None) -> Path:
-    """The folder that was named, as an argument or by -w. Raises InputError where both name one, and not the same."""
-    if same is None or workspace in (HERE, same):
-        return same or workspace
-    raise InputError(f"two folders are named, {workspace} and {same}: give one")
+def the_one(workspace: Path | None, same: Path | None) -> Path:
+    """The folder that was named, as an argument or by -w, or else in the environment. Raises InputError where both name
+    one, and not the same."""
+    if workspace and same and workspace != same:
+        raise InputError(f"two folders are named, {workspace} and {same}: give one")
+    return workspace or same or Path(os.environ.get("PERDURE_WORKSPACE") or HERE)
 
 
 def open_place(folder: Path) -> Workspace:

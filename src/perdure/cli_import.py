@@ -25,8 +25,9 @@ def import_skill(
     source: Annotated[
         str,
         typer.Argument(
-            help="home-assistant, bfcl, bfcl-mixed, bfcl-multi, mmlu, sst2, tldr, commands, sciq, facts, forms-NAME, "
-            "docs, jsonl."
+            help="jsonl and docs: data of yours. Of the data packages: home-assistant (intents), sst2 (sentiment), "
+            "commands and tldr (shell), sciq (science), mmlu (to which desk?), bfcl, bfcl-mixed and bfcl-multi (tool "
+            "calls), facts, forms-date, forms-order ... (forms-? lists all)."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="Skill folder to make.")],
@@ -112,6 +113,7 @@ def _say_imported(target: Path, source: str) -> None:
     """What was made, and what its test rows are good for."""
     from perdure.gates import USUAL_NOISE, guards_of, least_budget
     from perdure.skills.base import independent, load_skill
+    from perdure.skills.doubts import doubts
     from perdure.skills.graders.tool_call import calls_for
 
     skill = load_skill(target)
@@ -127,10 +129,12 @@ def _say_imported(target: Path, source: str) -> None:
     turns, what = ("", "test rows") if units == len(skill.test) else (f", {units} independent", "independent ones")
     origin = f" ({skill.settings.source})" if source == "jsonl" else ""
     rows = f"{len(skill.train)} training and {len(skill.test)} test rows{turns}{origin}"
-    said = f"{target}: {rows}. So many {what} {guarded}."
+    called = "" if skill.name == target.name else f"the skill is called {skill.name!r}, "
+    said = f"{target}: {called}{rows}. So many {what} {guarded}."
+    said += "".join(f" {line}" for line in doubts(skill)) if source == "jsonl" else ""
     if skill.settings.grader == "tool_call":
-        if not any(example.tools for example in skill.train):
-            said += " No row has 'tools', so the model will not be told which functions there are."
+        if source == "jsonl" and not any(example.tools for example in skill.train):
+            said += " No row has 'tools': unless the prompts say it, the model is not told which functions there are."
         rows = (*skill.train, *skill.test)
         if source == "jsonl" and (bare := sum(not calls_for(row) for row in rows)):
             said += (f" In {bare} of the {len(rows)} rows no call is right: there any answer without a call counts, "

@@ -38,7 +38,9 @@ MethodOption = Annotated[
 
 @app.command()
 def demo(
-    workspace: WorkspaceOption = Path("demo-workspace"),
+    workspace: Annotated[
+        Path, typer.Option("--workspace", "-w", help="Folder of the demo's own, new or of an earlier demo.")
+    ] = Path("demo-workspace"),
     compare: Annotated[
         str | None, typer.Option("--compare", help="Also run the chain with this method, such as sft.")
     ] = None,

@@ -31,7 +31,7 @@ from perdure.types import InputError
 
 
 @app.command()
-def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: JsonOption = False) -> None:
+def status(workspace: WorkspaceArgument = None, same: SameOption = None, as_json: JsonOption = False) -> None:
     """The champion, how well it knows its skills, and what waits."""
     from perdure.report.numbers import summary
     from perdure.report.text import skill_table
@@ -52,7 +52,7 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
     if state["skills"]:
         skill_table(summary(place.folder), state["skills"], out)
     else:
-        out.print("No skill was taught yet: perdure learn SKILL")
+        out.print(Text(f"No skill was taught yet: perdure learn SKILL -w {workspace}"), soft_wrap=True)
     if waiting := state["candidate"]:
         why = place.verdict(waiting)
         said = f"{waiting} is held: {why['reasons'][0] if why else ''} To serve it: perdure promote {waiting}"
@@ -68,7 +68,7 @@ def status(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json
 
 
 @app.command()
-def log(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: JsonOption = False) -> None:
+def log(workspace: WorkspaceArgument = None, same: SameOption = None, as_json: JsonOption = False) -> None:
     """The ledger, oldest event first, and what each stage cost.
 
     Beside it what was predicted. A broken chain is an error."""
@@ -86,7 +86,7 @@ def log(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: J
 
 
 @app.command()
-def verify(workspace: WorkspaceArgument = HERE, same: SameOption = None, as_json: JsonOption = False) -> None:
+def verify(workspace: WorkspaceArgument = None, same: SameOption = None, as_json: JsonOption = False) -> None:
     """Check that nothing was changed behind Perdure's back.
 
     Every byte of versions, skills and ledger, against what was written. Exit code 1: something was changed."""
@@ -193,7 +193,7 @@ def _asked() -> Iterator[str]:
 
 @app.command()
 def report(
-    workspace: WorkspaceArgument = HERE,
+    workspace: WorkspaceArgument = None,
     same: SameOption = None,
     as_json: JsonOption = False,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+import contextlib
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from perdure.gates import USUAL_NOISE, guards_of, least_budget
 from perdure.judging import judge, judge_again
 from perdure.measure import measure_probe, measure_skill, probe_json, score_json, way_of
 from perdure.methods import method_label
+from perdure.probe import check_tasks
 from perdure.reporting import Reporter
 from perdure.rows import row_counts
 from perdure.running import Run, baseline, check_before, open_version, preflight_of, train_stage
 from perdure.skills.base import Skill, independent, kept_rows, load_skill, prompt_key
-from perdure.stages import Outcome, asked_for, begin, differing, finished, load_all, settle_all
+from perdure.stages import Outcome, asked_for, begin, differing, finished, holds_nothing, load_all, settle_all
 from perdure.subject import candidates
 from perdure.types import InputError
 from perdure.workspace import Workspace
@@ -99,11 +101,13 @@ def learn_one(
     stage, resumed = begin(workspace, skill, config, restart, parent, branch)
     if resumed:
         reporter.note(f"Going on with the unfinished stage {stage}.")
-    session = open_version(workspace, parent, config)
-    run = Run(workspace, config, config, reporter, skill, scope, stage, parent, session, branch=branch)
-    if (run.folder / "seconds.json").is_file():
-        run.seconds = read_json(run.folder / "seconds.json")
-    check = check_before(run)
+    with _leaving_nothing(workspace, stage):
+        check_tasks(config.probe.tasks)
+        session = open_version(workspace, parent, config)
+        run = Run(workspace, config, config, reporter, skill, scope, stage, parent, session, branch=branch)
+        if (run.folder / "seconds.json").is_file():
+            run.seconds = read_json(run.folder / "seconds.json")
+        check = check_before(run)
     begun = resumed and any(map(training_state, trainings(run.folder)))  # it was forced, then
     if check and not check["ready"] and not force and not begun:
         workspace.append("refuse", stage=stage, skill=skill.name, parent=parent, reason=check["advice"][0])
@@ -115,11 +119,23 @@ def learn_one(
     return judge(run, before, check, state)
 
 
+@contextlib.contextmanager
+def _leaving_nothing(workspace: Workspace, stage: str) -> Iterator[None]:
+    """Where bad input ends a stage before anything of it was computed, the command is corrected and begins anew."""
+    try:
+        yield
+    except InputError:
+        if holds_nothing(workspace.run_folder(stage)):
+            workspace.runs.remove(stage)
+        raise
+
+
 def check_skills(
     workspace: Workspace, folders: Sequence[Path], config: RunConfig, reporter: Reporter
 ) -> list[dict[str, Any]]:
     """The preflight of each skill on the champion; nothing is written."""
     skills = load_all(folders)
+    check_tasks(config.probe.tasks)
     champion = workspace.resolve("champion")
     session = open_version(workspace, champion, config)
     taught = {name: load_skill(folder) for name, folder in workspace.taught().items()}

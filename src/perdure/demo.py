@@ -14,7 +14,7 @@ from perdure.report.html import write_report
 from perdure.report.numbers import summary
 from perdure.reporting import Reporter
 from perdure.settings import parse
-from perdure.stages import create_workspace
+from perdure.stages import create_workspace, differing
 from perdure.types import InputError
 from perdure.workspace import Workspace
 
@@ -44,10 +44,12 @@ def run_demo(folder: Path, compare: str | None, reporter: Reporter) -> tuple[dic
     """Make or continue the demo's workspace; returns the report's numbers and the report.
 
     With ``compare`` the same chain runs with that method in a workspace below, where the gate records its verdicts but
-    does not refuse, so that both methods take all three steps. Raises InputError for an unknown method."""
-    others = [name for name in METHODS if name != "sdft"]
+    does not refuse, so that both methods take all three steps. Raises InputError for an unknown method, and for a
+    workspace that is not the demo's."""
+    others = [name for name, method in METHODS.items() if name != "sdft" and method.completions != "document"]
     if compare is not None and compare not in others:
         raise InputError(f"--compare {compare}: no such method; one of {', '.join(others)}")
+    compared = _compared(compare) if compare else {}
     if not embedded_is_ready():
         reporter.note(f"Preparing {EMBEDDED_NAME} from {EMBEDDED_PACKAGE}: once, about 20 s.")
     workspace = _workspace(folder, SETTINGS)
@@ -55,19 +57,25 @@ def run_demo(folder: Path, compare: str | None, reporter: Reporter) -> tuple[dic
     with workspace.lock():
         learn(workspace, sources, workspace.config(), reporter)
     if compare:
-        train = SETTINGS["train"] | {"method": compare}
-        other = _workspace(
-            folder / "compare" / compare, SETTINGS | {"train": train, "gate": SETTINGS["gate"] | {"enforce": False}}
-        )
+        other = _workspace(folder / "compare" / compare, compared)
         with other.lock():
             learn(other, sources, other.config(), reporter)
     return summary(folder), write_report(folder)
 
 
+def _compared(method: str) -> dict[str, Any]:
+    train = SETTINGS["train"] | {"method": method} | ({"reinvoke_steps": 6} if METHODS[method].reinvoked else {})
+    return SETTINGS | {"train": train, "gate": SETTINGS["gate"] | {"enforce": False}}
+
+
 def _workspace(folder: Path, settings: dict[str, Any]) -> Workspace:
-    if (folder / "perdure.toml").is_file():
-        return Workspace.open(folder)
-    return create_workspace(folder, parse(RunConfig, settings, where="the demo's settings"))
+    config = parse(RunConfig, settings, where="the demo's settings")
+    if not (folder / "perdure.toml").is_file():
+        return create_workspace(folder, config)
+    workspace = Workspace.open(folder)
+    if others := differing(workspace.config().model_dump(mode="json"), config):
+        raise InputError(f"{folder}: not a workspace of this demo ({', '.join(others[:3])}): give another folder by -w")
+    return workspace
 
 
 def _skill(folder: Path, name: str, reporter: Reporter) -> Path:

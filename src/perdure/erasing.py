@@ -34,6 +34,10 @@ class Erasure:
     """How many of them are there still."""
     size: int
     """Their bytes."""
+    weights: tuple[str, ...]
+    """Versions whose weights are among them."""
+    elsewhere: tuple[Path, ...]
+    """Workspaces below ``compare/`` that hold the skill, too: each is one of its own."""
 
 
 def what_holds(workspace: Workspace, skill: str) -> Erasure:
@@ -53,7 +57,11 @@ def what_holds(workspace: Workspace, skill: str) -> Erasure:
     files += [path for path in (workspace.folder / "imported" / skill).rglob("*") if path.is_file()]
     there = {path for path in files if path.is_file()}
     relative = sorted({path.relative_to(workspace.folder) for path in files}, key=_rows_first)
-    return Erasure(skill, versions, tuple(relative), len(there), sum(path.stat().st_size for path in there))
+    with_weights = {path.parent for path in there if path.suffix == ".safetensors"}
+    weights = tuple(name for name in versions if workspace.version_folder(name) in with_weights)
+    elsewhere = {path.parents[1] for path in (workspace.folder / "compare").glob(f"*/skills/{skill}@*")}
+    return Erasure(skill, versions, tuple(relative), len(there), sum(path.stat().st_size for path in there), weights,
+                   tuple(sorted(elsewhere)))  # fmt: skip
 
 
 def _rows_first(path: Path) -> tuple[bool, Path]:

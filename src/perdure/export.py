@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from perdure.adapters import save_adapter
 from perdure.card import model_card
-from perdure.files import file_sha256, new_folder, replace_text, to_json
+from perdure.files import check_free, file_sha256, new_folder, replace_text, to_json
 from perdure.loading import base_name, load_version
 from perdure.models import LoadedModel, save
 from perdure.types import InputError
@@ -54,6 +54,7 @@ class Difference:
 
 def export_weights(workspace: Workspace, name: str, folder: Path, dtype: str) -> dict[str, Any]:
     """Write a version as transformers lays a model out, in ``dtype``. Raises InputError when ``folder`` is not free."""
+    check_free(folder)
     version = workspace.resolve(name)
     loaded = _version(workspace, version)
     loaded.model.to(getattr(torch, dtype))
@@ -75,6 +76,7 @@ def export_adapter(workspace: Workspace, name: str, since: str, folder: Path, ra
     of the least that holds it. Both models are in memory for it, 8 bytes a weight.
 
     Raises InputError where ``folder`` is not free, nothing differs, or no rank asked for and none holds it."""
+    check_free(folder)
     version, since = workspace.resolve(name), workspace.resolve(since)
     base, target = _version(workspace, since), _version(workspace, version)
     found = difference(base.model, target.model)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from perdure.probe_tasks import LOCAL_TASKS, Item, local_items, sample_indices
+from perdure.files import package_file
+from perdure.probe_tasks import DATA_FOLDER, DATA_PACKAGE, LOCAL_TASKS, Item, local_items, sample_indices
 from perdure.stats import wilson_interval
 from perdure.types import InputError
 
@@ -79,8 +80,7 @@ def probe(
     """
     if not tasks:
         raise InputError("no tasks to probe: set [probe] tasks")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("the probe needs lm-eval, which is not installed: pip install 'lm-eval>=0.4.13,<0.5'")
+    check_tasks(tasks)
     from lm_eval.evaluator import evaluate
 
     from perdure.lm import ProbedModel
@@ -95,6 +95,30 @@ def probe(
     # By lm-eval's types a run may keep no samples; this one asked for them.
     answers: Any = found.get("samples")
     return _result(plans, answers, lm.tokens)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises InputError for an unknown task, and where lm-eval or a local task's data are missing. It takes a moment:
+    what is wrong with the tasks should be said before anything is computed."""
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise InputError("the probe needs lm-eval, which is not installed: pip install 'lm-eval>=0.4.13,<0.5'")
+    for name in tasks:
+        for path, sha256 in LOCAL_TASKS[name].files.values() if name in LOCAL_TASKS else ():
+            package_file(DATA_PACKAGE, DATA_FOLDER, path, sha256)
+    if others := [name for name in tasks if name not in LOCAL_TASKS]:
+        from lm_eval.tasks import TaskManager
+
+        known = TaskManager().all_tasks
+        for name in others:
+            if name not in known:
+                raise _unknown(name)
+
+
+def _unknown(name: str) -> InputError:
+    local = ", ".join(LOCAL_TASKS)
+    return InputError(
+        f"[probe] tasks: {name!r} is neither a local task ({local}) nor one of lm-eval's (lm-eval ls tasks lists them)"
+    )
 
 
 def _plan(name: str, rows: int, seed: int) -> _Plan:
@@ -148,14 +172,8 @@ def _load_from_lm_eval(name: str) -> dict[str, Task]:
     """A task, group or tag of lm-eval's own; its data come from the hub."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    if name not in manager.all_tasks:
-        raise InputError(
-            f"[probe] tasks: {name!r} is neither a local task ({', '.join(LOCAL_TASKS)}) nor one of lm-eval's "
-            f"(lm-eval ls tasks lists them)"
-        )
     try:
-        loaded = manager.load(name)["tasks"]
+        loaded = TaskManager().load(name)["tasks"]
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

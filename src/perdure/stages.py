@@ -194,6 +194,11 @@ def finished(workspace: Workspace, skill: Skill, config: RunConfig) -> Outcome |
     return None
 
 
+def holds_nothing(run: Path) -> bool:
+    """Whether a stage ended, by bad input or a kill, before anything of it was kept but its settings."""
+    return {path.name for path in run.iterdir()} <= {"stage.json", "seconds.json"}
+
+
 def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, parent: str,
           branch: str | None = None) -> tuple[str, bool]:  # fmt: skip
     """The stage's name and whether it goes on from an earlier attempt. Raises InputError when settings differ."""
@@ -205,20 +210,21 @@ def begin(workspace: Workspace, skill: Skill, config: RunConfig, restart: bool, 
         info = read_json(folder / "stage.json")
         if (info["skill_hash"], info["parent"], info["branch"]) != (skill.content_hash, parent, branch):
             continue
-        if restart:
-            workspace.runs.remove(stage)
-        elif not (others := differing(info["config"], config)):
-            if (began := info.get("compute_dtype", precision)) != precision:
-                raise InputError(
-                    f"{folder}: this unfinished run of {skill.name} computes in {began}, and here {precision} was "
-                    "measured to be faster (model.compute_dtype, by machine and number of threads); go on where it "
-                    "began, or --restart to begin anew"
-                )
+        others, began = differing(info["config"], config), info.get("compute_dtype", precision)
+        if not others and began == precision and not restart:
             return stage, True
-        else:
+        if restart or holds_nothing(folder):
+            workspace.runs.remove(stage)
+        elif others:
             raise InputError(
                 f"{folder}: an unfinished run of {skill.name} has other settings ({', '.join(others)}); give the "
                 "same ones to go on with it, or --restart to begin anew"
+            )
+        else:
+            raise InputError(
+                f"{folder}: this unfinished run of {skill.name} computes in {began}, and here {precision} was "
+                "measured to be faster (model.compute_dtype, by machine and number of threads); go on where it "
+                "began, or --restart to begin anew"
             )
     name = workspace.next_stage(skill.name)
     folder = workspace.run_folder(name)

@@ -12,6 +12,7 @@ import tomli_w
 
 from perdure.files import new_folder
 from perdure.skills.base import load_skill
+from perdure.skills.reading import in_short
 from perdure.types import InputError
 
 Row = dict[str, Any]
@@ -28,7 +29,7 @@ def refuse_or_skip(problems: Sequence[str], skipped: list[str] | None, message: 
     if skipped is not None:
         skipped += problems
     elif problems:
-        raise InputError(message or "\n".join(problems))
+        raise InputError(message or in_short(problems))
 
 
 def write_skill(target: Path, settings: dict[str, Any], train: Sequence[Row], test: Sequence[Row]) -> Path:

@@ -19,6 +19,7 @@ from perdure.importers.base import Row, refuse_or_skip, skill_name, tokens_at_mo
 from perdure.importers.passages import Passage, read_passages
 from perdure.skills.base import not_gradable
 from perdure.skills.graders import contains, make_grader
+from perdure.skills.reading import json_object
 from perdure.types import Example, InputError
 
 KINDS = ("direct", "indirect", "control")
@@ -73,20 +74,19 @@ def read_questions(path: Path, skipped: list[str] | None = None) -> Questions:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if isinstance(row, dict):  # exports of tables write null, or an empty text, where there is nothing
-                row = {key: value for key, value in row.items()
-                       if value is not None and (key, value) != ("fact", "")}  # fmt: skip
+            row = json_object(line)
+            if row.get("fact") == "":  # exports of tables write an empty text where there is nothing
+                del row["fact"]
             _check(row)
             found.append((number, row))
-        except (ValueError, RecursionError) as error:  # of JSON, of the encoding, or ours
+        except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     refuse_or_skip(problems, skipped if found else None)
     return Questions(str(path), tuple(found))
 
 
 def _check(row: Any) -> None:
-    if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
+    if not {"question", "answer"} <= row.keys():
         raise ValueError("expected an object with 'question' and 'answer'")
     if unknown := row.keys() - _KEYS:
         raise ValueError(f"unknown keys {sorted(unknown)}; allowed: {sorted(_KEYS)}")

@@ -59,10 +59,10 @@ def _preflight_line(found: Mapping[str, Any]) -> str:
 
 def _rows_line(train: Mapping[str, int]) -> str:
     rows, shown = train["rows"], train["steps"] * train["a_step"]
-    text = f"{train['steps']} steps show {count(shown)} rows of the {count(rows)} to learn from"
-    if shown >= rows or not train["a_step"]:
-        return f"{text}, each about {shown / rows:.1f} times." if shown >= 2 * rows else f"{text}."
-    return f"{text}; to show all of them: train.steps = {math.ceil(rows / train['a_step'])}."
+    text, of = f"{train['steps']} steps show", f"of the {count(rows)} rows to learn from"
+    if shown >= rows:
+        return f"{text} each {of} about {shown / rows:.1f} times."
+    return f"{text} {count(shown)} {of}; to show all of them: train.steps = {math.ceil(rows / train['a_step'])}."
 
 
 def _test_line(test: Mapping[str, Any]) -> str:

@@ -81,7 +81,8 @@ def ledger_table(events: Sequence[Mapping[str, Any]], console: Console) -> None:
     parts = ["version", "parent", "skill"] if console.width >= LEDGER_WIDTH else ["version", "skill"]
     table = Table("time (UTC)", "event", *parts, "why", box=None, pad_edge=False)
     for event in events:
-        why = event.get("reason") or event.get("decision") or ""
+        gone = [*event.get("versions", ()), *event.get("stages", ())]  # of prune and erase
+        why = event.get("reason") or event.get("decision") or (", ".join(map(str, gone)))
         why += f" ({event['by']})" if event.get("by") else ""
         what = f"{event.get('event', '')}{', forced' if event.get('forced') else ''}"
         when = str(event.get("time") or "")[:16].replace("T", " ")
@@ -96,7 +97,7 @@ def cost_table(versions: Sequence[Version], console: Console) -> None:
     if not known:
         return
     phases = ("train", "evaluate", "probe")
-    table = table_of("Seconds, predicted at most and actual", ["Stage", *phases, "In all", "Ratio"])
+    table = table_of("Seconds, predicted and actual", ["Stage", *phases, "In all", "Ratio"])
     for version, predicted in known:
         actual = {phase: version.cost.seconds.get(phase, 0.0) for phase in phases}
         cells = [f"{predicted.get(phase, 0.0):.0f} / {actual[phase]:.0f}" for phase in phases]

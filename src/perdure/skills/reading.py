@@ -47,7 +47,7 @@ def read_rows(
     for number, line in rows:
         origin = f"{path}:{number}"
         try:
-            found = parse_row(_json(line), settings, origin, default_id=f"{path.stem}-{number}")
+            found = parse_row(json_object(line), settings, origin, default_id=f"{path.stem}-{number}")
         except ValueError as error:
             problems.append(f"{origin}: {error}")
             continue
@@ -66,6 +66,8 @@ def counted(things: Sized, name: str) -> str:
 
 SAME = 3
 """So many rows with the same problem are named."""
+LISTED = 50
+"""Of so many more the lines are."""
 
 
 def in_short(problems: Sequence[str]) -> str:
@@ -76,15 +78,17 @@ def in_short(problems: Sequence[str]) -> str:
         rows.setdefault(problem.partition(": ")[2], []).append(problem)
     for what, same in rows.items():
         if (more := len(same) - SAME) > 0:
-            last = same[-1].partition(": ")[0]
-            same[SAME:] = [f"... and {more} more rows, to {last}: {what}"]
+            places = [problem.partition(": ")[0].rpartition(":")[2] for problem in same[SAME:]]
+            where = ", ".join(places[:LISTED]) + (f" ... {places[-1]}" if more > LISTED else "")
+            same[SAME:] = [f"... and {more} more, lines {where}: {what}"]
     for problem in problems:
         same = rows[problem.partition(": ")[2]]
         lines += [same.pop(0)] if same else []
     return "\n".join(lines)
 
 
-def _json(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes) -> dict[str, Any]:
+    """A line of a JSONL file. Raises ValueError saying why it is no object that can be written again."""
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -180,6 +184,13 @@ def _other_form(row: dict[str, Any]) -> str:
     if isinstance(row.get("conversations"), list):
         return ("rows as ShareGPT has them: jq -c '{messages: [.conversations[] | {role: ({human: \"user\", gpt: "
                 "\"assistant\"}[.from] // .from), content: .value}]}' makes ours of them")  # fmt: skip
+    for prompt, completion in (("question", "answer"), ("input", "output")):
+        if {prompt, completion} <= row.keys():
+            return f"jq -c '{{prompt: .{prompt}, completion: .{completion}}}' makes ours of such rows"
+    if ours := [key for key in row if key in _KEYS and key != "metadata"]:
+        kept, dropped = ", ".join(ours), ", ".join(f".{key}" for key in (*ours, "metadata"))
+        return (f"allowed: {', '.join(sorted(_KEYS))}; to keep more: jq -c '{{{kept}, metadata: ((.metadata // {{}}) + "
+                f"del({dropped}))}}'")  # fmt: skip
     return f"allowed: {', '.join(sorted(_KEYS))} (what is only to be kept goes into 'metadata')"
 
 
