@@ -120,11 +120,12 @@ def _say_imported(target: Path, source: str) -> None:
     units = independent(skill.test)
     least = least_budget(units, guards_of(1, len(RunConfig().probe.tasks)), GateConfig(), USUAL_NOISE)
     default = GateConfig().budget
-    guarded = "are too few to guard it when later skills follow: bring more"
+    more = "bring more rows, or " if source in ("jsonl", "docs") else ""  # the others have what they have
+    guarded = "are too few to guard it when later skills follow" + (": bring more" if more else "")
     if least < 0.2:
         guarded = f"can judge a retention budget of {100 * least:.1f} points"
         guarded += f"; the default is {100 * default:g}" if least <= default else (
-            f", and the default is {100 * default:g}: bring more rows, or write retention_budget = {least:.3f} "
+            f", and the default is {100 * default:g}: {more}write retention_budget = {least:.3f} "
             "into skill.toml before you teach it")  # fmt: skip
     turns, what = ("", "test rows") if units == len(skill.test) else (f", {units} independent", "independent ones")
     origin = f" ({skill.settings.source})" if source == "jsonl" else ""
