@@ -73,7 +73,7 @@ def sync_mlflow(workspace: Workspace, uri: str | None = None, name: str | None =
             if key not in numbers:
                 numbers[key] = _register(client, name, workspace, info, key, runs[key])
                 added.append(version)
-            elif decisions[key] != decision(info):
+            elif decisions[key] != _decision(info):
                 _decide(client, name, info, numbers[key], runs[key])
         aliases = _set_aliases(client, name, workspace, numbers)
     except MlflowException as error:
@@ -114,7 +114,7 @@ def _log_run(client: Any, experiment: str, workspace: Workspace, info: dict[str,
     tags = {
         KEY: key, "perdure.version": info["version"], "perdure.weights": info["hashes"].get("weights", ""),
         "perdure.parent": info["parent"] or "", "perdure.skill": info["skill"] or "",
-        "perdure.method": info["method"] or "", DECISION: decision(info),
+        "perdure.method": info["method"] or "", DECISION: _decision(info),
     }  # fmt: skip
     run = client.create_run(experiment, tags=tags, run_name=f"{info['version']} {info['skill'] or 'base'}").info.run_id
     card = workspace.version_folder(info["version"]) / "README.md"
@@ -154,19 +154,19 @@ def _register(client: Any, name: str, workspace: Workspace, info: dict[str, Any]
     folder = workspace.version_folder(info["version"]).resolve()
     made = client.create_model_version(
         name, source=f"perdure:{folder}", run_id=run, description=_reasons(info),
-        tags={KEY: key, "perdure.version": info["version"], DECISION: decision(info)},
+        tags={KEY: key, "perdure.version": info["version"], DECISION: _decision(info)},
     )  # fmt: skip
     return made.version
 
 
 def _decide(client: Any, name: str, info: dict[str, Any], number: Any, run: str) -> None:
     """A version that was judged again, under another gate."""
-    client.set_tag(run, DECISION, decision(info))
+    client.set_tag(run, DECISION, _decision(info))
     client.update_model_version(name, number, _reasons(info))
-    client.set_model_version_tag(name, number, DECISION, decision(info))  # last: by it a repetition finds what is due
+    client.set_model_version_tag(name, number, DECISION, _decision(info))  # last: by it a repetition finds what is due
 
 
-def decision(info: dict[str, Any]) -> str:
+def _decision(info: dict[str, Any]) -> str:
     """The gate's, or ``base``."""
     return info["verdict"]["decision"] if info["verdict"] else "base"
 
