@@ -9,6 +9,7 @@ import pytest
 
 from perdure.config import GateConfig
 from perdure.gates import Guard, Items, decide, least_budget
+from perdure.repair import worth_repairing
 from perdure.stats import items_needed, noninferiority_power
 from perdure.types import Verdict
 
@@ -203,6 +204,24 @@ def test_items_are_paired_by_id_whatever_their_order():
 def test_the_verdict_is_the_same_when_it_is_not_enforced():
     guards, after = [guard(items(80, 100))], {"old": items(20, 100)}
     assert verdict(guards, after, GateConfig(enforce=False)) == verdict(guards, after, GateConfig())
+
+
+def test_a_skill_that_is_taught_again_may_gain_or_be_kept():
+    def again(before: Items, after: Items, known: float | None = 0.05) -> Verdict:
+        return decide(CONFIG, "new", before, {"new": after}, known=known)
+
+    same = items(360, 400)
+    assert again(same, same, None).decision == "refused"
+    found = again(same, same)
+    assert found.decision == "promoted" and found.table[0]["verdict"] == "kept" and worth_repairing(found) is False
+    assert again(same, items(380, 400)).table[0]["verdict"] == "learned"
+    worse = again(same, items(320, 400))
+    assert worse.decision == "refused" and "new: got worse, 90.0% to 80.0%" in worse.reasons[0]
+    assert again(items(36, 40), items(36, 40), 0.01).decision == "held"  # so few items cannot show that it was kept
+    assert again(items(36, 40), {"other": True}).decision == "refused"
+    harm = Guard("old", "skill", "v001", items(400, 400), 0.05)
+    harmed = decide(CONFIG, "new", same, {"new": same, "old": items(300, 400)}, [harm], known=0.05)
+    assert harmed.decision == "refused" and worth_repairing(harmed)
 
 
 def test_least_budget_is_what_the_items_can_judge():

@@ -11,7 +11,7 @@ from perdure.measure import measure_probe, measure_skill, skill_items
 from perdure.probe import ProbeResult
 from perdure.runlog import LoopState
 from perdure.running import Run
-from perdure.scores import Scores, probe_items
+from perdure.scores import Scores, known_budget, probe_items
 from perdure.types import SkillScore, Verdict
 
 
@@ -41,10 +41,11 @@ def measure_candidate(run: Run, before: Scores, kept: Sequence[Guard], name: str
     the parent's scores, and all that must be ``kept``. ``hurt``: see ``gates.decide``; what then fails on the skills
     alone is not measured on the rest."""
     config, skill, earlier = run.config, run.skill.name, run.earlier
+    known = known_budget(run.workspace, run.parent, run.skill, config)
 
     def verdict(after: dict[str, Items], kept: Sequence[Guard]) -> Verdict:
         return decide(config.gate, skill, before.items.get(skill), after, kept, hurt,
-                      run.skill.together)  # fmt: skip
+                      run.skill.together, known)  # fmt: skip
 
     scores = {taught: _measure(run, name, taught) for taught in (*earlier, skill)}
     after: dict[str, Items] = {s.skill: skill_items(s) for s in scores.values()}

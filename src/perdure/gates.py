@@ -43,7 +43,8 @@ class Guard:
     name: str
     """Its key among the candidate's items."""
     kind: str
-    """``skill`` (against the champion), ``best ever``, ``prior`` (one task) or ``priors`` (all tasks together)."""
+    """``skill`` (against the champion), ``best ever``, ``prior`` (one task) or ``priors`` (all tasks together); ``new
+    skill`` where the stage taught it again."""
     reference: str
     """The version compared with."""
     before: Items | None
@@ -60,10 +61,12 @@ class Guard:
 
 def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[str, Items],
            guards: Sequence[Guard] = (), hurt: Collection[str] | None = None,
-           together: Together | None = None) -> Verdict:  # fmt: skip
+           together: Together | None = None, known: float | None = None) -> Verdict:  # fmt: skip
     """The verdict on a candidate: ``promoted``, ``held`` or ``refused``, with every failed check among the reasons.
 
-    The new ``skill`` must gain significantly over ``before`` (one-sided exact McNemar test). A guard is refused when it
+    The new ``skill`` must gain significantly over ``before`` (one-sided exact McNemar test). One that was taught before
+    (``known``: the accuracy that it may lose, 0..1) may also be kept, as a decisive guard is: there may be nothing more
+    to gain on its test rows. A guard is refused when it
     lost more than its budget, or more than half of what it had, and the loss is significant (the same test the other
     way, Holm over all guards). A decisive guard is held unless its items show, with ``config.confidence``, that the
     true loss is less than twice its budget (``stats.noninferiority_p``). What has no results on the same items is
@@ -77,7 +80,11 @@ def decide(config: GateConfig, skill: str, before: Items | None, after: Mapping[
     ``config.enforce`` changes nothing here: whoever promotes looks at it.
     """
     pair = _paired(before, after.get(skill), together or {})
-    return _verdict([_gain(config, skill, pair), *_losses(config, after, guards, hurt)])
+    gain = _gain(config, skill, pair)
+    if known is not None and pair and not gain["passed"]:
+        own = Guard(skill, "new skill", "", before, known, together=together or {})
+        return _verdict(_losses(config, after, [own, *guards], hurt))
+    return _verdict([gain, *_losses(config, after, guards, hurt)])
 
 
 def decide_kept(config: GateConfig, after: Mapping[str, Items], guards: Sequence[Guard]) -> Verdict:

@@ -20,7 +20,7 @@ from perdure.repair import repair, worth_repairing
 from perdure.reporting import Reporter
 from perdure.runlog import LoopState
 from perdure.running import Run
-from perdure.scores import Scores, Way, guards, known_scores, said_of_kinds, unmeasured
+from perdure.scores import Scores, Way, guards, known_budget, known_scores, said_of_kinds, unmeasured
 from perdure.skills.base import Skill, load_skill
 from perdure.stages import (
     Outcome,
@@ -120,8 +120,8 @@ def _verdict_on_file(workspace: Workspace, skill: Skill, config: RunConfig, pare
     if any(unmeasured(scores, [skill, *earlier.values()], config) != ([], False) for scores in (before, after)):
         return None
     kept = guards(workspace, parent, before, earlier, config, way)
-    return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept,
-                  together=skill.together)  # fmt: skip
+    return decide(config.gate, skill.name, before.items.get(skill.name), after.items, kept, together=skill.together,
+                  known=known_budget(workspace, parent, skill, config))  # fmt: skip
 
 
 def _describe(run: Run, name: str, check: dict[str, Any] | None, state: LoopState, tokens: dict[str, int],

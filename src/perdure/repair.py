@@ -35,9 +35,9 @@ Weights = Mapping[str, Tensor]
 
 
 def worth_repairing(verdict: Verdict) -> bool:
-    """Refused for harm alone: the new skill was learned."""
+    """Refused for harm alone: the new skill was learned, or kept where it was taught again."""
     verdicts = {row["verdict"] for row in verdict.table}
-    learned = any(row["kind"] == "new skill" and row["verdict"] == "learned" for row in verdict.table)
+    learned = any(row["kind"] == "new skill" and row["verdict"] in ("learned", "kept") for row in verdict.table)
     return verdict.decision == "refused" and learned and "worse" in verdicts and "not measured" not in verdicts
 
 

@@ -146,6 +146,11 @@ def unmeasured(scores: Scores, skills: Iterable[Skill], config: RunConfig) -> tu
     return [skill for skill in skills if not current(scores, skill, config)], wants_probe
 
 
+def known_budget(workspace: Workspace, parent: str, skill: Skill, config: RunConfig) -> float | None:
+    """What a skill that ``parent`` was taught already may lose when it is taught again; None for one that is new."""
+    return (skill.settings.retention_budget or config.gate.budget) if skill.name in workspace.taught(parent) else None
+
+
 def guards(workspace: Workspace, parent: str, before: Scores, skills: Mapping[str, Skill],
            config: RunConfig, way: Way) -> list[Guard]:  # fmt: skip
     """What a candidate that follows ``parent`` must keep: each of the earlier ``skills``, against the parent and
