@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fakes import NUMBERS, save_tiny_model, toy_skill, two_toy_skills
 from perdure import judging, repair
-from perdure.config import RunConfig, TrainConfig
+from perdure.config import RunConfig, TrainConfig, with_settings
 from perdure.curriculum import _tell_of_known_rows, learn
 from perdure.files import read_jsonl
 from perdure.forgetting import forget
@@ -364,6 +364,19 @@ def test_what_a_command_brings_for_a_later_stage_does_not_stand_for_what_was_tau
     learn(Workspace(shutil.copytree(repaired.folder, tmp_path / "bot")), [third, changed], repaired.config(), Silent())
     old, new = load_skill(made[1][0]).content_hash, load_skill(changed).content_hash
     assert scopes["third"]["colours"] == old and scopes["colours"]["colours"] == new
+
+
+def test_a_skill_that_is_taught_again_without_a_gain_is_promoted_where_it_is_kept(
+    tmp_path: Path, made: Setup, unrepaired: Workspace
+):
+    more = toy_skill(tmp_path / "colours")
+    rows = (more / "train.jsonl").read_text().splitlines()
+    (more / "train.jsonl").write_text("\n".join([*rows, rows[0].replace("say", "say say")]) + "\n")
+    workspace = Workspace(shutil.copytree(unrepaired.folder, tmp_path / "bot"))
+    config = with_settings(settings(made[0]), ["train.learning_rate=1e-9", "train.steps=1", "train.method=sft"])
+    (found,) = learn(workspace, [more], config, Silent())
+    assert found.decision == "promoted" and workspace.resolve("champion") == found.version
+    assert [row["verdict"] for row in workspace.version(str(found.version))["verdict"]["table"]] == ["kept"]
 
 
 def test_what_was_not_taught_cannot_be_forgotten(repaired: Workspace):
