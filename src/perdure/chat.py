@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perdure.files import HALVES
 from perdure.rollout.base import SamplingParams
 from perdure.seeds import derive_seed
 from perdure.session import Session
@@ -32,7 +32,7 @@ def setting_of(workspace: Workspace, skill: str,
 
 def _check_text(text: str, what: str) -> None:
     """Python keeps what a terminal sends in another encoding as halves of characters, which no tokenizer takes."""
-    if re.search("[\ud800-\udfff]", text):
+    if HALVES.search(text):
         raise InputError(f"{what} is not UTF-8")
 
 

@@ -8,12 +8,17 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from perdure.types import InputError
+
+HALVES = re.compile("[\ud800-\udfff]")
+"""Halves of surrogate pairs: JSON can say them, and Python reads bytes that are not UTF-8 as such; no file can hold
+them."""
 
 
 def file_sha256(path: Path) -> str:

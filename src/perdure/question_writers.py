@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import httpx2
 
-from perdure.files import read_jsonl, replace_text
+from perdure.files import HALVES, read_jsonl, replace_text
 from perdure.importers.docs import plain
 from perdure.importers.passages import Passage
 from perdure.rollout.base import Progress
@@ -194,8 +194,6 @@ class Fact(NamedTuple):
 
 
 _LABEL = re.compile(r"(?:[-•]\s*|\d+[.)]\s*)?(q|question|a|answer)\s*\d*\s*[:\uff1a]\s*(\S.*)", re.IGNORECASE)
-_HALVES = re.compile("[\ud800-\udfff]")
-"""Halves of surrogate pairs: JSON can say them, but no file can hold them."""
 _INNER_LABEL = re.compile(r"(?<=\S)\s+(?=(?:A|Answer)\s*\d*(?::\s|\uff1a))")
 
 
@@ -203,7 +201,7 @@ def parse(reply: str) -> tuple[list[Fact], int]:
     """The facts of a reply, and how many parts of it could not be read: JSON objects with ``answer`` and ``questions``
     (or ``question``), wherever they stand, else lines that begin with ``A:`` and ``Q:``, whichever comes first."""
     text = reply.rpartition("</think>")[2]  # before it: the thinking of models that think
-    text = _HALVES.sub("\ufffd", text)
+    text = HALVES.sub("\ufffd", text)
     objects, unread = _objects(text)
     facts: list[Fact] = []
     pairs: list[tuple[str, str]] = []
@@ -225,7 +223,7 @@ def parse(reply: str) -> tuple[list[Fact], int]:
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and bool(value.strip()) and _HALVES.search(value) is None
+    return isinstance(value, str) and bool(value.strip()) and HALVES.search(value) is None
 
 
 def _objects(text: str) -> tuple[list[dict[str, Any]], int]:

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from perdure.methods import AUTO, METHODS
 from perdure.settings import SettingsSection
 
+_OFF_AT_0 = ("demonstration_weight", "anchor_rehearsal")
+"""On by default; off by name, they fit settings that have no use for them."""
+
 
 class TrainConfig(SettingsSection):
     """The distillation step and its schedule."""
@@ -171,7 +174,8 @@ class TrainConfig(SettingsSection):
 
     def ignored(self) -> list[str]:
         """Settings that were changed and would have no effect: better said than silently accepted."""
-        changed = self.changed()
+        # 0 is what there is without them.
+        changed = [name for name in self.changed() if name not in _OFF_AT_0 or getattr(self, name)]
         uses = (
             ("jsd_beta", "divergence", "generalized_jsd"),
             ("topk", "support", "teacher_topk"),
@@ -187,25 +191,19 @@ class TrainConfig(SettingsSection):
         found = [
             f'{name} has an effect only with {owner} = "{value}"'
             for name, owner, value in uses
-            if name in changed
-            and getattr(self, owner) not in (value, *((AUTO,) if value == "sdft" else ()))
-            and not (name == "demonstration_weight" and not self.demonstration_weight)  # 0 is what there is then
+            if name in changed and getattr(self, owner) not in (value, *((AUTO,) if value == "sdft" else ()))
         ]
         if not self.anchors_earlier:
             reason = "has an effect only with rows of earlier skills: anchor_share and anchor_earlier_share above 0"
-            names = ["anchor_per_skill", "anchor_focus", "anchor_weight"]
-            names += ["anchor_rehearsal"] if self.anchor_rehearsal else []  # 0 is what there is then
+            names = ("anchor_per_skill", "anchor_focus", "anchor_weight", "anchor_rehearsal")
             found += [f"{name} {reason}" for name in names if name in changed]
         elif self.method != AUTO and METHODS[self.method].earlier != "answers":
-            if "anchor_focus" in changed:
-                found.append(
-                    f'anchor_focus goes by a divergence, which method = "{self.method}" does not take of these rows'
-                )
-            if "anchor_weight" in changed:
-                found.append(
-                    f'anchor_weight weighs a divergence, which method = "{self.method}" does not take of these rows'
-                )
-            if "anchor_rehearsal" in changed and self.anchor_rehearsal:
+            found += [
+                f'{name} {does} a divergence, which method = "{self.method}" does not take of these rows'
+                for name, does in (("anchor_focus", "goes by"), ("anchor_weight", "weighs"))
+                if name in changed
+            ]
+            if "anchor_rehearsal" in changed:
                 found.append(f'method = "{self.method}" says what all of these rows carry: leave anchor_rehearsal out')
         if self.fsdp and self.lora_rank:
             found.append("fsdp divides full fine-tuning; with lora_rank the base is in use whole: leave it out")

@@ -32,22 +32,21 @@ def _prose(skill: Skill) -> str:
 
 def _conflicts(skill: Skill) -> str:
     """A greedy model says one thing to a prompt: of several demonstrations of it only the most frequent can be met."""
-    answers: dict[str, Counter[str]] = {}
-    for row in (*skill.train, *skill.test):
-        answers.setdefault(prompt_key(row), Counter())[_answer(row)] += 1
+    answers = _answers((*skill.train, *skill.test))
     several = sum(len(found) > 1 for found in answers.values())
     if not several:
         return ""
-    most, rows = _most_right(skill.test), len(skill.test)
+    most, rows = sum(max(found.values()) for found in _answers(skill.test).values()), len(skill.test)
     bound = f", and at most {most / rows:.0%} of the test rows can be right" if most < rows else ""
     return f"Of {len(answers)} prompts {several} have several different answers{bound}."
 
 
-def _most_right(rows: Sequence[Example]) -> int:
+def _answers(rows: Sequence[Example]) -> dict[str, Counter[str]]:
+    """Prompt -> how often each answer is demonstrated."""
     found: dict[str, Counter[str]] = {}
     for row in rows:
         found.setdefault(prompt_key(row), Counter())[_answer(row)] += 1
-    return sum(max(counts.values()) for counts in found.values())
+    return found
 
 
 def _answer(row: Example) -> str:

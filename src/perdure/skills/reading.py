@@ -5,11 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import re
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+from perdure.files import HALVES
 from perdure.skills.settings import SkillSettings
 from perdure.skills.turns import bare, check_calls, check_order, metadata_of_turns, played, positions
 from perdure.types import Example, Message
@@ -115,7 +115,7 @@ def _check_values(row: dict[str, Any]) -> None:
         for value in level:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError("a number is too large")
-            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            if isinstance(value, str) and HALVES.search(value):
                 raise ValueError("a text holds half of a surrogate pair, which is no character")
         inner = [list(v.keys()) + list(v.values()) if isinstance(v, dict) else v for v in level
                  if isinstance(v, (dict, list))]  # fmt: skip
